@@ -1,0 +1,39 @@
+# Every target first makes .venv complete, which takes no time when it is. ARGS goes to the command that is run:
+#   make test ARGS="-k ledger"
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-quick check format clean
+
+help:
+	@echo "make demo        train a small model with reinforcement, here and now (installs what it needs into .venv)"
+	@echo "make test        all tests"
+	@echo "make test-quick  the tests that need no vLLM"
+	@echo "make check       lint, formatting, types and the examples in docstrings"
+	@echo "make format      rewrite the code in the project's style"
+	@echo "make install     only make .venv complete; PYTHON=python3.12 chooses the interpreter"
+	@echo "make clean       remove .venv and what tools left behind"
+
+install:
+	@.ci/install
+
+demo: install
+	.venv/bin/python examples/demo.py $(ARGS)
+
+test: install
+	.venv/bin/python -m pytest $(ARGS)
+
+test-quick: install
+	.venv/bin/python -m pytest -m "not vllm" $(ARGS)
+
+check: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy lightning_rft
+	.venv/bin/python -m pytest --doctest-modules lightning_rft $(ARGS)
+
+format: install
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,90 @@
+"""Reinforcement fine-tuning of language models with PyTorch Lightning and vLLM.
+
+::
+
+    Tasks ──► Explorers ──► Buffer ──► Trainer
+                 ▲                        │
+                 └──── weights (sync) ────┘
+
+Explorers sample answers to tasks and score them, the buffer holds the scored experience, the trainer turns it into
+gradient steps, and a sync strategy, a Lightning callback, decides when explorers explore and when they get new weights.
+
+    import lightning as L
+    import lightning_rft as rft
+
+    module = rft.RFTModule(model="path-or-hub-name")
+    data = rft.RFTDataModule(tasks=tasks, reward=reward)
+    L.Trainer(max_steps=100, callbacks=[rft.Synchronous()]).fit(module, data)
+
+Names are imported when they are first used, so that ``import lightning_rft`` is quick and needs neither vLLM nor
+transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_rft.datamodule import RFTDataModule as RFTDataModule
+    from lightning_rft.errors import ConfigurationError as ConfigurationError
+    from lightning_rft.errors import DeadlineError as DeadlineError
+    from lightning_rft.errors import ExplorerError as ExplorerError
+    from lightning_rft.errors import RFTError as RFTError
+    from lightning_rft.errors import ScheduleError as ScheduleError
+    from lightning_rft.errors import TransportError as TransportError
+    from lightning_rft.experience import Experience as Experience
+    from lightning_rft.experience import Group as Group
+    from lightning_rft.experience import Task as Task
+    from lightning_rft.experience import Turn as Turn
+    from lightning_rft.explorer.engine import Engine as Engine
+    from lightning_rft.explorer.fake_engine import FakeEngine as FakeEngine
+    from lightning_rft.explorer.transformers_engine import TransformersEngine as TransformersEngine
+    from lightning_rft.explorer.vllm_engine import VLLMEngine as VLLMEngine
+    from lightning_rft.explorer.workflow import Policy as Policy
+    from lightning_rft.explorer.workflow import SingleTurn as SingleTurn
+    from lightning_rft.sync.collective import CollectiveTransport as CollectiveTransport
+    from lightning_rft.sync.strategy import SyncStrategy as SyncStrategy
+    from lightning_rft.sync.synchronous import Synchronous as Synchronous
+    from lightning_rft.trainer.module import RFTModule as RFTModule
+    from lightning_rft.trainer.objective import GRPO as GRPO
+    from lightning_rft.trainer.objective import Objective as Objective
+
+_MODULES = {
+    "lightning_rft.datamodule": ["RFTDataModule"],
+    "lightning_rft.errors": [
+        "ConfigurationError",
+        "DeadlineError",
+        "ExplorerError",
+        "RFTError",
+        "ScheduleError",
+        "TransportError",
+    ],
+    "lightning_rft.experience": ["Experience", "Group", "Task", "Turn"],
+    "lightning_rft.explorer.engine": ["Engine"],
+    "lightning_rft.explorer.fake_engine": ["FakeEngine"],
+    "lightning_rft.explorer.transformers_engine": ["TransformersEngine"],
+    "lightning_rft.explorer.vllm_engine": ["VLLMEngine"],
+    "lightning_rft.explorer.workflow": ["Policy", "SingleTurn"],
+    "lightning_rft.sync.collective": ["CollectiveTransport"],
+    "lightning_rft.sync.strategy": ["SyncStrategy"],
+    "lightning_rft.sync.synchronous": ["Synchronous"],
+    "lightning_rft.trainer.module": ["RFTModule"],
+    "lightning_rft.trainer.objective": ["GRPO", "Objective"],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

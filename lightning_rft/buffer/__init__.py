@@ -1,0 +1,1 @@
+"""Holds: the ledger of every group between exploring and training."""

@@ -1,0 +1,391 @@
+"""The datamodule: where tasks, explorers, buffer and loader meet, and what owns all that must be started and stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import Self
+
+from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.coordinator import Coordinator
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import Task
+from lightning_rft.explorer.engine import Engine
+from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.explorer.vllm_engine import VLLMEngine
+from lightning_rft.explorer.worker import ExplorerSpec
+from lightning_rft.explorer.workflow import SingleTurn, Workflow, encode_prompt
+from lightning_rft.rewards import check_reward
+from lightning_rft.sync.schedule import Schedule
+from lightning_rft.sync.strategy import SyncStrategy
+from lightning_rft.tasks import TaskPlan, as_tasks, read_jsonl
+from lightning_rft.trainer.loader import ExperienceLoader, ValidationLoader
+from lightning_rft.trainer.module import RFTModule, check_model, context_length
+
+__all__ = ["RFTDataModule"]
+
+Tasks = str | Path | Iterable[Task | Mapping[str, Any] | str]
+
+_MEASURED_PROMPTS = 512
+_PROMPT_ROOM = 128
+
+
+class RFTDataModule(L.LightningDataModule):
+    """Turns tasks into experience: starts explorers, hands them tasks, and feeds the trainer what comes back.
+
+    Explorers live as long as one ``fit`` or ``validate``; inside ``with data:`` they live until its end::
+
+        with data:
+            trainer.validate(module, data)
+            trainer.fit(module, data)
+
+    Args:
+        tasks: Tasks to train on: :class:`Task` objects, dictionaries, plain prompts, or the path of a JSONL file.
+        reward: ``reward(completion, task)``, any callable, plain or ``async``, that returns a finite number.
+        engine: What samples; left out, :class:`VLLMEngine`.
+        explorers: Number of explorer processes, each with an engine of its own.
+        workflow: How a task is answered; left out, :class:`SingleTurn`.
+        tasks_per_step: Groups of one batch, which is one optimizer step.
+        samples_per_task: Samples of one group.
+        max_new_tokens: Most tokens of one answer.
+        temperature: Softmax temperature of training samples, above 0.
+        val_tasks: Held-out tasks, answered greedily for validation.
+        shuffle: Whether every epoch has an order of its own.
+        seed: Seeds order and sampling; left out, the one of ``seed_everything``, else 0.
+        steps_per_epoch: Batches of an epoch; needed when ``tasks`` has no length.
+        buffer: File of the buffer, or ``":memory:"``; left out, ``rft/buffer.sqlite`` in the trainer's log folder.
+        buffer_capacity: Most groups that may be explored ahead of training; left out, what the strategy admits.
+        max_model_len: Most tokens of prompt and answer together; left out, what the prompts need, or with a workflow
+            of your own the model's context.
+        retries: How often a sample is tried again when its reward or workflow raised.
+        reward_timeout_s: Seconds that one reward may take.
+        start_timeout_s: Seconds within which engines must be ready.
+        rollout_timeout_s: Seconds without any news from the explorers after which a run is given up.
+
+    Raises:
+        ConfigurationError: A setting cannot work; the message names it.
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        reward: Callable[..., Any],
+        engine: Engine | None = None,
+        explorers: int = 1,
+        workflow: Workflow | None = None,
+        tasks_per_step: int = 8,
+        samples_per_task: int = 8,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        val_tasks: Tasks | None = None,
+        shuffle: bool = True,
+        seed: int | None = None,
+        steps_per_epoch: int | None = None,
+        buffer: str | Path | None = None,
+        buffer_capacity: int | None = None,
+        max_model_len: int | None = None,
+        retries: int = 2,
+        reward_timeout_s: float = 60.0,
+        start_timeout_s: float = 600.0,
+        rollout_timeout_s: float = 600.0,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "explorers": explorers,
+            "tasks_per_step": tasks_per_step,
+            "samples_per_task": samples_per_task,
+            "max_new_tokens": max_new_tokens,
+        }
+        for setting, count in counts.items():
+            if count < 1:
+                raise ConfigurationError(f"{setting}={count} must be at least 1")
+        if not temperature > 0:
+            raise ConfigurationError(f"temperature={temperature} must be above 0: greedy samples of a group are all equal")
+        if buffer_capacity is not None and buffer_capacity < tasks_per_step:
+            raise ConfigurationError(
+                f"buffer_capacity={buffer_capacity} is below one batch of tasks_per_step={tasks_per_step} groups, so no "
+                f"batch could ever be completed: set buffer_capacity to at least {tasks_per_step}"
+            )
+        check_reward(reward)
+        self.tasks = _read(tasks, "tasks", steps_per_epoch and steps_per_epoch * tasks_per_step)
+        self.val_tasks = [] if val_tasks is None else _read(val_tasks, "val_tasks", None)
+        self.reward = reward
+        self.engine = engine or VLLMEngine()
+        self.explorers = explorers
+        self.workflow = workflow or SingleTurn()
+        self.tasks_per_step = tasks_per_step
+        self.samples_per_task = samples_per_task
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.shuffle = shuffle
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.steps_per_epoch = steps_per_epoch or TaskPlan.batches(len(self.tasks), tasks_per_step)
+        self.buffer = buffer
+        self.buffer_capacity = buffer_capacity
+        self.max_model_len = max_model_len
+        self.retries = retries
+        self.reward_timeout_s = reward_timeout_s
+        self.start_timeout_s = start_timeout_s
+        self.rollout_timeout_s = rollout_timeout_s
+        self._pool: ExplorerPool | None = None
+        self._run: Coordinator | None = None
+        self._ledger: Ledger | None = None
+        self._held = False
+
+    # What is started here is stopped here, on every path
+
+    def __enter__(self) -> Self:
+        """Keeps the explorers alive between calls of the trainer."""
+        self._held = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Ends the explorers."""
+        self._held = False
+        self._stop()
+
+    def setup(self, stage: str) -> None:
+        """Checks everything that can be known, then starts the explorers, which load while the trainer does.
+
+        Raises:
+            ConfigurationError: A setting, or a combination of settings, cannot work.
+        """
+        module = self._checked()
+        if self._pool is None:
+            model = self.engine.model or module.model
+            check_model(model)
+            self.engine.check()
+            spec = ExplorerSpec(
+                engine=self.engine,
+                model=model,
+                workflow=self.workflow,
+                reward=self.reward,
+                max_new_tokens=self.max_new_tokens,
+                max_model_len=self._fitting_length(model),
+                seed=self.seed,
+                retries=self.retries,
+                reward_timeout_s=self.reward_timeout_s,
+            )
+            self._pool = ExplorerPool(spec, self.explorers, self._folder, self.start_timeout_s)
+            self._pool.start()
+        module.temperature = self.temperature
+
+    def begin(self, strategy: SyncStrategy) -> Coordinator:
+        """Starts the run of this ``fit`` or ``validate`` under a strategy; called by the strategy, once."""
+        assert self._pool is not None, "begin before setup"
+        trainer = self._trainer
+        items = self._items
+        plan = TaskPlan(
+            tasks=self.tasks,
+            tasks_per_step=self.tasks_per_step,
+            batches_per_epoch=max(1, -(-items // trainer.accumulate_grad_batches)),
+            shuffle=self.shuffle,
+            seed=self.seed,
+            first_batch=trainer.global_step,
+            first_epoch=trainer.current_epoch,
+        )
+        self._ledger = Ledger.open(self._folder / "buffer.sqlite" if self.buffer is None else self.buffer)
+        self._run = Coordinator(
+            schedule=Schedule(
+                strategy,
+                size=plan.size,
+                first=trainer.global_step,
+                stop=self._stop_batch(plan.batches_per_epoch if items else 0),
+                capacity=self.buffer_capacity,
+            ),
+            plan=plan,
+            pool=self._pool,
+            ledger=self._ledger,
+            incarnation=self._ledger.begin_incarnation(),
+            samples_per_task=self.samples_per_task,
+            temperature=self.temperature,
+            progress_timeout_s=self.rollout_timeout_s,
+            check_interrupt=self._check_interrupt,
+        )
+        self._run.start()
+        return self._run
+
+    def teardown(self, stage: str) -> None:
+        """Ends the run, and the explorers unless they are held by ``with``."""
+        self._end_run()
+        if not self._held:
+            self._stop()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends everything: after an exception Lightning calls no teardown."""
+        self._stop()
+
+    # What Lightning iterates over
+
+    def train_dataloader(self) -> ExperienceLoader:
+        """One epoch of experience."""
+        return ExperienceLoader(
+            lambda: self._active,
+            batches=self.steps_per_epoch,
+            accumulate=self._trainer.accumulate_grad_batches,
+            items=self._items,
+            max_staleness=self._strategy.max_staleness,
+        )
+
+    def val_dataloader(self) -> ValidationLoader | list[Any]:
+        """Greedy answers to the held-out tasks."""
+        if not self.val_tasks:
+            return []
+        chunk = self.tasks_per_step * self.samples_per_task
+        return ValidationLoader(
+            lambda: self._explore_validation(chunk), lambda index: self._active.explored(index), len(self.val_tasks), chunk
+        )
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves the batch where it is: the training step makes its tensors on the device."""
+        return batch
+
+    def _explore_validation(self, chunk: int) -> int:
+        trainer = self._trainer
+        limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        tasks = self.val_tasks[: int(limits[0]) * chunk]
+        self._active.explore(tasks, samples=1, temperature=0.0)
+        return len(tasks)
+
+    # How
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        assert self.trainer is not None, "the datamodule is not attached to a trainer"
+        return self.trainer
+
+    @property
+    def _active(self) -> Coordinator:
+        assert self._run is not None, "experience was asked for before the run began"
+        return self._run
+
+    @property
+    def _strategy(self) -> SyncStrategy:
+        found = [callback for callback in self._trainer.callbacks if isinstance(callback, SyncStrategy)]  # type: ignore[attr-defined]
+        if len(found) != 1:
+            names = " and ".join(type(callback).__name__ for callback in found) or "none"
+            raise ConfigurationError(
+                f"Trainer(callbacks=[...]) needs exactly one sync strategy, but has {names}: give it one, such as "
+                "lightning_rft.Synchronous()"
+            )
+        return found[0]
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._trainer.log_dir or self._trainer.default_root_dir) / "rft"
+
+    @property
+    def _items(self) -> int:
+        """Micro-batches of an epoch, after ``limit_train_batches``."""
+        whole = self.steps_per_epoch * self._trainer.accumulate_grad_batches
+        limit = self._trainer.limit_train_batches  # type: ignore[attr-defined]
+        return min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+
+    def _stop_batch(self, per_epoch: int) -> int | None:
+        """The batch at which the trainer will stop by ``max_steps`` or ``max_epochs``."""
+        trainer = self._trainer
+        if trainer.state.fn != TrainerFn.FITTING or per_epoch == 0:
+            return trainer.global_step
+        stops = []
+        if trainer.max_steps not in (None, -1):
+            stops.append(trainer.max_steps)
+        if trainer.max_epochs not in (None, -1):
+            stops.append(trainer.global_step + max(0, trainer.max_epochs - trainer.current_epoch) * per_epoch)
+        return max(trainer.global_step, min(stops)) if stops else None
+
+    def _checked(self) -> RFTModule:
+        """The module, after all checks that need no file."""
+        trainer = self._trainer
+        _ = self._strategy
+        module = trainer.lightning_module
+        if not isinstance(module, RFTModule):
+            raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
+        if trainer.world_size > 1:
+            raise ConfigurationError(f"Trainer(devices=...) makes {trainer.world_size} ranks: one is supported, set devices=1")
+        if module.objective.needs_group and self.samples_per_task < 2:
+            raise ConfigurationError(
+                f"samples_per_task={self.samples_per_task} with {type(module.objective).__name__}, whose advantages are "
+                "relative to the other samples of a task: set samples_per_task to 2 or more"
+            )
+        if trainer.state.fn == TrainerFn.VALIDATING and not self.val_tasks:
+            raise ConfigurationError("trainer.validate() needs RFTDataModule(val_tasks=[...])")
+        return module
+
+    def _fitting_length(self, model: str) -> int:
+        """Tokens of prompt and answer together that engines are made for."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"model={model!r} has no tokenizer that can be loaded: {error}") from error
+        prompts = [task.prompt for task in [*self.tasks, *self.val_tasks]]
+        if not all(isinstance(prompt, str) for prompt in prompts) and not tokenizer.chat_template:
+            raise ConfigurationError(
+                f"tasks have chat messages as prompts, but the tokenizer of model={model!r} has no chat template: set "
+                "tokenizer.chat_template and save it, or give plain text"
+            )
+        # tokenising all of a large set would take minutes; the longest by characters are the longest by tokens, nearly
+        longest = sorted(prompts, key=_characters, reverse=True)[:_MEASURED_PROMPTS]
+        prompt_tokens = max(len(encode_prompt(tokenizer, prompt)) for prompt in longest)
+        context = self.max_model_len or context_length(model)
+        if context is not None and prompt_tokens > context:
+            raise ConfigurationError(
+                f"a prompt of {prompt_tokens} tokens is longer than the context of {context} tokens: shorten or drop it"
+                + ("" if self.max_model_len is None else ", or raise max_model_len")
+            )
+        needed = prompt_tokens + self.max_new_tokens
+        if context is not None and needed > context:
+            raise ConfigurationError(
+                f"max_new_tokens={self.max_new_tokens} and the longest prompt of {prompt_tokens} tokens do not fit a "
+                f"context of {context} tokens: lower max_new_tokens to at most {context - prompt_tokens}, or drop long "
+                "prompts"
+            )
+        if self.max_model_len is not None or (context is not None and not isinstance(self.workflow, SingleTurn)):
+            return context or needed
+        return needed + _PROMPT_ROOM if context is None else min(context, needed + _PROMPT_ROOM)
+
+    def _check_interrupt(self) -> None:
+        if self._trainer.received_sigterm:
+            raise SIGTERMException  # Lightning only looks after a batch, and there may never be one
+
+    def _end_run(self) -> None:
+        run, self._run = self._run, None
+        ledger, self._ledger = self._ledger, None
+        try:
+            if run is not None:
+                run.close()
+        finally:
+            if ledger is not None:
+                ledger.close()
+
+    def _stop(self) -> None:
+        pool, self._pool = self._pool, None
+        try:
+            self._end_run()
+        finally:
+            if pool is not None:
+                pool.stop()
+
+
+def _read(tasks: Tasks, setting: str, at_most: int | None) -> list[Task]:
+    if isinstance(tasks, (str, Path)):
+        tasks = read_jsonl(tasks)
+    if at_most is None and not hasattr(tasks, "__len__"):
+        raise ConfigurationError(f"{setting} has no length: set steps_per_epoch, or give a list")
+    return as_tasks(islice(tasks, at_most), setting=setting)
+
+
+def _characters(prompt: str | Sequence[Mapping[str, Any]]) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content", ""))) for message in prompt)

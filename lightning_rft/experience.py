@@ -1,0 +1,122 @@
+"""The values on every arrow of the picture: tasks go out, experiences come back, a group at a time.
+
+All are frozen and hold plain Python values, so they cross processes and the buffer unchanged. This file imports
+nothing of the package; everything may import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+__all__ = ["Experience", "Group", "GroupKey", "Task", "TensorInfo", "Turn"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to be answered, and what a reward needs to judge the answer.
+
+    Args:
+        prompt: Plain text, or chat messages (``[{"role": "user", "content": "..."}]``) to which the tokenizer's
+            chat template is applied.
+        answer: Whatever the reward compares with; the model never sees it.
+        id: Unique among the tasks of a run. Left empty, the position in the task list is taken.
+        metadata: Anything else that the reward or the workflow wants to know.
+
+    Example:
+        >>> Task("2 + 2 =", answer="4").answer
+        '4'
+    """
+
+    prompt: str | Sequence[Mapping[str, Any]]
+    answer: Any = None
+    id: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class GroupKey(NamedTuple):
+    """Where a group belongs in the schedule: the ``slot``-th group of batch ``batch``."""
+
+    batch: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One call of the policy: what it read and what it sampled.
+
+    Args:
+        prompt_ids: Token ids that the policy was given.
+        token_ids: Token ids that it sampled, the end-of-sequence token included when it was sampled.
+        logprobs: Natural-log probability of each sampled token under the distribution that it was drawn from
+            (temperature applied). As long as ``token_ids``.
+        versions: Version of the policy that sampled each token. As long as ``token_ids``; never decreases.
+        finish_reason: ``"stop"`` (end of sequence) or ``"length"`` (``max_new_tokens`` reached).
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One scored sample: the turns that a workflow took with the policy, and the reward they earned.
+
+    Args:
+        task_id: :attr:`Task.id` of the task that was answered.
+        sample: Index of this sample in its group.
+        turns: Calls of the policy in order; a single-turn workflow makes one.
+        reward: The score. Finite.
+        text: The last turn decoded, as the reward saw it.
+        generate_seconds: Wall-clock seconds from the first call of the policy to the end of the last.
+        reward_seconds: Wall-clock seconds that scoring took.
+    """
+
+    task_id: str
+    sample: int
+    turns: tuple[Turn, ...]
+    reward: float
+    text: str = ""
+    generate_seconds: float = 0.0
+    reward_seconds: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens over all turns."""
+        return sum(len(turn.token_ids) for turn in self.turns)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version that any token was sampled with."""
+        return min(version for turn in self.turns for version in turn.versions)
+
+
+@dataclass(frozen=True)
+class Group:
+    """All samples of one task: the unit of the buffer, because advantages are relative to the group."""
+
+    key: GroupKey
+    task_id: str
+    experiences: tuple[Experience, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens over all samples."""
+        return sum(experience.num_tokens for experience in self.experiences)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version that any token was sampled with."""
+        return min(experience.oldest_version for experience in self.experiences)
+
+
+class TensorInfo(NamedTuple):
+    """One tensor on the way back: its ``state_dict`` name, dtype (``"float32"``) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]

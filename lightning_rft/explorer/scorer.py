@@ -1,0 +1,108 @@
+"""Where rewards are computed: coroutines beside the workflows, plain functions in a process that can be killed.
+
+A plain function may hang, or hold the interpreter lock while it computes; in a process of its own neither stops the
+engine. Run as ``python -m lightning_rft.explorer.scorer FD`` it is that process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from lightning_rft.errors import DeadlineError
+from lightning_rft.experience import Task
+from lightning_rft.explorer.connection import Channel, Failure, spawn
+from lightning_rft.rewards import as_reward
+
+__all__ = ["Scorer"]
+
+
+class Scorer:
+    """Calls a user's reward, plain or ``async``.
+
+    Args:
+        reward: ``reward(completion, task)``, returning a finite number or awaiting one.
+        timeout_s: Seconds that one call may take; a plain function that takes longer is killed.
+    """
+
+    def __init__(self, reward: Callable[..., Any], timeout_s: float) -> None:
+        self._reward = reward
+        self._timeout_s = timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+
+    async def __call__(self, completion: str, task: Task) -> float:
+        """The reward of a completion.
+
+        Raises:
+            DeadlineError: The call took longer than ``reward_timeout_s``.
+            ConfigurationError: What it returned is not a finite number.
+            Exception: Whatever the reward raised.
+        """
+        if inspect.iscoroutinefunction(self._reward) or inspect.iscoroutinefunction(type(self._reward).__call__):
+            try:
+                return as_reward(await asyncio.wait_for(self._reward(completion, task), self._timeout_s), task.id)
+            except asyncio.TimeoutError as error:
+                raise self._late(task) from error
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, completion, task)
+
+    def stop(self) -> None:
+        """Ends the process and the thread."""
+        self._kill()
+        self._thread.shutdown(wait=False)
+
+    def _ask(self, completion: str, task: Task) -> float:
+        if self._channel is None:
+            self._process, self._channel = spawn(__name__)
+            self._channel.send(self._reward)
+        self._channel.send((completion, task))
+        try:
+            answer = self._channel.receive(self._timeout_s)
+        except TimeoutError as error:
+            self._kill()
+            raise self._late(task) from error
+        except EOFError as error:
+            self._kill()
+            raise RuntimeError(f"the reward function ended its process at task {task.id!r}") from error
+        if isinstance(answer, Failure):
+            raise answer.unpack("the reward function")
+        return float(answer)
+
+    def _late(self, task: Task) -> DeadlineError:
+        return DeadlineError(
+            f"the reward of task {task.id!r} took longer than reward_timeout_s={self._timeout_s:g}: make it faster or "
+            "raise the setting"
+        )
+
+    def _kill(self) -> None:
+        process, channel, self._process, self._channel = self._process, self._channel, None, None
+        if process is not None and channel is not None:
+            channel.close()
+            process.kill()
+            process.wait(timeout=10)
+
+
+def main(fd: int) -> None:
+    """Answers calls until the other side is gone."""
+    channel = Channel(fd)
+    try:
+        reward = channel.receive()
+        while True:
+            completion, task = channel.receive()
+            try:
+                answer: float | Failure = as_reward(reward(completion, task), task.id)
+            except Exception as error:  # everything a user's function raises is reported where the call was made
+                answer = Failure.of(error)
+            channel.send(answer)
+    except (EOFError, OSError):
+        pass  # the explorer is gone, and with it the need for rewards
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

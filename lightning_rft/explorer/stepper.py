@@ -1,0 +1,102 @@
+"""The engine's thread: it alone calls the engine, and steps it as long as there is work."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from lightning_rft.explorer.engine import Completion, Engine, Request
+
+__all__ = ["Stepper"]
+
+_T = TypeVar("_T")
+
+
+class Stepper:
+    """Lets coroutines use an engine: :meth:`sample` a request, or :meth:`call` something between two steps.
+
+    Args:
+        engine: A description; :meth:`call` its ``start`` first.
+        loop: The event loop whose coroutines are served.
+    """
+
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+        self._engine = engine
+        self._loop = loop
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: dict[str, asyncio.Future[Completion]] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """Runs a function on the engine's thread, between two steps."""
+        future: asyncio.Future[_T] = self._loop.create_future()
+
+        def job() -> None:
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:
+                self._resolve(future, None, error)
+            else:
+                self._resolve(future, result, None)
+
+        self._jobs.put(job)
+        return await future
+
+    async def sample(self, request: Request) -> Completion:
+        """Runs one request; a coroutine that is cancelled takes its request along."""
+        future: asyncio.Future[Completion] = self._loop.create_future()
+        self._waiting[request.id] = future
+        try:
+            await self.call(self._engine.add, request)
+            return await future
+        finally:
+            if self._waiting.pop(request.id, None) is not None and not future.done():
+                self._jobs.put(lambda: self._engine.abort([request.id]))
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the engine and the thread; gives up after ``timeout_s``."""
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        busy = False
+        while True:
+            try:
+                job = self._jobs.get(block=not busy)
+            except queue.Empty:
+                job = self._step
+            if job is None:
+                self._engine.stop()
+                return
+            job()
+            busy = self._has_work
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._waiting) and self._engine.has_work
+
+    def _step(self) -> None:
+        try:
+            for completion in self._engine.step():
+                future = self._waiting.pop(completion.request_id, None)
+                if future is not None:
+                    self._resolve(future, completion, None)
+        except BaseException as error:
+            # an engine that fails once is not to be trusted: whoever waits is told, and nobody is left waiting
+            for request_id in list(self._waiting):
+                self._resolve(self._waiting.pop(request_id), None, error)
+
+    def _resolve(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+        def settle() -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        self._loop.call_soon_threadsafe(settle)

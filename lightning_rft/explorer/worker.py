@@ -1,0 +1,226 @@
+"""The explorer process: ``python -m lightning_rft.explorer.worker FD``.
+
+It knows nothing of strategies: it runs the groups it is given and loads weights when told. When rank 0 is gone, it
+kills its own process group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import Experience, GroupKey, Task
+from lightning_rft.explorer.connection import (
+    Cancel,
+    Channel,
+    Connect,
+    Explore,
+    Explored,
+    Failed,
+    Failure,
+    Load,
+    Loaded,
+    Started,
+)
+from lightning_rft.explorer.engine import Engine
+from lightning_rft.explorer.scorer import Scorer
+from lightning_rft.explorer.stepper import Stepper
+from lightning_rft.explorer.workflow import Policy, Workflow
+
+__all__ = ["Explorer", "ExplorerSpec"]
+
+_ORPHAN_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class ExplorerSpec:
+    """Everything that an explorer is told when it starts.
+
+    Args:
+        engine: Description of the engine.
+        model: Model path or hub name.
+        workflow: Answers a task.
+        reward: Scores an answer.
+        max_new_tokens: Most tokens of one answer.
+        max_model_len: Most tokens of prompt and answer together.
+        seed: Seed of the run.
+        retries: How often a sample is tried again when it raised.
+        reward_timeout_s: Seconds that one reward may take.
+    """
+
+    engine: Engine
+    model: str
+    workflow: Workflow
+    reward: Callable[..., Any]
+    max_new_tokens: int
+    max_model_len: int
+    seed: int
+    retries: int
+    reward_timeout_s: float
+
+
+class Explorer:
+    """Runs groups on one engine.
+
+    Args:
+        channel: The line to rank 0.
+        spec: What to run.
+    """
+
+    def __init__(self, channel: Channel, spec: ExplorerSpec) -> None:
+        self._channel = channel
+        self._spec = spec
+        self._stepper = Stepper(spec.engine, asyncio.get_running_loop())
+        self._scorer = Scorer(spec.reward, spec.reward_timeout_s)
+        self._work: dict[asyncio.Task[None], int] = {}  # running groups and the run that asked for them
+        self._tokenizer: Any = None
+
+    async def serve(self, inbox: asyncio.Queue[Any]) -> None:
+        """Starts the engine, then does what is asked until the process is told to end."""
+        spec = self._spec
+        starting = self._stepper.call(
+            spec.engine.start, spec.model, max_model_len=spec.max_model_len, seed=spec.seed
+        )
+        _, self._tokenizer = await asyncio.gather(starting, asyncio.to_thread(_tokenizer, spec.model))
+        self._channel.send(Started(spec.engine.dtype, spec.engine.world_size, spec.engine.nccl))
+        while (message := await inbox.get()) is not None:
+            await self._handle(message)
+
+    def stop(self) -> None:
+        """Ends the engine and the reward's process."""
+        self._scorer.stop()
+        self._stepper.stop(timeout_s=5)
+
+    async def _handle(self, message: Any) -> None:
+        if isinstance(message, Explore):
+            task = asyncio.create_task(self._explore(message))
+            self._work[task] = message.run
+            task.add_done_callback(self._work.pop)
+        elif isinstance(message, Cancel):
+            for task in [task for task, run in self._work.items() if run == message.run]:
+                task.cancel()
+        elif isinstance(message, Connect):
+            await self._stepper.call(self._spec.engine.connect, message.link)
+        elif isinstance(message, Load):
+            await self._stepper.call(self._spec.engine.load, message.manifest, message.version)
+            self._channel.send(Loaded(message.version))
+
+    async def _explore(self, request: Explore) -> None:
+        samples = [
+            asyncio.ensure_future(self._sample(request, index, seed)) for index, seed in enumerate(request.seeds)
+        ]
+        try:
+            experiences = await asyncio.gather(*samples)
+        except Exception as error:  # a user's reward or workflow: it goes to rank 0, this process lives on
+            self._channel.send(Failed(request.run, request.key, Failure.of(error)))
+        else:
+            self._channel.send(Explored(request.run, request.key, tuple(experiences)))
+        finally:
+            for sample in samples:
+                sample.cancel()
+
+    async def _sample(self, request: Explore, index: int, seed: int) -> Experience:
+        attempt = 0
+        while True:
+            try:
+                return await self._try(request, index, seed, attempt)
+            except ConfigurationError:
+                raise  # trying again changes nothing
+            except Exception:
+                attempt += 1
+                if attempt > self._spec.retries:
+                    raise
+
+    async def _try(self, request: Explore, index: int, seed: int, attempt: int) -> Experience:
+        spec, task = self._spec, request.task
+        policy = Policy(
+            self._stepper.sample,
+            self._tokenizer,
+            name=f"{request.run}/{request.key.batch}/{request.key.slot}/{index}/{attempt}",
+            temperature=request.temperature,
+            max_new_tokens=spec.max_new_tokens,
+            max_model_len=spec.max_model_len,
+            seed=seed,
+        )
+        loop = asyncio.get_running_loop()
+        text = await spec.workflow(task, policy)
+        if not policy.turns:
+            raise ConfigurationError(f"the workflow answered task {task.id!r} without calling the policy: nothing to train")
+        began = loop.time()
+        reward = await self._scorer(text, task)
+        return Experience(
+            task.id, index, tuple(policy.turns), reward, text, round(policy.seconds, 6), round(loop.time() - began, 6)
+        )
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def _listen(channel: Channel, loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[Any]) -> None:
+    """Feeds the inbox; the end of the line is the end of this process and everything it started."""
+    parent = os.getppid()
+    while True:
+        try:
+            message = channel.receive(_ORPHAN_POLL_S)
+        except TimeoutError:
+            # another process may have inherited rank 0's end, and then it never reads as closed
+            if os.getppid() != parent:
+                break
+        except (EOFError, OSError):
+            break
+        else:
+            loop.call_soon_threadsafe(inbox.put_nowait, message)
+            if message is None:
+                return  # told to end: the main thread does
+    os.killpg(0, signal.SIGKILL)
+
+
+async def _main(channel: Channel) -> None:
+    inbox: asyncio.Queue[Any] = asyncio.Queue()
+    threading.Thread(
+        target=_listen, args=(channel, asyncio.get_running_loop(), inbox), name="listener", daemon=True
+    ).start()
+    try:
+        spec = await inbox.get()
+        if spec is None:
+            return
+        explorer = Explorer(channel, spec)
+        try:
+            await explorer.serve(inbox)
+        finally:
+            explorer.stop()
+    except Exception as error:
+        # told first, then raised: the log gets it as well, and the process ends
+        with contextlib.suppress(OSError):
+            channel.send(Failed(-1, None, Failure.of(error)))
+        raise
+
+
+def main() -> None:
+    """Entry point of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to handle
+    if os.getpgrp() != os.getpid():
+        raise SystemExit("an explorer must lead its own process group: it is started by ExplorerPool, not by hand")
+    channel = Channel(int(sys.argv[1]))
+    try:
+        asyncio.run(_main(channel))
+    finally:
+        # Whatever an engine left behind (tensor-parallel workers, a hung reward) ends with this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

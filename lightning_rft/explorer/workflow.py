@@ -1,0 +1,115 @@
+"""How a sample comes about: a coroutine is given a task and a policy, and calls the policy as often as it likes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import Task, Turn
+from lightning_rft.explorer.engine import Completion, Request
+
+__all__ = ["Policy", "SingleTurn", "Workflow", "encode_prompt"]
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a prompt: plain text as it is, chat messages through the tokenizer's chat template."""
+    if isinstance(prompt, str):
+        return tuple(tokenizer(prompt)["input_ids"])
+    messages = [dict(message) for message in prompt]
+    return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+class Policy:
+    """What a workflow calls to have the current policy answer; it keeps every call as a turn.
+
+    Args:
+        sample: Runs one request on the engine.
+        tokenizer: A transformers tokenizer.
+        name: Prefix of the request ids, unique among the samples that run at the same time.
+        temperature: Softmax temperature.
+        max_new_tokens: Most tokens of one answer.
+        max_model_len: Most tokens of prompt and answer together.
+        seed: Seed of this sample.
+    """
+
+    def __init__(
+        self,
+        sample: Callable[[Request], Awaitable[Completion]],
+        tokenizer: Any,
+        *,
+        name: str,
+        temperature: float,
+        max_new_tokens: int,
+        max_model_len: int,
+        seed: int,
+    ) -> None:
+        self.turns: list[Turn] = []
+        self.seconds = 0.0
+        self._sample = sample
+        self._tokenizer = tokenizer
+        self._name = name
+        self._temperature = temperature
+        self._max_new_tokens = max_new_tokens
+        self._max_model_len = max_model_len
+        self._seed = seed
+
+    async def __call__(self, prompt: Prompt) -> str:
+        """Samples an answer.
+
+        Args:
+            prompt: Plain text or chat messages, the whole conversation so far.
+
+        Returns:
+            The answer as text, special tokens left out.
+
+        Raises:
+            ConfigurationError: Prompt and answer do not fit the model's context.
+        """
+        prompt_ids = encode_prompt(self._tokenizer, prompt)
+        if len(prompt_ids) + self._max_new_tokens > self._max_model_len:
+            raise ConfigurationError(
+                f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={self._max_new_tokens} do not fit a context "
+                f"of {self._max_model_len} tokens: shorten the prompt or lower max_new_tokens"
+            )
+        began = time.perf_counter()
+        turn = len(self.turns)
+        # a generator of its own for every turn, else a second turn would repeat the first one's draws
+        request = Request(
+            f"{self._name}/{turn}",
+            prompt_ids,
+            self._max_new_tokens,
+            self._temperature,
+            (self._seed + turn * 7_919) % 2**31,
+        )
+        done = await self._sample(request)
+        self.seconds += time.perf_counter() - began
+        self.turns.append(Turn(prompt_ids, done.token_ids, done.logprobs, done.versions, done.finish_reason))
+        text: str = self._tokenizer.decode(done.token_ids, skip_special_tokens=True)
+        return text
+
+
+class Workflow(Protocol):
+    """Any ``async`` callable of a task and a policy that returns the text to be scored.
+
+    Example::
+
+        async def second_thoughts(task, policy):
+            draft = await policy(task.prompt)
+            return await policy(f"{task.prompt}\\nDraft: {draft}\\nBetter:")
+    """
+
+    async def __call__(self, task: Task, policy: Policy) -> str:
+        """Answers a task."""
+        ...
+
+
+class SingleTurn:
+    """One prompt, one answer."""
+
+    async def __call__(self, task: Task, policy: Policy) -> str:
+        """Answers a task with one call of the policy."""
+        return await policy(task.prompt)

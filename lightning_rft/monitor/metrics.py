@@ -1,0 +1,83 @@
+"""What is logged of every batch, accumulated over its micro-batches with torchmetrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MaxMetric, MeanMetric, SumMetric
+
+from lightning_rft.experience import Group
+
+__all__ = ["BatchMetrics"]
+
+
+class BatchMetrics(nn.Module):
+    """Metrics of one batch, under ``rft/``.
+
+    ``reward`` (mean over samples), ``reward_std`` (mean over groups of the standard deviation within the group),
+    ``completion_length`` (tokens), ``staleness_mean`` and ``staleness_max`` (batches, over tokens), and over the tokens
+    that were trained: ``entropy`` (nats), ``clip_fraction``, ``kl`` (from the sampling to the training policy, nats).
+    ``tokens_per_second`` counts sampled tokens over the whole time since the batch before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reward = MeanMetric()
+        self.reward_std = MeanMetric()
+        self.completion_length = MeanMetric()
+        self.staleness_mean = MeanMetric()
+        self.staleness_max = MaxMetric()
+        self.entropy = MeanMetric()
+        self.clip_fraction = MeanMetric()
+        self.kl = MeanMetric()
+        self.tokens = SumMetric()
+        self._began: float | None = None
+
+    def update_groups(self, groups: Sequence[Group], version: int) -> None:
+        """Takes in what was sampled.
+
+        Args:
+            groups: Groups of this micro-batch.
+            version: The version that is trained.
+        """
+        for group in groups:
+            rewards = torch.tensor([experience.reward for experience in group.experiences])
+            self.reward.update(rewards)
+            self.reward_std.update(rewards.std() if len(rewards) > 1 else 0.0)
+            self.completion_length.update(
+                torch.tensor([float(experience.num_tokens) for experience in group.experiences])
+            )
+            versions = [v for experience in group.experiences for turn in experience.turns for v in turn.versions]
+            staleness = version - torch.tensor(versions, dtype=torch.float32)
+            self.staleness_mean.update(staleness)
+            self.staleness_max.update(staleness)
+            self.tokens.update(float(len(versions)))
+
+    def update_tokens(self, entropy: Tensor, statistics: Mapping[str, Tensor]) -> None:
+        """Takes in what the training step computed, one value per trained token."""
+        self.entropy.update(entropy)
+        self.clip_fraction.update(statistics["clipped"])
+        self.kl.update(statistics["kl"])
+
+    def collect(self) -> dict[str, float]:
+        """The values of the batch, and a fresh start for the next."""
+        now = time.perf_counter()
+        tokens = float(self.tokens.compute())
+        values = {f"rft/{name}": float(metric.compute()) for name, metric in self._metrics() if metric.update_called}
+        if self._began is not None:
+            values["rft/tokens_per_second"] = tokens / (now - self._began)
+        self.restart(now)
+        return values
+
+    def restart(self, now: float | None = None) -> None:
+        """Forgets what was taken in; the clock starts now."""
+        self._began = time.perf_counter() if now is None else now
+        for _, metric in self._metrics():
+            metric.reset()
+        self.tokens.reset()
+
+    def _metrics(self) -> list[tuple[str, MeanMetric | MaxMetric]]:
+        return [(name, m) for name, m in self.named_children() if isinstance(m, (MeanMetric, MaxMetric))]

@@ -1,0 +1,136 @@
+"""Ready reward functions, and the checks that every reward function passes.
+
+A reward is any callable ``reward(completion: str, task: Task) -> float``; the ones here compare with
+:attr:`Task.answer`. None of them imports a tensor library: they run wherever an explorer runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from decimal import Decimal
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import Task
+
+__all__ = ["as_reward", "check_reward", "contains_answer", "exact_match", "last_number"]
+
+_NUMBER = re.compile(
+    r"(?:(?<![0-9A-Za-z_)\]])-)?"  # a minus directly after an operand is a subtraction: "5-3" ends in 3
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"  # "1,2,3" is three numbers
+    r"(?:[eE][+-]?[0-9]{1,4}(?![0-9]))?"  # Python writes 0.00001 as "1e-05"
+)
+
+
+def exact_match(completion: str, task: Task) -> float:
+    r"""1.0 if the completion is the answer, surrounding white space aside, else 0.0.
+
+    Raises:
+        ConfigurationError: The task has no answer.
+
+    Example:
+        >>> exact_match(" 4\n", Task("2 + 2 =", answer=4))
+        1.0
+    """
+    return float(completion.strip() == _answer(task, "exact_match"))
+
+
+def contains_answer(completion: str, task: Task) -> float:
+    """1.0 if the answer stands anywhere in the completion (case counts), else 0.0.
+
+    Raises:
+        ConfigurationError: The task has no answer.
+
+    Example:
+        >>> contains_answer("It is Paris.", Task("Capital of France?", answer="Paris"))
+        1.0
+    """
+    return float(_answer(task, "contains_answer") in completion)
+
+
+def last_number(completion: str, task: Task) -> float:
+    """1.0 if the last number in the completion equals the last number in the answer, else 0.0.
+
+    Numbers are compared by value, exactly: ``1,000.50`` equals ``1000.5``. Taking the last number of the answer too
+    lets worked solutions that end in the result (GSM8K's ``#### 42``) serve as answers.
+
+    Raises:
+        ConfigurationError: The task has no answer, or its answer no number: no completion could earn the reward.
+
+    Example:
+        >>> last_number("12 * 100 = 1,200.", Task("12 * 100 =", answer="1200"))
+        1.0
+        >>> last_number("I do not know.", Task("12 * 100 =", answer="1200"))
+        0.0
+    """
+    expected = _last_number(_answer(task, "last_number"))
+    if expected is None:
+        raise ConfigurationError(
+            f"reward last_number finds no number in the answer {task.answer!r} of task {task.id!r}: give a number as "
+            "its answer, or use exact_match or contains_answer"
+        )
+    return float(_last_number(completion) == expected)
+
+
+def as_reward(value: object, task_id: str = "") -> float:
+    """Return what a reward function returned as a finite float.
+
+    Args:
+        value: A number: int, float, bool, or a scalar of an array library (0 dimensions).
+        task_id: The task that was scored, for the error.
+
+    Raises:
+        ConfigurationError: Anything else, NaN and infinities included.
+
+    Example:
+        >>> as_reward(True)
+        1.0
+    """
+    # Every number of every library has __float__, and so has numpy's string; of arrays only shape () is a scalar.
+    if hasattr(value, "__float__") and not isinstance(value, str | bytes) and getattr(value, "shape", ()) == ():
+        try:
+            reward = float(value)
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise ConfigurationError(_bad_reward(value, task_id)) from error
+        if math.isfinite(reward):
+            return reward
+    raise ConfigurationError(_bad_reward(value, task_id))
+
+
+def check_reward(reward: object) -> None:
+    """Check that a reward function can be called as the explorers will call it, before any of them starts.
+
+    Raises:
+        ConfigurationError: It is not callable, or does not take two positional arguments.
+    """
+    expected = "give a function `reward(completion: str, task: Task) -> float`"
+    if not callable(reward):
+        raise ConfigurationError(f"reward is {reward!r}, which cannot be called: {expected}")
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # some callables written in C do not tell theirs; the first call will
+        return
+    try:
+        signature.bind(object(), object())
+    except TypeError as error:
+        raise ConfigurationError(f"reward {reward!r} has the signature {signature} ({error}): {expected}") from error
+
+
+def _answer(task: Task, reward: str) -> str:
+    # str(None) would reward a completion that says "None", and an empty answer is contained in everything.
+    answer = "" if task.answer is None else str(task.answer).strip()
+    if not answer:
+        raise ConfigurationError(f"reward {reward} needs an answer, task {task.id!r} has none: set its `answer`")
+    return answer
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def _bad_reward(value: object, task_id: str) -> str:
+    shown = repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    return f"reward returned {shown} ({type(value).__name__}) for task {task_id!r}: return a finite float"

@@ -1,0 +1,258 @@
+"""Weights by collective: one broadcast group over rank 0 and every explorer, bucket by bucket."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from lightning_rft.errors import ConfigurationError, DeadlineError, TransportError
+from lightning_rft.experience import TensorInfo
+from lightning_rft.sync.transport import Explorers, Push, Transport, buckets, nbytes
+
+__all__ = ["CollectiveTransport", "GlooLink"]
+
+_WATCH_S = 0.05
+_SAMPLED_ELEMENTS = 1_000_000
+
+
+class CollectiveTransport(Transport):
+    """Broadcasts the weights from the trainer to every explorer.
+
+    Gloo is ours and runs everywhere; NCCL is vLLM's own weight transfer (see :mod:`lightning_rft.sync.nccl`) and needs
+    the trainer and every vLLM engine on GPUs of their own. The group is made at the first push and made again when
+    the explorers change; its port is chosen by the operating system.
+
+    Args:
+        backend: ``"gloo"``, ``"nccl"``, or ``"auto"`` for NCCL where both sides can, else Gloo.
+        timeout_s: Deadline of one push, the making of the group included.
+        bucket_mib: MiB that travel at a time.
+
+    Raises:
+        ConfigurationError: ``backend`` is none of the three.
+    """
+
+    def __init__(
+        self, backend: Literal["auto", "nccl", "gloo"] = "auto", timeout_s: float = 120.0, bucket_mib: int = 64
+    ) -> None:
+        if backend not in ("auto", "nccl", "gloo"):
+            raise ConfigurationError(f"CollectiveTransport(backend={backend!r}): use 'auto', 'nccl' or 'gloo'")
+        self.backend = backend
+        self.timeout_s = timeout_s
+        self.bucket_mib = bucket_mib
+        self._members: dict[int, int] = {}
+        self._sender: _Sender | None = None
+        self._before: torch.Tensor | None = None
+
+    def push(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, explorers: Explorers) -> Push:
+        """Broadcasts ``version``; see :meth:`Transport.push`."""
+        began = time.monotonic()
+        tensors = [(name, tensor.detach()) for name, tensor in weights]
+        target: torch.dtype = getattr(torch, explorers.dtype)
+        manifest = [_info(name, tensor, target) for name, tensor in tensors]
+        members = explorers.members()
+        if self._sender is None or members != self._members:
+            self.close()
+            self._sender, self._members = self._make_sender(tensors, explorers), members
+        sender = self._sender
+        try:
+            _watched(lambda: sender.join(explorers), explorers, began + self.timeout_s)
+            for explorer in members:
+                explorers.load(explorer, manifest, version)
+            _watched(lambda: sender.send(tensors, manifest), explorers, began + self.timeout_s)
+            explorers.wait_loaded(version, began + self.timeout_s - time.monotonic())
+        except BaseException:
+            self.close()  # a group in which one member broke off is of no use to the others
+            raise
+        changed = self._changed(tensors, target)
+        return Push(time.monotonic() - began, changed)
+
+    def close(self) -> None:
+        """Leaves the group."""
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    def _make_sender(self, tensors: Sequence[tuple[str, torch.Tensor]], explorers: Explorers) -> _Sender:
+        on_gpu = all(tensor.is_cuda for _, tensor in tensors)
+        if self.backend == "nccl" and not (on_gpu and explorers.nccl):
+            raise ConfigurationError(
+                "CollectiveTransport(backend='nccl') needs the trainer and a vLLM engine on GPUs: use backend='auto'"
+            )
+        if self.backend == "nccl" or (self.backend == "auto" and on_gpu and explorers.nccl):
+            from lightning_rft.sync.nccl import NCCLSender
+
+            return NCCLSender(self.timeout_s)
+        return GlooSender(self.timeout_s, self.bucket_mib << 20)
+
+    def _changed(self, tensors: Sequence[tuple[str, torch.Tensor]], target: torch.dtype) -> float:
+        """Share of elements that differ from the last push, over about a million evenly spaced ones."""
+        total = sum(tensor.numel() for _, tensor in tensors)
+        stride = max(1, total // _SAMPLED_ELEMENTS)
+        now = torch.cat([tensor.reshape(-1)[::stride].to("cpu", target) for _, tensor in tensors])
+        before, self._before = self._before, now
+        if before is None or before.shape != now.shape or before.dtype != now.dtype:
+            return 1.0
+        return float((before != now).float().mean())
+
+
+class _Sender:
+    """The trainer's end of a group."""
+
+    def join(self, explorers: Explorers) -> None:
+        """Invites the explorers and joins, once."""
+
+    def send(self, tensors: Sequence[tuple[str, torch.Tensor]], manifest: Sequence[TensorInfo]) -> None:
+        """Sends what was announced."""
+
+    def close(self) -> None:
+        """Leaves."""
+
+
+class GlooSender(_Sender):
+    """Rank 0 of a Gloo group of our own, apart from any group of the trainer's."""
+
+    def __init__(self, timeout_s: float, bucket_bytes: int) -> None:
+        self._timeout_s = timeout_s
+        self._bucket_bytes = bucket_bytes
+        self._group: dist.ProcessGroupGloo | None = None
+        self._store: dist.TCPStore | None = None
+
+    def join(self, explorers: Explorers) -> None:
+        """Opens a store on a free port, invites every explorer, and meets them."""
+        if self._group is not None:
+            return
+        members = explorers.members()
+        world = 1 + sum(members.values())
+        timeout = timedelta(seconds=self._timeout_s)
+        self._store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
+        rank = 1
+        for explorer, size in members.items():
+            link = GlooLink("127.0.0.1", self._store.port, rank, world, self._timeout_s, self._bucket_bytes)
+            explorers.connect(explorer, link)
+            rank += size
+        self._group = _gloo(self._store, 0, world, timeout)
+
+    def send(self, tensors: Sequence[tuple[str, torch.Tensor]], manifest: Sequence[TensorInfo]) -> None:
+        """Packs each bucket's bytes (Gloo cannot broadcast bfloat16) and broadcasts them."""
+        assert self._group is not None, "send before join"
+        by_name = dict(tensors)
+        for bucket in buckets(manifest, self._bucket_bytes):
+            buffer = torch.empty(sum(map(nbytes, bucket)), dtype=torch.uint8)
+            for info, view in _views(bucket, buffer):
+                view.copy_(by_name[info.name])
+            _broadcast(self._group, buffer)
+
+    def close(self) -> None:
+        """Drops group and store."""
+        self._group = None
+        self._store = None
+
+
+@dataclass(frozen=True)
+class GlooLink:
+    """An invitation to a Gloo group.
+
+    Args:
+        host: Where rank 0's store listens.
+        port: Its port.
+        rank: Rank of the engine's first weight-holding process; the others follow.
+        world_size: Members of the group, rank 0 included.
+        timeout_s: Deadline of the meeting and of each broadcast.
+        bucket_bytes: Bytes that travel at a time.
+    """
+
+    host: str
+    port: int
+    rank: int
+    world_size: int
+    timeout_s: float
+    bucket_bytes: int
+
+    def open(self, member: int) -> GlooReceiver:
+        """Joins the group."""
+        return GlooReceiver(self, member)
+
+
+class GlooReceiver:
+    """An explorer's end of the group."""
+
+    def __init__(self, link: GlooLink, member: int) -> None:
+        timeout = timedelta(seconds=link.timeout_s)
+        self._bucket_bytes = link.bucket_bytes
+        self._store = dist.TCPStore(link.host, link.port, None, is_master=False, timeout=timeout)
+        self._group: dist.ProcessGroupGloo | None = _gloo(self._store, link.rank + member, link.world_size, timeout)
+
+    def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the tensors of one push, in memory of their own."""
+        if self._group is None:
+            raise TransportError("weights were announced on a link that was closed")
+        for bucket in buckets(manifest, self._bucket_bytes):
+            buffer = torch.empty(sum(map(nbytes, bucket)), dtype=torch.uint8)
+            _broadcast(self._group, buffer)
+            for info, view in _views(bucket, buffer):
+                yield info.name, view
+
+    def close(self) -> None:
+        """Leaves the group."""
+        self._group = None
+
+
+def _info(name: str, tensor: torch.Tensor, target: torch.dtype) -> TensorInfo:
+    dtype = target if tensor.is_floating_point() else tensor.dtype
+    return TensorInfo(name, str(dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def _gloo(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+    options = dist.ProcessGroupGloo._Options()
+    # by address: a host whose own name does not resolve would not find itself
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
+
+
+def _broadcast(group: dist.ProcessGroupGloo, buffer: torch.Tensor) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    options.rootTensor = 0
+    group.broadcast([buffer], options).wait()
+
+
+def _views(bucket: Sequence[TensorInfo], buffer: torch.Tensor) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
+    offset = 0
+    for info in bucket:
+        size = nbytes(info)
+        dtype: torch.dtype = getattr(torch, info.dtype)
+        count = torch.Size(info.shape).numel()
+        yield info, buffer[offset : offset + size].view(dtype)[:count].view(info.shape)
+        offset += size
+
+
+def _watched(function: Callable[[], None], explorers: Explorers, deadline: float) -> None:
+    """Runs a blocking collective on a thread, so that an explorer's own error is raised before a bare time-out is."""
+    outcome: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            outcome.append(error)
+        else:
+            outcome.append(None)
+
+    thread = threading.Thread(target=run, name="weight-push", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_WATCH_S)
+        explorers.raise_failures()
+        if time.monotonic() > deadline:
+            raise DeadlineError("a weight push passed its deadline: raise CollectiveTransport(timeout_s=...)")
+    if outcome and outcome[0] is not None:
+        explorers.raise_failures()
+        raise TransportError(f"a weight push broke off: {outcome[0]}") from outcome[0]

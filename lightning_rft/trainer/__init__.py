@@ -1,0 +1,1 @@
+"""The part that turns experience into gradient steps."""

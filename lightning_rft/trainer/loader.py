@@ -1,0 +1,154 @@
+"""Feeds a Lightning loop with experience: a plain iterable with a length, so that nothing is fetched ahead of time.
+
+A loader without a length (and every ``DataLoader`` with workers) would have the batch after next fetched before the
+weights that must sample it exist: strictly on-policy training would be a step stale, or wait for ever.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from lightning_rft.errors import ScheduleError
+from lightning_rft.experience import Group
+
+__all__ = ["ExperienceLoader", "MicroBatch", "Source", "ValidationLoader", "split"]
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    @property
+    def version(self) -> int:
+        """Batches trained so far, which is the batch that comes next."""
+        ...
+
+    def wanted(self, batch: int) -> list[Group]:
+        """Waits for a batch and leases it."""
+        ...
+
+
+class MicroBatch:
+    """One item of the loader: a share of a batch, with what is needed to normalise over the whole of it.
+
+    Not a dataclass on purpose: Lightning would take it apart to move its fields to a device.
+
+    Args:
+        batch: Index of the batch, which is also the version that is trained.
+        groups: The groups of this share; there may be none.
+        last: Whether this share completes the batch, so that the optimizer steps after it.
+        batch_tokens: Sampled tokens of the whole batch.
+        wait_seconds: Seconds that the trainer waited for the batch.
+    """
+
+    def __init__(
+        self, batch: int, groups: Sequence[Group], *, last: bool, batch_tokens: int, wait_seconds: float = 0.0
+    ) -> None:
+        self.batch = batch
+        self.groups = list(groups)
+        self.last = last
+        self.batch_tokens = batch_tokens
+        self.wait_seconds = wait_seconds
+
+
+def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
+    """Deals groups into ``parts`` shares of about equally many sampled tokens, the largest first.
+
+    Example:
+        >>> from lightning_rft.experience import Experience, GroupKey, Turn
+        >>> def group(slot, n):
+        ...     turn = Turn((1,), (2,) * n, (0.0,) * n, (0,) * n, "stop")
+        ...     return Group(GroupKey(0, slot), str(slot), (Experience(str(slot), 0, (turn,), 1.0),))
+        >>> [[g.key.slot for g in share] for share in split([group(0, 5), group(1, 9), group(2, 3)], 2)]
+        [[1], [0, 2]]
+    """
+    shares: list[list[Group]] = [[] for _ in range(parts)]
+    tokens = [0] * parts
+    for group in sorted(groups, key=lambda group: (-group.num_tokens, group.key)):
+        lightest = tokens.index(min(tokens))
+        shares[lightest].append(group)
+        tokens[lightest] += group.num_tokens
+    return shares
+
+
+class ExperienceLoader:
+    """One epoch of micro-batches.
+
+    Each batch makes ``accumulate`` items, and the optimizer steps after the last. Where a limit ends the epoch within a
+    batch, that batch is made into as many items as are left, so that it is trained whole all the same.
+
+    Args:
+        source: Called when an epoch begins, for the run that is on.
+        batches: Batches of an epoch before limits.
+        accumulate: Micro-batches per optimizer step.
+        items: Micro-batches of an epoch after limits.
+        max_staleness: No token may be older than this many batches.
+    """
+
+    def __init__(
+        self, source: Callable[[], Source], *, batches: int, accumulate: int, items: int, max_staleness: int
+    ) -> None:
+        self._source = source
+        self._batches = batches
+        self._accumulate = accumulate
+        self._items = items
+        self._max_staleness = max_staleness
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch before limits, which are Lightning's to apply."""
+        return self._batches * self._accumulate
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Waits for each batch only when it is asked for."""
+        source, left = self._source(), self._items
+        while left > 0:
+            batch, began = source.version, time.perf_counter()
+            groups = source.wanted(batch)
+            waited = time.perf_counter() - began
+            check_staleness(groups, batch, self._max_staleness)
+            tokens = sum(group.num_tokens for group in groups)
+            shares = split(groups, min(self._accumulate, left))
+            for index, share in enumerate(shares, start=1):
+                last = index == len(shares)
+                yield MicroBatch(batch, share, last=last, batch_tokens=tokens, wait_seconds=waited if last else 0.0)
+            left -= len(shares)
+
+
+def check_staleness(groups: Sequence[Group], batch: int, bound: int) -> None:
+    """Raises :class:`ScheduleError` unless every token is 0 to ``bound`` batches older than the version trained."""
+    for group in groups:
+        for experience in group.experiences:
+            for turn in experience.turns:
+                if any(not 0 <= batch - version <= bound for version in turn.versions):
+                    raise ScheduleError(
+                        f"task {group.task_id!r} reached the training step of version {batch} with tokens of versions "
+                        f"{sorted(set(turn.versions))}, but the strategy allows a staleness of 0 to {bound}"
+                    )
+
+
+class ValidationLoader:
+    """Greedy answers to held-out tasks, explored when the loop begins and yielded in order.
+
+    Args:
+        begin: Called when the loop begins; returns how many groups will come.
+        explored: Waits for the group of that index.
+        size: Groups before limits.
+        chunk: Groups of one item.
+    """
+
+    def __init__(self, begin: Callable[[], int], explored: Callable[[int], Group], size: int, chunk: int) -> None:
+        self._begin = begin
+        self._explored = explored
+        self._size = size
+        self._chunk = chunk
+
+    def __len__(self) -> int:
+        """Items before limits."""
+        return -(-self._size // self._chunk)
+
+    def __iter__(self) -> Iterator[list[Group]]:
+        """Has every task explored at once, then waits for each chunk."""
+        count = self._begin()
+        for start in range(0, count, self._chunk):
+            yield [self._explored(index) for index in range(start, min(start + self._chunk, count))]

@@ -1,0 +1,75 @@
+"""Log-probabilities and entropies of the trained tokens, without holding all logits in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.trainer.packing import Packed
+
+__all__ = ["token_logprobs"]
+
+_CHUNK = 256  # tokens; 256 x 150k vocabulary x 4 bytes is 150 MB
+
+
+def token_logprobs(model: nn.Module, packed: Packed, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each trained token and entropy of the distribution that it was drawn from.
+
+    The softmax is computed in fp32, some hundred tokens at a time, and recomputed in the backward pass: the logits of
+    all tokens stay in the dtype that the model returns them in.
+
+    Args:
+        model: A ``transformers`` causal language model, or a module that wraps one and is called like it. May run
+            under ``torch.autocast``.
+        packed: Rows on the model's device.
+        temperature: What the logits are divided by, as it was in sampling. Greater than 0.
+
+    Returns:
+        Natural-log probabilities [N], differentiable, and entropies in nats [N], detached; both float32, in the order
+        of ``packed.target``.
+
+    Raises:
+        ConfigurationError: If ``temperature`` is not greater than 0.
+    """
+    if not temperature > 0:
+        raise ConfigurationError(
+            f"temperature={temperature} cannot be trained with: log-probabilities need a temperature above 0"
+        )
+    logits = model(
+        input_ids=packed.input_ids,
+        attention_mask=_as_queries(packed.attention_mask),
+        position_ids=packed.position_ids,
+        logits_to_keep=packed.keep,
+        use_cache=False,
+    ).logits
+    # Gathered once and then split: indexing inside the chunks would make a gradient of all logits for each chunk.
+    chunks = zip(
+        torch.split(logits[packed.row, packed.column], _CHUNK), torch.split(packed.target, _CHUNK), strict=True
+    )
+    parts = [
+        checkpoint(_chunk, rows, target, temperature, use_reentrant=False, preserve_rng_state=False)
+        for rows, target in chunks
+    ]
+    logprobs, entropy = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropy)
+
+
+def _chunk(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    scores = torch.log_softmax(logits.float() / temperature, dim=-1)
+    logprobs = scores.gather(-1, target[:, None])[:, 0]
+    # Last, because recomputation in backward stops at the last tensor it needs, before this.
+    with torch.no_grad():
+        entropy = torch.special.entr(scores.exp()).sum(-1)
+    return logprobs, entropy
+
+
+def _as_queries(mask: Tensor) -> Tensor:
+    """An additive mask in the dtype that autocast gives the queries; attention goes wrong when the two differ."""
+    device = mask.device.type
+    if not mask.is_floating_point() or not torch.is_autocast_enabled(device):
+        return mask
+    dtype = torch.get_autocast_dtype(device)
+    # The lowest fp32 would become -inf.
+    return mask.clamp(min=torch.finfo(dtype).min).to(dtype)

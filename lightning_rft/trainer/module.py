@@ -1,0 +1,221 @@
+"""The trainer: a LightningModule that turns experience into gradient steps on a policy."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import Group, Turn
+from lightning_rft.monitor.metrics import BatchMetrics
+from lightning_rft.trainer.loader import MicroBatch
+from lightning_rft.trainer.logprobs import token_logprobs
+from lightning_rft.trainer.objective import GRPO, Objective
+from lightning_rft.trainer.packing import pack, shares_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["RFTModule", "check_model", "context_length"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+def _adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, fused=True)
+
+
+class RFTModule(L.LightningModule):
+    """Trains a causal language model on experience.
+
+    It is an ordinary LightningModule with automatic optimization: clipping, precision plugins, schedulers, loggers and
+    ``accumulate_grad_batches`` work as anywhere. The loss is normalised over the whole batch, so neither it nor its
+    gradient depends on the accumulation.
+
+    Args:
+        model: Path of a folder, or hub name, of a causal language model of transformers.
+        objective: What is optimised.
+        optimizer: Makes the optimizer from the parameters. Left out: AdamW, learning rate 1e-6, no weight decay.
+        lr_scheduler: Makes a scheduler from the optimizer; it steps once per batch. Left out: none.
+        attn_implementation: Attention of transformers; ``"sdpa"`` and ``"eager"`` let the samples of a group share
+            their prompt's computation.
+        pass_threshold: Reward from which a validation sample counts as passed.
+
+    Raises:
+        ConfigurationError: The model folder is missing or has no tokenizer.
+
+    Example::
+
+        module = RFTModule("HuggingFaceTB/SmolLM2-135M-Instruct", optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5))
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        objective: Objective | None = None,
+        optimizer: OptimizerCallable = _adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        attn_implementation: str = "sdpa",
+        pass_threshold: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.model = os.fspath(model)
+        check_model(self.model)
+        self.objective = objective or GRPO()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.attn_implementation = attn_implementation
+        self.pass_threshold = pass_threshold
+        self.temperature = 1.0  # of the samples that are trained on; the datamodule sets it
+        self.metrics = BatchMetrics()
+        self.policy: PreTrainedModel | None = None
+
+    def configure_model(self) -> None:
+        """Loads the policy in float32, once; precision plugins take it from there."""
+        if self.policy is not None:
+            return
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(self.model)
+        for name in vars(config):
+            # With dropout the trainer would see other log-probs than the explorers on the very same weights.
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):
+                setattr(config, name, 0.0)
+        self.policy = AutoModelForCausalLM.from_pretrained(
+            self.model, config=config, dtype=torch.float32, attn_implementation=self.attn_implementation
+        )
+        self.policy.train()
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and scheduler as given."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of every entry of the policy's ``state_dict``, aliases of tied weights included."""
+        yield from self._policy.state_dict().items()
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Writes policy and tokenizer as a folder that transformers and vLLM load."""
+        from transformers import AutoTokenizer
+
+        self._policy.save_pretrained(path)
+        AutoTokenizer.from_pretrained(self.model).save_pretrained(path)
+
+    def on_train_start(self) -> None:
+        """Starts the clock of ``rft/tokens_per_second``."""
+        self.metrics.restart()
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        """The share's part of the batch's loss.
+
+        Args:
+            batch: A share of a batch.
+            batch_idx: Position in the epoch.
+
+        Returns:
+            The loss, summed over the share's tokens and divided by the whole batch's, times what Lightning divides by.
+        """
+        self.metrics.update_groups(batch.groups, batch.batch)
+        loss = self._loss(batch.groups) / batch.batch_tokens
+        self.log("rft/loss", loss.detach(), batch_size=1)
+        if batch.last:
+            values = self.metrics.collect()
+            self.log("rft/reward", values.pop("rft/reward"), prog_bar=True, batch_size=1)
+            self.log_dict(values | {"rft/wait_experience_s": batch.wait_seconds}, batch_size=1)
+        return loss * self.trainer.accumulate_grad_batches
+
+    def validation_step(self, batch: list[Group], batch_idx: int) -> None:
+        """Logs ``val/reward``, ``val/pass@1`` and ``val/version`` over answers to held-out tasks."""
+        experiences = [experience for group in batch for experience in group.experiences]
+        rewards = torch.tensor([experience.reward for experience in experiences])
+        passed = (rewards >= self.pass_threshold).float()
+        version = float(max(experience.oldest_version for experience in experiences))
+        size = len(experiences)
+        self.log("val/reward", rewards.mean(), batch_size=size, prog_bar=True)
+        self.log("val/pass@1", passed.mean(), batch_size=size)
+        self.log("val/version", version, batch_size=size)
+
+    def _loss(self, groups: Sequence[Group]) -> Tensor:
+        """Loss summed over the sampled tokens of some groups."""
+        chosen = self._with_advantages(groups)
+        if not chosen:
+            return self._zero()
+        turns = [[turn for turn, _ in group] for group in chosen]
+        packed = pack(turns, shared=self._shares_prompts).to(self.device)
+        flat: list[tuple[Turn, float]] = [pair for group in chosen for pair in group]
+        sampling = torch.tensor([p for turn, _ in flat for p in turn.logprobs], device=self.device)
+        lengths = torch.tensor([len(turn.token_ids) for turn, _ in flat])
+        advantages = torch.tensor([advantage for _, advantage in flat]).repeat_interleave(lengths).to(self.device)
+        logprobs, entropy = token_logprobs(self._policy, packed, temperature=self.temperature)
+        losses, statistics = self.objective.token_loss(logprobs, sampling, advantages)
+        self.metrics.update_tokens(entropy, statistics)
+        return losses.sum()
+
+    def _with_advantages(self, groups: Sequence[Group]) -> list[list[tuple[Turn, float]]]:
+        """Each group's turns with their sample's advantage, those left out that cannot contribute to the gradient."""
+        rewards = [experience.reward for group in groups for experience in group.experiences]
+        index = [i for i, group in enumerate(groups) for _ in group.experiences]
+        advantages = iter(self.objective.advantages(torch.tensor(rewards), torch.tensor(index)).tolist())
+        paired = [
+            [(turn, advantage) for experience in group.experiences for advantage in [next(advantages)] for turn in experience.turns]
+            for group in groups
+        ]
+        if not self.objective.skips_zero_advantage:
+            return paired
+        kept = [[pair for pair in group if pair[1] != 0.0] for group in paired]
+        return [group for group in kept if group]
+
+    def _zero(self) -> Tensor:
+        """A zero that touches every parameter, so that optimizer and ranks stay in step."""
+        return torch.stack([p.reshape(-1)[0] for p in self.parameters() if p.requires_grad]).sum() * 0.0
+
+    @functools.cached_property
+    def _shares_prompts(self) -> bool:
+        return shares_prompts(self._policy.config, self.attn_implementation)
+
+    @property
+    def _policy(self) -> PreTrainedModel:
+        assert self.policy is not None, "configure_model has not run"
+        return self.policy
+
+
+def check_model(model: str) -> None:
+    """Checks what can be seen of a model without loading it.
+
+    Raises:
+        ConfigurationError: A folder is missing, or lacks a config or a tokenizer.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+            raise ConfigurationError(f"model={model!r} is no folder: give an existing folder or a hub name 'owner/name'")
+        return  # perhaps a hub name; the tokenizer is loaded before any process starts, and will tell
+    if not (folder / "config.json").is_file():
+        raise ConfigurationError(f"model={model!r} has no config.json: give a folder that save_pretrained() wrote")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigurationError(
+            f"model={model!r} has no tokenizer: save it there too, with tokenizer.save_pretrained({model!r})"
+        )
+
+
+def context_length(model: str) -> int | None:
+    """Most tokens that a model's config says it can see; ``None`` if it does not say or is not on this disk."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    length = config.get("max_position_embeddings", config.get("n_positions"))
+    return int(length) if length else None

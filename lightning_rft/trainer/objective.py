@@ -1,0 +1,114 @@
+"""What is optimised: how rewards become advantages, and advantages a loss per token."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.trainer.advantage import group_relative
+from lightning_rft.trainer.loss import clipped_surrogate, importance_ratio, kl_k3
+
+__all__ = ["GRPO", "Objective"]
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """Base of every objective: subclass it as a frozen dataclass whose fields are its settings.
+
+    The caller sums the token losses and divides by the number of trained tokens of the whole batch, over all
+    micro-batches and ranks: every token weighs the same, however the batch was cut up.
+    """
+
+    @property
+    @abstractmethod
+    def needs_group(self) -> bool:
+        """Whether advantages compare the samples of a task, so that one sample per task would teach nothing."""
+
+    @property
+    @abstractmethod
+    def skips_zero_advantage(self) -> bool:
+        """Whether a token whose advantage is zero has no gradient, so that groups without signal can be left out."""
+
+    @abstractmethod
+    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """Compute the advantage of each sample; all of its tokens get it.
+
+        Args:
+            rewards: Score of each sample [S].
+            groups: Which group each sample belongs to [S], int64.
+
+        Returns:
+            Advantages [S], detached.
+        """
+
+    @abstractmethod
+    def token_loss(
+        self, logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of each token, not yet summed or divided.
+
+        Args:
+            logprobs: Natural-log probabilities under the policy in training [N], differentiable.
+            sampling_logprobs: The same under the policy that sampled each token [N].
+            advantages: Advantage of each token [N].
+
+        Returns:
+            Loss of each token [N], and detached float statistics of each token [N] by name: ``"clipped"`` (1 where
+            clipping took the gradient, else 0), ``"kl"`` (estimated KL(sampling || training) in nats), and whatever
+            else the objective wants averaged over tokens and logged.
+        """
+
+
+@dataclass(frozen=True)
+class GRPO(Objective):
+    """Group relative policy optimisation, `Shao et al. 2024 <https://arxiv.org/abs/2402.03300>`_.
+
+    PPO's clipped surrogate on group-relative advantages. The ratio is taken against the policy that sampled each
+    token, which also corrects for experience that is some versions old and for an engine that rounds differently.
+    There is no KL penalty, and every token of the batch weighs the same (`DAPO <https://arxiv.org/abs/2503.14476>`_).
+
+    Args:
+        clip_low: How far the ratio may fall below 1 before clipping; above 0, at most 1.
+        clip_high: How far it may rise above 1; above 0. DAPO's clip-higher is 0.28.
+        scale_rewards: Whether advantages are divided by the standard deviation of their group.
+
+    Raises:
+        ConfigurationError: If a clipping range is out of bounds.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    scale_rewards: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse clipping ranges that cannot work."""
+        if not 0 < self.clip_low <= 1:
+            raise ConfigurationError(f"clip_low={self.clip_low} must be above 0 and at most 1")
+        if not self.clip_high > 0:
+            raise ConfigurationError(f"clip_high={self.clip_high} must be above 0")
+
+    @property
+    def needs_group(self) -> bool:
+        """True: a sample is compared with the others of its task."""
+        return True
+
+    @property
+    def skips_zero_advantage(self) -> bool:
+        """True: the surrogate is proportional to the advantage, and there is no other term."""
+        return True
+
+    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """Compute group-relative advantages [S]; see :func:`~lightning_rft.trainer.advantage.group_relative`."""
+        return group_relative(rewards, groups, scale=self.scale_rewards)
+
+    def token_loss(
+        self, logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the clipped surrogate of each token [N]; see :meth:`Objective.token_loss`."""
+        ratio = importance_ratio(logprobs, sampling_logprobs)
+        loss, clipped = clipped_surrogate(ratio, advantages, self.clip_low, self.clip_high)
+        kl = kl_k3(logprobs.detach(), sampling_logprobs)
+        return loss, {"clipped": clipped.to(loss.dtype), "kl": kl.detach()}

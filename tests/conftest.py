@@ -1,0 +1,58 @@
+"""Fixtures that all tests may use. Nothing here applies by itself but the two environment variables."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports transformers or tokenizers.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lightning_rft.explorer.engine import TensorInfo
+from lightning_rft.testing import tiny_model
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MemoryLink:
+    """A weight transport within one process: ``push`` says what the next ``receive`` will yield."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.opened: list[int] = []
+        self.closed = 0
+
+    def push(self, tensors: Mapping[str, torch.Tensor]) -> list[TensorInfo]:
+        self.tensors = dict(tensors)
+        return [
+            TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        ]
+
+    def open(self, member: int) -> MemoryLink:
+        self.opened.append(member)
+        return self
+
+    def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.tensors.items()
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random llama with tied embeddings and a character tokenizer. Read only."""
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def memory_link() -> MemoryLink:
+    return MemoryLink()

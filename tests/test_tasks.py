@@ -1,0 +1,240 @@
+"""What users may write as tasks, and the plan that gives each task its place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_rft.errors import ConfigurationError, ScheduleError
+from lightning_rft.experience import GroupKey, Task
+from lightning_rft.tasks import TaskPlan, as_tasks, read_jsonl, reasoning_gym_tasks
+
+ROOT = Path(__file__).parents[1]
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+def test_as_tasks_takes_all_forms() -> None:
+    forms: list[Any] = [
+        "plain",
+        {"prompt": CHAT, "answer": 3, "id": 7, "metadata": {"a": 1}, "b": 2},
+        {"question": "q", "id": None, "metadata": None},
+        {"prompt": "p", "question": "kept"},
+        Task("t", id="mine"),
+        Task("t", answer="x"),
+    ]
+    assert as_tasks(iter(forms)) == [
+        Task("plain", id="0"),
+        Task(CHAT, answer=3, id="7", metadata={"a": 1, "b": 2}),
+        Task("q", id="2"),
+        Task("p", id="3", metadata={"question": "kept"}),
+        Task("t", id="mine"),
+        Task("t", answer="x", id="5"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ([], "val_tasks is empty"),
+        ("one prompt", "val_tasks is a str: give a list"),
+        ({"prompt": "p"}, "val_tasks is a dict: give a list"),
+        (Task("p"), "val_tasks is a Task: give a list"),
+        (3, "val_tasks is a int: give a list"),
+        (["a", 3], r"val_tasks\[1\] is a int; give a Task"),
+        (["a", {"answer": 1}], r"val_tasks\[1\]: no `prompt` \(or `question`\); give"),
+        (["a", " \n"], r"val_tasks\[1\]: the prompt is blank"),
+        (["a", {"prompt": []}], r"val_tasks\[1\]: the prompt has no messages"),
+        (["a", Task(7)], r"val_tasks\[1\]: the prompt is a int"),  # type: ignore[arg-type]
+        (["a", Task([*CHAT, {"role": "user"}])], r"val_tasks\[1\]: message 1 of the prompt lacks role or content"),
+        (["a", Task(["hi"])], r"val_tasks\[1\]: message 0 of the prompt"),  # type: ignore[list-item]
+        (["a", {"prompt": "p", "metadata": 3}], r"val_tasks\[1\]: metadata is a int"),
+        ([Task("a", id="x"), "b", Task("a", id="x")], r"val_tasks\[2\] has the id 'x' of val_tasks\[0\]: make ids"),
+        ([Task("a", id="1"), "b"], r"val_tasks\[1\] has the id '1' of val_tasks\[0\]"),
+    ],
+)
+def test_as_tasks_says_what_is_wrong(tasks: Any, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        as_tasks(tasks, setting="val_tasks")
+
+
+def test_read_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(
+        '\ufeff{"question": "2 + 2 =", "answer": 4, "level": 1}\n\n"pläin"\r\n{"prompt": "p", "id": 9}', "utf-8"
+    )
+    assert read_jsonl(path) == [Task("2 + 2 =", answer=4, metadata={"level": 1}), Task("pläin"), Task("p", id="9")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'"a"\n\n{"prompt"', "line 3: not JSON"),
+        (b'"a"\n{"answer": 1}', "line 2: no `prompt`"),
+        (b'"a"\n[1]', "line 2 is a list"),
+        (b"\n", "has no tasks"),
+        (b"\xff\xfe\xfa", "cannot be read .*UTF-8"),
+        (None, "cannot be read"),
+    ],
+)
+def test_read_jsonl_says_which_line(tmp_path: Path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "tasks.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=words) as error:
+        read_jsonl(path)
+    assert str(path) in str(error.value)
+
+
+def test_reasoning_gym_tasks() -> None:
+    pytest.importorskip("reasoning_gym")
+    tasks = reasoning_gym_tasks("basic_arithmetic", 3, 1, max_terms=2, template="Think {hard}. {question}")
+    assert tasks == reasoning_gym_tasks("basic_arithmetic", 3, 1, max_terms=2, template="Think {hard}. {question}")
+    assert tasks != reasoning_gym_tasks("basic_arithmetic", 3, 2, max_terms=2, template="Think {hard}. {question}")
+    assert len(tasks) == 3 and len(as_tasks(tasks)) == 3
+    for task in tasks:
+        assert not isinstance(task.prompt, str) and len(task.prompt) == 1
+        message = task.prompt[0]
+        assert message["role"] == "user" and message["content"].startswith("Think {hard}. Calculate ")
+        assert task.metadata["dataset"] == "basic_arithmetic" and task.metadata["num_terms"] == 2
+        assert eval(task.metadata["expression"]) == int(task.answer)
+    (plain,) = reasoning_gym_tasks("basic_arithmetic", 1, 1, max_terms=2)
+    assert plain.prompt[0]["content"] == tasks[0].prompt[0]["content"].removeprefix("Think {hard}. ")  # type: ignore
+
+
+def test_reasoning_gym_tasks_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ConfigurationError, match=r"'basic_aritmetic' is no dataset .* basic_arithmetic"):
+        reasoning_gym_tasks("basic_aritmetic", 1, 1)
+    with pytest.raises(ConfigurationError, match=r"put \{question\} in it"):
+        reasoning_gym_tasks("basic_arithmetic", 1, 1, template="hello")
+    for config in ({"max_terms": 0}, {"colour": "red"}):
+        with pytest.raises(ConfigurationError, match="refuses the settings"):
+            reasoning_gym_tasks("basic_arithmetic", 1, 1, **config)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ConfigurationError, match="pip install reasoning-gym"):
+        reasoning_gym_tasks("basic_arithmetic", 1, 1)
+
+
+def make_plan(n: int, tasks_per_step: int, limit: int | None = None, shuffle: bool = True, **rest: int) -> TaskPlan:
+    tasks = as_tasks([f"prompt {i}" for i in range(n)])
+    batches = TaskPlan.batches(n, tasks_per_step) if limit is None else limit
+    return TaskPlan(tasks, tasks_per_step, batches, shuffle, rest.pop("seed", 0), **rest)
+
+
+def epoch_ids(plan: TaskPlan, epoch: int) -> list[str]:
+    start = plan.first_batch + (epoch - plan.first_epoch) * plan.batches_per_epoch
+    batches = range(start, start + plan.batches_per_epoch)
+    assert {plan.epoch(batch) for batch in batches} == {epoch}
+    return [plan.task(GroupKey(batch, slot)).id for batch in batches for slot in range(plan.size(batch))]
+
+
+@given(
+    n=st.integers(1, 40),
+    tasks_per_step=st.integers(1, 12),
+    shuffle=st.booleans(),
+    seed=st.integers(-(2**40), 2**40),
+    first_batch=st.integers(0, 9),
+    first_epoch=st.integers(0, 9),
+)
+def test_every_task_once_an_epoch(
+    n: int, tasks_per_step: int, shuffle: bool, seed: int, first_batch: int, first_epoch: int
+) -> None:
+    plan = make_plan(n, tasks_per_step, None, shuffle, seed=seed, first_batch=first_batch, first_epoch=first_epoch)
+    everything = [str(i) for i in range(n)]
+    for epoch in range(first_epoch, first_epoch + 3):
+        ids = epoch_ids(plan, epoch)
+        assert sorted(ids, key=int) == everything
+        assert shuffle or ids == everything
+    last = first_batch + plan.batches_per_epoch - 1
+    sizes = [plan.size(batch) for batch in range(first_batch, last + 1)]
+    assert sizes[:-1] == [tasks_per_step] * (len(sizes) - 1) and sum(sizes) == n and sizes[-1] >= 1
+    assert plan.size(last + 1) == sizes[0]
+    for batch, slot in ((last, sizes[-1]), (first_batch, -1), (first_batch - 1, 0)):
+        with pytest.raises(ScheduleError, match="is not planned"):
+            plan.task(GroupKey(batch, slot))
+
+
+@given(n=st.integers(2, 30), tasks_per_step=st.integers(1, 6), epoch=st.integers(0, 5), data=st.data())
+def test_a_limit_cuts_each_epoch_and_changes_no_order(n: int, tasks_per_step: int, epoch: int, data: Any) -> None:
+    whole = make_plan(n, tasks_per_step)
+    cut = make_plan(n, tasks_per_step, data.draw(st.integers(1, whole.batches_per_epoch)))
+    assert epoch_ids(cut, epoch) == epoch_ids(whole, epoch)[: cut.batches_per_epoch * tasks_per_step]
+
+
+def test_a_plan_that_starts_later_goes_on_alike() -> None:
+    plan, later = make_plan(10, 4), make_plan(10, 4, first_batch=6, first_epoch=2)
+    for key in (GroupKey(batch, slot) for batch in range(6, 15) for slot in range(plan.size(batch))):
+        assert plan.task(key) == later.task(key)
+        assert plan.sample_seed(key, 3) == later.sample_seed(key, 3)
+
+
+def test_orders_depend_on_seed_and_epoch() -> None:
+    orders = {tuple(epoch_ids(make_plan(20, 3, seed=seed), epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+def test_orders_and_seeds_are_pinned() -> None:
+    """A change of these numbers breaks the resume of every run that exists."""
+    plan = make_plan(10, 4, seed=1234)
+    assert epoch_ids(plan, 0) == list("0759843216")
+    assert epoch_ids(plan, 1) == list("0124675398")
+    assert [plan.sample_seed(GroupKey(0, 0), sample) for sample in range(3)] == [1732714404, 1899769844, 1695554884]
+
+
+def test_orders_and_seeds_are_those_of_another_process() -> None:
+    code = (
+        "from lightning_rft.tasks import *; from lightning_rft.experience import GroupKey\n"
+        "p = TaskPlan(as_tasks(['x'] * 9), 9, 1, True, 5)\n"
+        "print([(p.task(GroupKey(3, i)).id, p.sample_seed(GroupKey(3, i), 1)) for i in range(9)])"
+    )
+    environment = {"PYTHONHASHSEED": "77", "PYTHONPATH": str(ROOT)}
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    plan = TaskPlan(as_tasks(["x"] * 9), 9, 1, True, 5)
+    here = [(plan.task(GroupKey(3, i)).id, plan.sample_seed(GroupKey(3, i), 1)) for i in range(9)]
+    assert output.stdout.strip() == str(here)
+
+
+def test_sample_seeds_differ_and_fit_31_bits() -> None:
+    plans = [make_plan(6, 2, seed=seed) for seed in range(3)]
+    seeds = [
+        plan.sample_seed(GroupKey(batch, slot), sample)
+        for plan in plans
+        for batch in range(6)
+        for slot in range(2)
+        for sample in range(8)
+    ]
+    assert len(set(seeds)) == len(seeds) == 3 * 6 * 2 * 8
+    assert all(0 <= seed < 2**31 for seed in seeds) and max(seeds) > 2**30
+
+
+def test_sample_seed_follows_the_task_not_its_place() -> None:
+    by_four, by_one = make_plan(8, 4), make_plan(8, 1)
+    assert by_four.task(GroupKey(1, 2)) == by_one.task(GroupKey(6, 0))
+    assert by_four.sample_seed(GroupKey(1, 2), 5) == by_one.sample_seed(GroupKey(6, 0), 5)
+
+
+def test_at_most_two_orders_are_kept() -> None:
+    plan = make_plan(6, 2)
+    for epoch in (0, 1, 0, 2, 5, 4, 0):
+        epoch_ids(plan, epoch)
+        assert len(plan._orders) <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([], 1, 1, False, 0), "tasks is empty"),
+        ((as_tasks(["a", "b", "c"]), 0, 1, False, 0), "tasks_per_step is 0"),
+        ((as_tasks(["a", "b", "c"]), 2, 3, False, 0), "batches_per_epoch is 3: 3 tasks, 2 a step, make 2; set 1 to 2"),
+        ((as_tasks(["a", "b", "c"]), 2, 0, False, 0), "batches_per_epoch is 0"),
+    ],
+)
+def test_plans_that_cannot_work(arguments: Any, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        TaskPlan(*arguments)

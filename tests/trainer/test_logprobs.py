@@ -1,0 +1,202 @@
+"""Packed rows compute what the plain model computes on each text alone."""
+
+import contextlib
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import Turn
+from lightning_rft.trainer import logprobs as module
+from lightning_rft.trainer.logprobs import token_logprobs
+from lightning_rft.trainer.packing import pack, shares_prompts
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES, use_sliding_window=False),
+    "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "gpt2": GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on several threads, much slower when other work wants the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(config, attention="sdpa"):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # the usual 0.02 gives attention so flat that a wrong mask would hardly show
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.train()
+
+
+def turn(prompt, length):
+    tokens = torch.randint(3, 97, (length,)).tolist()
+    return Turn(tuple(prompt), tuple(tokens), (0.0,) * length, (0,) * length, "stop")
+
+
+@pytest.fixture
+def groups():
+    torch.manual_seed(1)
+    short, long, other = (tuple(torch.randint(3, 97, (n,)).tolist()) for n in (3, 9, 5))
+    return [
+        [turn(short, 6), turn(short, 1), turn(short, 11)],
+        [turn(long, 4), turn(other, 7), turn(long, 2), turn(other, 1), turn((8,), 3)],
+        [turn(short, 5)],
+    ]
+
+
+def plain(model, groups, temperature=1.0):
+    """Each turn alone through the model: no padding, mask, positions or kept columns."""
+    logprobs, entropy = [], []
+    for group in groups:
+        for one in group:
+            logits = model(input_ids=torch.tensor([one.prompt_ids + one.token_ids])).logits[0]
+            predicted = logits[len(one.prompt_ids) - 1 : -1].float() / temperature
+            distribution = torch.distributions.Categorical(logits=predicted)
+            logprobs.append(distribution.log_prob(torch.tensor(one.token_ids)))
+            entropy.append(distribution.entropy())
+    return torch.cat(logprobs), torch.cat(entropy)
+
+
+def gradients(model, logprobs):
+    model.zero_grad()
+    weights = torch.linspace(-1, 1.5, len(logprobs))  # each token its own weight, so that order matters
+    (weights * logprobs).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(ours, theirs):
+    # Relative to the largest gradient: some are zero by symmetry (a key's bias), and noise has no relative precision.
+    largest = max(gradient.norm() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        scale = max(gradient.norm(), 1e-3 * largest)
+        assert (ours[name] - gradient).norm() < 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "ordinary"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_rows_are_exact(name, shared, attention, groups):
+    model = build(CONFIGS[name], attention)
+    assert shares_prompts(model.config, attention)
+    logprobs, entropy = token_logprobs(model, pack(groups, shared=shared), temperature=0.7)
+    expected, expected_entropy = plain(model, groups, temperature=0.7)
+    torch.testing.assert_close(logprobs, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(entropy, expected_entropy, atol=2e-5, rtol=0)
+    assert_same_gradients(gradients(model, logprobs), gradients(model, expected))
+
+
+def test_sliding_window_model_is_right_in_ordinary_rows_and_would_be_wrong_in_shared_ones(groups):
+    model = build(MistralConfig(**SIZES, sliding_window=4))
+    assert not shares_prompts(model.config, "sdpa")
+    expected, _ = plain(model, groups)
+    ordinary, _ = token_logprobs(model, pack(groups, shared=False), temperature=1.0)
+    torch.testing.assert_close(ordinary, expected, atol=2e-5, rtol=0)
+    shared, _ = token_logprobs(model, pack(groups, shared=True), temperature=1.0)
+    assert (shared - expected).abs().max() > 1e-2
+
+
+def test_results_are_float32_and_only_logprobs_have_a_gradient(groups):
+    logprobs, entropy = token_logprobs(build(CONFIGS["llama"]), pack(groups, shared=True), temperature=1.0)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert logprobs.requires_grad and not entropy.requires_grad
+    with torch.no_grad():
+        assert not token_logprobs(build(CONFIGS["llama"]), pack(groups, shared=True), temperature=1.0)[0].requires_grad
+
+
+def test_token_that_cannot_be_sampled_has_no_nan(groups):
+    class Masked(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **kwargs):
+            output = self.model(**kwargs)
+            output.logits = output.logits.index_fill(-1, torch.tensor([0, 1]), float("-inf"))
+            return output
+
+    model = build(CONFIGS["llama"])
+    logprobs, entropy = token_logprobs(Masked(model), pack(groups, shared=True), temperature=1.0)
+    assert logprobs.isfinite().all() and entropy.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients(model, logprobs).values())
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "ordinary"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bf16_autocast_is_close(attention, shared, groups):
+    model = build(CONFIGS["llama"], attention)
+    expected, expected_entropy = plain(model, groups)
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, entropy = token_logprobs(model, pack(groups, shared=shared), temperature=1.0)
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, expected, atol=0.15, rtol=0)
+    torch.testing.assert_close(entropy, expected_entropy, atol=0.15, rtol=0)
+    assert all(gradient.isfinite().all() for gradient in gradients(model, logprobs).values())
+
+
+def test_mask_reaches_the_model_in_the_dtype_of_autocast(groups):
+    model, seen = build(CONFIGS["llama"]), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context, torch.no_grad():
+            token_logprobs(model, pack(groups, shared=True), temperature=1.0)
+    assert [mask.dtype for mask in seen] == [torch.float32, torch.bfloat16]
+    assert seen[1].isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        token_logprobs(model, pack(groups, shared=False), temperature=1.0)
+    assert seen[2].dtype == torch.int64
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_chunks_change_nothing(chunk, groups, monkeypatch):
+    model, packed = build(CONFIGS["qwen2"]), pack(groups, shared=True)
+    whole, whole_entropy = token_logprobs(model, packed, temperature=1.0)
+    expected = gradients(model, whole)
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    logprobs, entropy = token_logprobs(model, packed, temperature=1.0)
+    torch.testing.assert_close(logprobs, whole)
+    torch.testing.assert_close(entropy, whole_entropy)
+    assert_same_gradients(gradients(model, logprobs), expected)
+
+
+def test_no_fp32_logits_are_kept_for_backward(groups):
+    model, kept = build(CONFIGS["llama"]), []
+
+    def note(tensor):
+        if tensor.shape[-1] == SIZES["vocab_size"] and tensor.is_floating_point():
+            kept.append(tensor.dtype)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        token_logprobs(model, pack(groups, shared=True), temperature=1.0)
+    assert torch.float32 not in kept
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_temperature_without_logprobs_is_refused(temperature, groups):
+    with pytest.raises(ConfigurationError, match="temperature"):
+        token_logprobs(build(CONFIGS["llama"]), pack(groups, shared=True), temperature=temperature)

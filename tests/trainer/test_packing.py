@@ -1,0 +1,141 @@
+"""Where every token of a row sits, and what it sees."""
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    RwkvConfig,
+    T5Config,
+)
+
+from lightning_rft.experience import Turn
+from lightning_rft.trainer.packing import pack, shares_prompts
+
+
+def turn(prompt, tokens):
+    return Turn(tuple(prompt), tuple(tokens), (0.0,) * len(tokens), (0,) * len(tokens), "stop")
+
+
+GROUPS = [
+    [turn([5, 6], [7, 8, 9]), turn([1, 2, 3], [10]), turn([5, 6], [11, 12])],
+    [turn([5, 6], [13, 14]), turn([5, 6], [15])],
+]
+TARGETS = [7, 8, 9, 10, 11, 12, 13, 14, 15]
+
+
+def sees(packed):
+    return (packed.attention_mask[:, 0] == 0).tolist()
+
+
+def test_shared_rows_hold_each_prompt_of_a_group_once():
+    packed = pack(GROUPS, shared=True, pad_id=99)
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 11], [1, 2, 3, 99, 99], [5, 6, 13, 99, 99]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 0, 0], [0, 1, 2, 0, 0]]
+    assert packed.target.tolist() == TARGETS
+    assert packed.row.tolist() == [0, 0, 0, 1, 0, 0, 2, 2, 2]
+    assert packed.keep.tolist() == [1, 2, 3, 4]
+    assert packed.keep[packed.column].tolist() == [1, 2, 3, 2, 1, 4, 1, 2, 1]
+
+
+def test_completion_sees_prompt_and_itself_and_padding_only_itself():
+    mask = pack(GROUPS, shared=True).attention_mask
+    assert mask.shape == (3, 1, 5, 5)
+    assert sees(pack(GROUPS, shared=True))[0] == [
+        [True, False, False, False, False],
+        [True, True, False, False, False],
+        [True, True, True, False, False],
+        [True, True, True, True, False],
+        [True, True, False, False, True],
+    ]
+    assert sees(pack(GROUPS, shared=True))[1] == [
+        [True, False, False, False, False],
+        [True, True, False, False, False],
+        [True, True, True, False, False],
+        [False, False, False, True, False],
+        [False, False, False, False, True],
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mask_is_zero_or_the_lowest_finite_number(dtype):
+    mask = pack(GROUPS, shared=True, mask_dtype=dtype).attention_mask
+    assert mask.dtype == dtype
+    assert set(mask.float().unique().tolist()) == {0.0, float(torch.finfo(dtype).min)}
+
+
+def test_ordinary_rows_hold_one_turn_each_padded_on_the_right():
+    packed = pack(GROUPS, shared=False, pad_id=99)
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8], [1, 2, 3, 99], [5, 6, 11, 99], [5, 6, 13, 99], [5, 6, 99, 99]]
+    assert packed.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]]
+    assert packed.attention_mask.dtype == torch.int64
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 0, 0]]
+    assert packed.target.tolist() == TARGETS
+    assert packed.row.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4]
+    assert packed.keep[packed.column].tolist() == [1, 2, 3, 2, 1, 2, 1, 2, 1]
+
+
+def test_index_tensors_are_int64_and_move_together():
+    packed = pack(GROUPS, shared=True)
+    for name in ("input_ids", "position_ids", "keep", "row", "column", "target"):
+        assert getattr(packed, name).dtype == torch.int64
+    moved = packed.to("meta")
+    assert all(value.device.type == "meta" for value in vars(moved).values())
+
+
+def test_turn_without_tokens_takes_no_room():
+    with_empty = pack([[turn([1, 2], [3, 4]), turn([9], [])]], shared=True)
+    assert with_empty.input_ids.tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_cannot_be_packed_is_refused(shared):
+    with pytest.raises(ValueError, match="empty prompt"):
+        pack([[turn([], [1])]], shared=shared)
+    with pytest.raises(ValueError, match="nothing to pack"):
+        pack([[turn([1], [])]], shared=shared)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(), Qwen2Config(use_sliding_window=False), Qwen3Config(), GPT2Config(), Qwen3MoeConfig()],
+    ids=lambda config: config.model_type,
+)
+def test_plain_attention_shares(config):
+    assert shares_prompts(config, "sdpa")
+    assert shares_prompts(config, "eager")
+    assert not shares_prompts(config, "flash_attention_2")
+    assert not shares_prompts(config, "flex_attention")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(sliding_window=4),
+        Qwen2Config(use_sliding_window=True, sliding_window=4, max_window_layers=0),
+        Gemma2Config(),
+        Qwen3NextConfig(),
+        MambaConfig(),
+        RwkvConfig(),
+        T5Config(),
+        BloomConfig(),
+        FalconConfig(alibi=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_what_a_mask_cannot_govern_does_not_share(config):
+    assert not shares_prompts(config, "sdpa")
+
+
+def test_window_that_is_off_shares():
+    assert shares_prompts(MistralConfig(sliding_window=None), "sdpa")
+    assert shares_prompts(FalconConfig(alibi=False), "sdpa")
