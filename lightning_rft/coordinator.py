@@ -222,9 +222,7 @@ class Coordinator:
             elif isinstance(action, Publish):
                 self._due = True
 
-    def _wait(
-        self, done: Callable[[], bool], what: str, setting: str | None, timeout_s: float | None = None
-    ) -> None:
+    def _wait(self, done: Callable[[], bool], what: str, setting: str | None, timeout_s: float | None = None) -> None:
         """Waits until ``done``, for ``timeout_s`` in all or else as long as there is news from the explorers."""
         began = time.monotonic()
         with self._news:
@@ -236,7 +234,9 @@ class Coordinator:
                 waited = time.monotonic() - (self._last_news if timeout_s is None else began)
                 limit = self._progress_timeout_s if timeout_s is None else timeout_s
                 if setting is not None and waited > limit:
-                    raise DeadlineError(f"waited {waited:.0f} s for {what}: raise {setting}, now {limit:g}, or see the logs")
+                    raise DeadlineError(
+                        f"waited {waited:.0f} s for {what}: raise {setting}, now {limit:g}, or see the logs"
+                    )
             self.raise_failures()
 
     def _listen(self) -> None:

@@ -1,4 +1,4 @@
-"""The datamodule: where tasks, explorers, buffer and loader meet, and what owns all that must be started and stopped."""
+"""The datamodule: where tasks, explorers, buffer and loader meet, and the owner of all that is started."""
 
 from __future__ import annotations
 
@@ -109,11 +109,13 @@ class RFTDataModule(L.LightningDataModule):
             if count < 1:
                 raise ConfigurationError(f"{setting}={count} must be at least 1")
         if not temperature > 0:
-            raise ConfigurationError(f"temperature={temperature} must be above 0: greedy samples of a group are all equal")
+            raise ConfigurationError(
+                f"temperature={temperature} must be above 0: greedy samples of a group are all equal"
+            )
         if buffer_capacity is not None and buffer_capacity < tasks_per_step:
             raise ConfigurationError(
-                f"buffer_capacity={buffer_capacity} is below one batch of tasks_per_step={tasks_per_step} groups, so no "
-                f"batch could ever be completed: set buffer_capacity to at least {tasks_per_step}"
+                f"buffer_capacity={buffer_capacity} is below one batch of tasks_per_step={tasks_per_step} groups, so "
+                f"no batch could ever be completed: set buffer_capacity to at least {tasks_per_step}"
             )
         check_reward(reward)
         self.tasks = _read(tasks, "tasks", steps_per_epoch and steps_per_epoch * tasks_per_step)
@@ -244,7 +246,10 @@ class RFTDataModule(L.LightningDataModule):
             return []
         chunk = self.tasks_per_step * self.samples_per_task
         return ValidationLoader(
-            lambda: self._explore_validation(chunk), lambda index: self._active.explored(index), len(self.val_tasks), chunk
+            lambda: self._explore_validation(chunk),
+            lambda index: self._active.explored(index),
+            len(self.val_tasks),
+            chunk,
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -310,13 +315,17 @@ class RFTDataModule(L.LightningDataModule):
         _ = self._strategy
         module = trainer.lightning_module
         if not isinstance(module, RFTModule):
-            raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
+            raise ConfigurationError(
+                f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it"
+            )
         if trainer.world_size > 1:
-            raise ConfigurationError(f"Trainer(devices=...) makes {trainer.world_size} ranks: one is supported, set devices=1")
+            raise ConfigurationError(
+                f"Trainer(devices=...) makes {trainer.world_size} ranks: one is supported, set devices=1"
+            )
         if module.objective.needs_group and self.samples_per_task < 2:
             raise ConfigurationError(
-                f"samples_per_task={self.samples_per_task} with {type(module.objective).__name__}, whose advantages are "
-                "relative to the other samples of a task: set samples_per_task to 2 or more"
+                f"samples_per_task={self.samples_per_task} with {type(module.objective).__name__}, whose advantages "
+                "are relative to the other samples of a task: set samples_per_task to 2 or more"
             )
         if trainer.state.fn == TrainerFn.VALIDATING and not self.val_tasks:
             raise ConfigurationError("trainer.validate() needs RFTDataModule(val_tasks=[...])")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
 import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lightning_rft.errors import ConfigurationError
+from lightning_rft.errors import ConfigurationError, ScheduleError
+from lightning_rft.experience import GroupKey
+from lightning_rft.sync.schedule import Action, Issue, Lease, Publish, Rule, Schedule
 
-__all__ = ["tiny_model"]
+__all__ = ["Event", "drive", "tiny_model"]
 
 _PAD, _EOS, _UNK = "<|pad|>", "<|end|>", "<|unk|>"
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -113,3 +121,163 @@ def _character_tokenizer(vocab_size: int) -> Any:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened under :func:`drive`.
+
+    Args:
+        time: Seconds on the fake clock.
+        what: ``"issued"``, ``"ready"`` or ``"failed"`` (a group), ``"joined"``, ``"loaded"`` or ``"died"`` (an
+            explorer), ``"trained"`` (a batch) or ``"pushed"`` (a version, now loaded by every explorer).
+        version: The version that it happened with. For a group: the one that its explorer had loaded when it began;
+            for ``"trained"``: the batch, which is the version that it is trained by.
+        group: The group, if it is about one.
+        explorer: The explorer, if it is about one.
+    """
+
+    time: float
+    what: str
+    version: int
+    group: GroupKey | None = None
+    explorer: int | None = None
+
+
+def drive(
+    rule: Rule,
+    *,
+    batches: int,
+    groups_per_batch: int | Callable[[int], int] = 1,
+    explorers: int = 1,
+    duration: Callable[[GroupKey, int], float] = lambda group, attempt: 1.0,
+    train_time: float = 1.0,
+    push_time: float = 0.0,
+    fails: Callable[[GroupKey, int], bool] = lambda group, attempt: False,
+    deaths: Sequence[tuple[float, int]] = (),
+    joins: Sequence[tuple[float, int]] = (),
+    capacity: int | None = None,
+) -> list[Event]:
+    """Runs the real schedule of a strategy with a fake clock: no process, no tensor, no waiting.
+
+    Explorers answer all groups that they are given at once, as an engine with room does. The trainer does what
+    :class:`~lightning_rft.sync.strategy.SyncStrategy` does: it waits for a batch, trains it and, where a push is due,
+    waits until that may happen.
+
+    Args:
+        rule: The strategy, or anything else with its two answers.
+        batches: Batches to train.
+        groups_per_batch: Groups of every batch, or a function of the batch.
+        explorers: Number of explorers, 0 and up, that are there from the start.
+        duration: Seconds to explore a group, at the first, second, ... attempt (counted from 0).
+        train_time: Seconds to train a batch.
+        push_time: Seconds to push a version, and for an explorer that comes later to load it.
+        fails: Whether that attempt at a group ends in an error instead of experience.
+        deaths: When which explorer dies; moot for one that is not there.
+        joins: When which explorer comes, or comes back; moot for one that is there.
+        capacity: Most groups that may be issued and not yet trained.
+
+    Returns:
+        What happened, in order.
+
+    Raises:
+        ScheduleError: Nothing can happen any more, and not every batch was trained: a deadlock.
+
+    Example:
+        >>> from lightning_rft import Synchronous
+        >>> events = drive(Synchronous(sync_interval=2), batches=2, push_time=0.5)
+        >>> [(event.time, event.what, event.version) for event in events if event.what in ("pushed", "trained")]
+        [(0.5, 'pushed', 0), (2.5, 'trained', 0), (3.5, 'trained', 1), (4.0, 'pushed', 2)]
+    """
+    size = groups_per_batch if callable(groups_per_batch) else lambda batch: groups_per_batch
+    schedule = Schedule(rule, size=size, stop=batches, capacity=capacity)
+    events: list[Event] = []
+    agenda: list[tuple[float, int, Callable[[], None]]] = []
+    order = count()
+    now = 0.0
+    loaded: dict[int, int] = {}  # explorer -> version
+    attempts: Counter[GroupKey] = Counter()
+    running: dict[GroupKey, tuple[int, int, int]] = {}  # group -> explorer, attempt, version
+
+    def after(seconds: float, happen: Callable[[], None]) -> None:
+        heapq.heappush(agenda, (now + seconds, next(order), happen))
+
+    def note(what: str, version: int, group: GroupKey | None = None, explorer: int | None = None) -> None:
+        events.append(Event(now, what, version, group, explorer))
+
+    def carry_out(actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Issue):
+                group, attempt = action.group, attempts[action.group]
+                attempts[group] += 1
+                running[group] = (action.explorer, attempt, loaded[action.explorer])
+                note("issued", loaded[action.explorer], group, action.explorer)
+                after(duration(group, attempt), partial(finish, group, attempt))
+            elif isinstance(action, Lease):
+                after(train_time, partial(train, action.batch))
+            elif isinstance(action, Publish):
+                after(push_time, partial(push, action.version))
+
+    def finish(group: GroupKey, attempt: int) -> None:
+        if group not in running or running[group][1] != attempt:
+            return  # its explorer died
+        explorer, _, version = running.pop(group)
+        failed = fails(group, attempt)
+        note("failed" if failed else "ready", version, group, explorer)
+        carry_out(schedule.failed(group) if failed else schedule.ready(group))
+
+    def train(batch: int) -> None:
+        note("trained", batch)
+        carry_out(schedule.trained(batch))
+        if not schedule.push_pending:
+            go_on()
+
+    def go_on() -> None:
+        if schedule.version < batches:
+            carry_out(schedule.wanted(schedule.version))
+        elif schedule.published_version < batches:
+            after(push_time, partial(push, batches))
+
+    def push(version: int) -> None:
+        for explorer in sorted(loaded):
+            load(explorer, version)
+        note("pushed", version)
+        carry_out(schedule.published(version))
+        go_on()
+
+    def load(explorer: int, version: int) -> None:
+        if loaded.get(explorer, version) < version:
+            loaded[explorer] = version
+            note("loaded", version, explorer=explorer)
+            carry_out(schedule.loaded(explorer, version))
+
+    def join(explorer: int) -> None:
+        if explorer not in loaded:
+            loaded[explorer] = -1
+            note("joined", -1, explorer=explorer)
+            carry_out(schedule.joined(explorer))
+            after(push_time, lambda: load(explorer, schedule.published_version))
+
+    def die(explorer: int) -> None:
+        if explorer in loaded:
+            note("died", loaded.pop(explorer), explorer=explorer)
+            for group in [group for group, work in running.items() if work[0] == explorer]:
+                del running[group]
+            carry_out(schedule.died(explorer))
+
+    for explorer in range(explorers):
+        join(explorer)
+    for when, explorer in deaths:
+        after(when, partial(die, explorer))
+    for when, explorer in joins:
+        after(when, partial(join, explorer))
+    after(push_time, partial(push, 0))
+    while schedule.published_version < batches:
+        if not agenda:
+            raise ScheduleError(
+                f"deadlock: {schedule.version} of {batches} batches are trained, version {schedule.published_version} "
+                f"was pushed last, and nothing can happen any more; explorers have loaded {loaded}"
+            )
+        now, _, happen = heapq.heappop(agenda)
+        happen()
+    return events

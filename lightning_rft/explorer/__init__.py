@@ -1,0 +1,1 @@
+"""Produces: processes that answer tasks with an inference engine and score the answers."""

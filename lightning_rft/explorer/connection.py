@@ -25,8 +25,10 @@ __all__ = ["Cancel", "Channel", "Connect", "Explore", "Explored", "Failed", "Fai
 
 _SEND_DEADLINE_S = 60
 # Left in place, an explorer would take itself for a rank of the trainer's process group.
-_DISTRIBUTED = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-_DISTRIBUTED += ("MASTER_PORT", "ROLE_RANK", "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+_DISTRIBUTED = {
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
+}
 
 
 @dataclass(frozen=True)

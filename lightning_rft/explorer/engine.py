@@ -102,7 +102,9 @@ class Engine(ABC):
         Args:
             threads: CPU threads that this explorer may use.
         """
-        return {"OMP_NUM_THREADS": str(threads)}
+        # Threads that spin while they wait are fast on an idle machine and several times slower on a shared one: the
+        # trainer, the explorers and whatever else runs take turns on the same cores.
+        return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
     @abstractmethod
     def start(self, model: str, *, max_model_len: int, seed: int) -> None:

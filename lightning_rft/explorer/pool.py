@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 
@@ -138,10 +138,10 @@ class ExplorerPool:
             DeadlineError: An engine was not ready in time.
             Exception: Whatever ended an explorer, its own traceback as the cause.
         """
-        indices = {channel: index for index, channel in enumerate(self._channels)}
+        indices = {channel.fileno(): index for index, channel in enumerate(self._channels)}
         messages = []
-        for channel in wait(list(indices), timeout_s):
-            index = indices[channel]  # type: ignore[index]
+        for line in wait(list(indices), timeout_s):
+            index = indices[cast(int, line)]
             try:
                 message = self._channels[index].receive()
             except (EOFError, OSError) as error:

@@ -93,9 +93,10 @@ class TransformersEngine(Engine):
 
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
-        dtype = self.dtype if self.dtype != "auto" else "float32" if self._device.type == "cpu" else "bfloat16"
+        if self.dtype == "auto":
+            self.dtype = "float32" if self._device.type == "cpu" else "bfloat16"
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.model or model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            self.model or model, dtype=getattr(torch, self.dtype), attn_implementation="sdpa"
         )
         self._lm = loaded.to(self._device).eval()
         self._eos = _eos_ids(self._lm)

@@ -237,6 +237,4 @@ class _Sampled:
         self.versions += [version] * len(token_ids)
 
     def completion(self, request_id: str, finish_reason: str) -> Completion:
-        return Completion(
-            request_id, tuple(self.token_ids), tuple(self.logprobs), tuple(self.versions), finish_reason
-        )
+        return Completion(request_id, tuple(self.token_ids), tuple(self.logprobs), tuple(self.versions), finish_reason)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import Experience, GroupKey, Task
+from lightning_rft.experience import Experience
 from lightning_rft.explorer.connection import (
     Cancel,
     Channel,
@@ -86,9 +86,7 @@ class Explorer:
     async def serve(self, inbox: asyncio.Queue[Any]) -> None:
         """Starts the engine, then does what is asked until the process is told to end."""
         spec = self._spec
-        starting = self._stepper.call(
-            spec.engine.start, spec.model, max_model_len=spec.max_model_len, seed=spec.seed
-        )
+        starting = self._stepper.call(spec.engine.start, spec.model, max_model_len=spec.max_model_len, seed=spec.seed)
         _, self._tokenizer = await asyncio.gather(starting, asyncio.to_thread(_tokenizer, spec.model))
         self._channel.send(Started(spec.engine.dtype, spec.engine.world_size, spec.engine.nccl))
         while (message := await inbox.get()) is not None:
@@ -153,7 +151,9 @@ class Explorer:
         loop = asyncio.get_running_loop()
         text = await spec.workflow(task, policy)
         if not policy.turns:
-            raise ConfigurationError(f"the workflow answered task {task.id!r} without calling the policy: nothing to train")
+            raise ConfigurationError(
+                f"the workflow answered task {task.id!r} without calling the policy: nothing to train"
+            )
         began = loop.time()
         reward = await self._scorer(text, task)
         return Experience(

@@ -93,13 +93,13 @@ class Policy:
 
 
 class Workflow(Protocol):
-    """Any ``async`` callable of a task and a policy that returns the text to be scored.
+    r"""Any ``async`` callable of a task and a policy that returns the text to be scored.
 
     Example::
 
         async def second_thoughts(task, policy):
             draft = await policy(task.prompt)
-            return await policy(f"{task.prompt}\\nDraft: {draft}\\nBetter:")
+            return await policy(f"{task.prompt}\nDraft: {draft}\nBetter:")
     """
 
     async def __call__(self, task: Task, policy: Policy) -> str:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, TransportError
 from lightning_rft.experience import TensorInfo
@@ -121,8 +122,8 @@ class GlooSender(_Sender):
     def __init__(self, timeout_s: float, bucket_bytes: int) -> None:
         self._timeout_s = timeout_s
         self._bucket_bytes = bucket_bytes
-        self._group: dist.ProcessGroupGloo | None = None
-        self._store: dist.TCPStore | None = None
+        self._group: ProcessGroupGloo | None = None
+        self._store: TCPStore | None = None
 
     def join(self, explorers: Explorers) -> None:
         """Opens a store on a free port, invites every explorer, and meets them."""
@@ -131,7 +132,7 @@ class GlooSender(_Sender):
         members = explorers.members()
         world = 1 + sum(members.values())
         timeout = timedelta(seconds=self._timeout_s)
-        self._store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
         rank = 1
         for explorer, size in members.items():
             link = GlooLink("127.0.0.1", self._store.port, rank, world, self._timeout_s, self._bucket_bytes)
@@ -186,8 +187,8 @@ class GlooReceiver:
     def __init__(self, link: GlooLink, member: int) -> None:
         timeout = timedelta(seconds=link.timeout_s)
         self._bucket_bytes = link.bucket_bytes
-        self._store = dist.TCPStore(link.host, link.port, None, is_master=False, timeout=timeout)
-        self._group: dist.ProcessGroupGloo | None = _gloo(self._store, link.rank + member, link.world_size, timeout)
+        self._store = TCPStore(link.host, link.port, None, is_master=False, timeout=timeout)
+        self._group: ProcessGroupGloo | None = _gloo(self._store, link.rank + member, link.world_size, timeout)
 
     def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the tensors of one push, in memory of their own."""
@@ -209,19 +210,19 @@ def _info(name: str, tensor: torch.Tensor, target: torch.dtype) -> TensorInfo:
     return TensorInfo(name, str(dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
-def _gloo(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: Store, rank: int, world_size: int, timeout: timedelta) -> ProcessGroupGloo:
+    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     # by address: a host whose own name does not resolve would not find itself
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = timeout
-    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
+    return ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, options)
 
 
-def _broadcast(group: dist.ProcessGroupGloo, buffer: torch.Tensor) -> None:
+def _broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> None:
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
-    group.broadcast([buffer], options).wait()
+    group.broadcast([buffer], options).wait()  # type: ignore[attr-defined]
 
 
 def _views(bucket: Sequence[TensorInfo], buffer: torch.Tensor) -> Iterator[tuple[TensorInfo, torch.Tensor]]:

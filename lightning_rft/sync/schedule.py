@@ -213,8 +213,9 @@ class Schedule:
     def _issues(self) -> list[Action]:
         issues: list[Action] = []
         while (group := self._candidate()) is not None:
-            floor = self.rule.admit(group.batch)
-            able = [i for i, member in self._explorers.items() if member.loaded >= floor]
+            floor = max(0, self.rule.admit(group.batch))  # no work before the first push, whatever the rule
+            # A version counts once it is pushed: else the first explorer to load it would be given everything.
+            able = [i for i, member in self._explorers.items() if floor <= member.loaded <= self.published_version]
             if not able:
                 break  # admit never decreases, so no later group can be admitted either
             explorer = min(able, key=lambda i: (len(self._explorers[i].groups), i))
@@ -226,8 +227,7 @@ class Schedule:
     def _candidate(self) -> GroupKey | None:
         if self._again:
             return self._again[0]
-        full = self._capacity is not None and self._outstanding >= self._capacity
-        return self._next if self._exists(self._next.batch) and not full else None
+        return self._next if self._exists(self._next.batch) and not self._full else None
 
     def _advance(self, group: GroupKey) -> None:
         if self._again:
@@ -237,6 +237,10 @@ class Schedule:
         self._outstanding += 1
         batch, slot = group
         self._next = GroupKey(batch, slot + 1) if slot + 1 < self._size(batch) else GroupKey(batch + 1, 0)
+
+    @property
+    def _full(self) -> bool:
+        return self._capacity is not None and self._outstanding >= self._capacity
 
     def _complete(self, batch: int) -> bool:
         """Whether every group of a batch has come back."""
@@ -252,14 +256,19 @@ class Schedule:
         """A due version is held back until no group that belongs to older weights is open.
 
         Otherwise a replacement of a failed group would be explored with newer weights than its batch, and the order
-        of versions would no longer repeat from run to run.
+        of versions would no longer repeat from run to run. What back-pressure keeps from being issued is not waited
+        for: only training makes room, and the trainer waits for this push.
         """
         if self._due is None:
             return []
         batch = self.version
         while self._exists(batch) and self.rule.admit(batch) < self._due:
-            if not self._complete(batch):
+            if self._open.get(batch):
                 return []
+            if not self._complete(batch):
+                if not self._full:
+                    return []
+                break
             batch += 1
         version, self._due = self._due, None
         return [Publish(version)]

@@ -118,7 +118,9 @@ class SyncStrategy(Callback, ABC):
         """Pushes the first version, if no sanity check came before."""
         self._begin(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Checks that one batch is one optimizer step.
 
         Raises:
@@ -140,10 +142,10 @@ class SyncStrategy(Callback, ABC):
         run = self._active
         run.trained(batch.batch)
         push = self._push(pl_module) if run.wait_due() else Push(0.0, 0.0)
-        self.log("rft/version", float(run.version), prog_bar=True)
-        self.log("rft/sync_s", push.seconds)
+        pl_module.log("rft/version", float(run.version), prog_bar=True)
+        pl_module.log("rft/sync_s", push.seconds)
         if push.seconds:
-            self.log("rft/weights_changed", push.changed)
+            pl_module.log("rft/weights_changed", push.changed)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pushes the last version, if it was not, so that what is sampled next is sampled with it."""

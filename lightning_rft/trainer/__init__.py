@@ -1,1 +1,1 @@
-"""The part that turns experience into gradient steps."""
+"""Consumes: the LightningModule, its loader, and the maths of the update."""

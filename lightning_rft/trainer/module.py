@@ -169,7 +169,12 @@ class RFTModule(L.LightningModule):
         index = [i for i, group in enumerate(groups) for _ in group.experiences]
         advantages = iter(self.objective.advantages(torch.tensor(rewards), torch.tensor(index)).tolist())
         paired = [
-            [(turn, advantage) for experience in group.experiences for advantage in [next(advantages)] for turn in experience.turns]
+            [
+                (turn, advantage)
+                for experience in group.experiences
+                for advantage in [next(advantages)]
+                for turn in experience.turns
+            ]
             for group in groups
         ]
         if not self.objective.skips_zero_advantage:
@@ -200,7 +205,9 @@ def check_model(model: str) -> None:
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-            raise ConfigurationError(f"model={model!r} is no folder: give an existing folder or a hub name 'owner/name'")
+            raise ConfigurationError(
+                f"model={model!r} is no folder: give an existing folder or a hub name 'owner/name'"
+            )
         return  # perhaps a hub name; the tokenizer is loaded before any process starts, and will tell
     if not (folder / "config.json").is_file():
         raise ConfigurationError(f"model={model!r} has no config.json: give a folder that save_pretrained() wrote")

@@ -1,0 +1,165 @@
+"""vLLM computes with the weights it was sent, all of them, and with nothing that older ones left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_rft.experience import TensorInfo
+from lightning_rft.explorer.engine import Request
+from lightning_rft.explorer.vllm_engine import VLLMEngine
+from tests.explorer.in_process import in_process
+
+pytestmark = [pytest.mark.vllm]
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+SHORT = tuple(range(10, 22))
+LONG = tuple(10 + i * 7 % 90 for i in range(300))
+VERSION = 5
+
+
+class MemoryLink:
+    """Weights that are already in this process."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+
+    def open(self, member: int) -> MemoryLink:
+        return self
+
+    def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, Any]]:
+        for info in manifest:
+            yield info.name, self.tensors[info.name]
+
+    def close(self) -> None:
+        pass
+
+
+def load(engine: VLLMEngine, tensors: Mapping[str, Any], version: int) -> None:
+    engine.connect(MemoryLink(tensors))
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    engine.load([TensorInfo(name, dtype, tuple(tensor.shape)) for name, tensor in tensors.items()], version)
+
+
+def drain(engine: VLLMEngine) -> dict[str, Any]:
+    done = {}
+    while engine.has_work:
+        done |= {completion.request_id: completion for completion in engine.step()}
+    return done
+
+
+def started(folder: str) -> VLLMEngine:
+    engine = VLLMEngine(dtype="float32")
+    engine.start(folder, max_model_len=400, seed=0)
+    return engine
+
+
+def after_a_push(old: str, new: str) -> dict[str, Any]:
+    """Everything observable of an engine that started with old weights and was sent new ones."""
+    from safetensors.torch import load_file
+
+    from lightning_rft.errors import TransportError
+
+    engine = started(old)
+    tensors = load_file(f"{new}/model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    seen: dict[str, Any] = {"before": engine.prompt_logprobs(LONG)}
+    # a full prefix in the cache, and a request in mid-generation
+    engine.add(Request("cached", LONG, 1, temperature=0.0))
+    drain(engine)
+    engine.add(Request("running", SHORT, 12, temperature=0.0))
+    for _ in range(4):
+        engine.step()
+    load(engine, tensors, VERSION)
+    seen["running"] = drain(engine)["running"]
+    seen["short"], seen["long"] = engine.prompt_logprobs(SHORT), engine.prompt_logprobs(LONG)
+    engine.add(Request("again", LONG, 4, temperature=0.0))
+    seen["again"] = drain(engine)["again"]
+    refused = {
+        "lm_head": {name: t for name, t in tensors.items() if name != "lm_head.weight"},
+        "embed_tokens": {name: t for name, t in tensors.items() if name != "model.embed_tokens.weight"},
+        "qkv_proj": {name: t for name, t in tensors.items() if "layers.1.self_attn.k_proj" not in name},
+        "norm": {name: t for name, t in tensors.items() if name != "model.norm.weight"},
+        "nonsense": tensors | {"nonsense.weight": torch.zeros(3)},
+    }
+    for word, part in refused.items():
+        with pytest.raises(TransportError) as error:
+            load(engine, part, VERSION + 1)
+        seen[word] = str(error.value)
+    assert engine.version == VERSION
+    load(engine, tensors, VERSION + 2)  # a whole push after a torn one is taken
+    seen["recovered"] = engine.prompt_logprobs(LONG)
+    engine.stop()
+    engine.stop()
+    return seen
+
+
+def fresh(new: str, running: Sequence[int]) -> dict[str, Any]:
+    """The same of an engine that started with the new weights."""
+    engine = started(new)
+    seen: dict[str, Any] = {
+        "short": engine.prompt_logprobs(SHORT),
+        "long": engine.prompt_logprobs(LONG),
+        "running": engine.prompt_logprobs([*SHORT, *running]),
+    }
+    engine.add(Request("again", LONG, 4, temperature=0.0))
+    seen["again"] = drain(engine)["again"]
+    engine.stop()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    from lightning_rft.testing import tiny_model
+
+    folder = tmp_path_factory.mktemp("push")
+    new = tiny_model(folder / "new", seed=7)
+    environment = VLLMEngine().environment(2)
+    pushed = in_process(folder, after_a_push, str(tiny_model_path), str(new), environment=environment)
+    return pushed, in_process(folder, fresh, str(new), pushed["running"].token_ids, environment=environment)
+
+
+def close(a: Sequence[float], b: Sequence[float]) -> bool:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
+
+
+def test_prompt_logprobs_equal_a_fresh_engines(observed: Any) -> None:
+    pushed, fresh_engine = observed
+    assert not close(pushed["before"], fresh_engine["long"]), "the weights must differ visibly for this to mean anything"
+    assert close(pushed["short"], fresh_engine["short"])
+    assert close(pushed["long"], fresh_engine["long"])
+
+
+def test_a_cached_prefix_does_not_outlive_the_push(observed: Any) -> None:
+    pushed, fresh_engine = observed
+    assert pushed["again"].token_ids == fresh_engine["again"].token_ids
+    assert close(pushed["again"].logprobs, fresh_engine["again"].logprobs)
+
+
+def test_a_running_request_goes_on_with_the_new_weights(observed: Any) -> None:
+    pushed, fresh_engine = observed
+    running = pushed["running"]
+    swap = running.versions.index(VERSION)
+    assert 0 < swap < len(running.versions)
+    assert running.versions == (-1,) * swap + (VERSION,) * (len(running.versions) - swap)
+    truth = fresh_engine["running"][len(SHORT) - 1 :]
+    assert close(running.logprobs[swap:], truth[swap:])
+    assert not close(running.logprobs[:swap], truth[:swap])
+
+
+@pytest.mark.parametrize("left_out", ["lm_head", "embed_tokens", "qkv_proj", "norm"])
+def test_a_weight_that_was_left_out_is_an_error_that_names_it(observed: Any, left_out: str) -> None:
+    assert left_out in observed[0][left_out]
+    assert "kept old weights" in observed[0][left_out]
+
+
+def test_an_unknown_name_is_an_error(observed: Any) -> None:
+    assert "nonsense" in observed[0]["nonsense"]
+
+
+def test_a_whole_push_after_a_torn_one_is_taken(observed: Any) -> None:
+    assert close(observed[0]["recovered"], observed[1]["long"])

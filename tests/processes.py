@@ -1,0 +1,179 @@
+"""What tests of whole runs share: scripts as processes, who is still alive, and explorers that start quickly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning_rft.explorer.fake_engine import FakeEngine
+
+HERE = Path(__file__).parent
+MARK = "LIGHTNING_RFT_TEST"
+MODEL = "LIGHTNING_RFT_TEST_MODEL"
+
+_POLL_S = 0.02
+_T = TypeVar("_T")
+
+
+class LightEngine(FakeEngine):
+    """A fake engine whose explorer does not import transformers, and is ready in a second."""
+
+    def environment(self, threads: int) -> dict[str, str]:
+        path = os.pathsep.join([str(HERE / "light"), *(folder or os.getcwd() for folder in sys.path)])
+        return super().environment(threads) | {"PYTHONPATH": path}
+
+
+def touch(name: str) -> None:
+    """Tells the test that something has happened, by a file in the run's folder."""
+    Path(name).touch()
+
+
+def until(condition: Callable[[], _T], what: str, timeout_s: float = 60.0) -> _T:
+    """Waits for an event and returns what it was."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not happen within {timeout_s:g} s")
+        time.sleep(_POLL_S)
+    return found
+
+
+def alive(mark: str) -> dict[int, str]:
+    """Process id and command line of all processes that were started with the mark in their environment."""
+    wanted = f"{MARK}={mark}".encode()
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:  # it has just ended, or is another user's
+                continue
+    return found
+
+
+class Zygote:
+    """Starts scripts in forks of one process that has imported everything; see ``zygote.py``."""
+
+    def __init__(self) -> None:
+        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "zygote.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, **question: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, source: str, folder: Path, model: Path) -> Script:
+        script = folder / "script.py"
+        script.write_text(textwrap.dedent(source))
+        mark = uuid.uuid4().hex
+        environment = {MARK: mark, MODEL: str(model)}
+        return Script(self, self.ask(script=str(script), folder=str(folder), environment=environment), folder, mark)
+
+    def close(self) -> None:
+        self._process.communicate(timeout=30)
+
+
+class Script:
+    """A script that runs in a process of its own, its output in ``stdout`` and ``stderr`` of its folder."""
+
+    def __init__(self, zygote: Zygote, pid: int, folder: Path, mark: str) -> None:
+        self.pid = pid
+        self.status: int | None = None
+        self._zygote = zygote
+        self._folder = folder
+        self._mark = mark
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Returns its exit status once it has ended; negative is the signal that killed it."""
+        until(self._ended, "the end of the script", timeout_s)
+        assert self.status is not None
+        return self.status
+
+    def wait_for(self, name: str) -> None:
+        """Returns when the script or one of its processes has called ``touch(name)``."""
+        until(lambda: (self._folder / name).exists() or self._ended(), name)
+        assert (self._folder / name).exists(), f"ended before {name}:\n{self.stderr}"
+
+    def signal(self, number: int, *, group: bool = False) -> None:
+        if group:
+            os.killpg(self.pid, number)  # as a terminal does
+        else:
+            os.kill(self.pid, number)
+
+    def children(self, module: str) -> list[int]:
+        """Process ids of what runs a module of ours in this run."""
+        return [pid for pid, command in alive(self._mark).items() if module in command]
+
+    def gone(self) -> None:
+        """Waits for the end of every process of the run."""
+        until(lambda: not alive(self._mark), f"the end of {alive(self._mark)}", timeout_s=10.0)
+
+    def kill(self) -> None:
+        for pid in alive(self._mark) if self._ended() else [self.pid, *alive(self._mark)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    @property
+    def stdout(self) -> str:
+        return (self._folder / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self._folder / "stderr").read_text()
+
+    def _ended(self) -> bool:
+        if self.status is None:
+            self.status = self._zygote.ask(poll=self.pid)
+        return self.status is not None
+
+
+def fit(module: type | None = None, callbacks: tuple[Any, ...] = (), **settings: Any) -> Any:
+    """Trains the tiny model for three steps in the current folder, and returns the trainer. For scripts."""
+    import lightning as L
+    import torch
+
+    import lightning_rft as rft
+
+    torch.set_num_threads(1)
+    defaults: dict[str, Any] = {
+        "tasks": ["1 + 1 =", "1 + 2 =", "1 + 3 ="],
+        "reward": lambda completion, task: float(len(completion) % 3),
+        "engine": LightEngine(),
+        "tasks_per_step": 1,
+        "samples_per_task": 2,
+        "max_new_tokens": 8,
+        "buffer": ":memory:",
+    }
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[rft.Synchronous(), *callbacks],
+        default_root_dir=os.getcwd(),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit((module or rft.RFTModule)(os.environ[MODEL]), datamodule=rft.RFTDataModule(**defaults | settings))
+    return trainer

@@ -1,0 +1,370 @@
+"""The schedule, event by event, and under a fake clock with everything that can go wrong."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_rft.errors import ConfigurationError, ScheduleError
+from lightning_rft.experience import GroupKey
+from lightning_rft.sync.schedule import Action, Issue, Lease, Publish, Rule, Schedule
+from lightning_rft.sync.synchronous import Synchronous
+from lightning_rft.testing import Event, drive
+
+
+@dataclass(frozen=True)
+class OneStepOff:
+    """A rule as a user would write it: batch b + 1 is explored while b is trained."""
+
+    k: int = 1
+
+    @property
+    def max_staleness(self) -> int:
+        return self.k
+
+    def admit(self, batch: int) -> int:
+        return max(0, (batch - 1) // self.k * self.k)
+
+    def publishes_after(self, batch: int) -> bool:
+        return (batch + 1) % self.k == 0
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Explores up to ``lead`` batches ahead; negative answers for the first ones, as a user would leave them."""
+
+    lead: int
+
+    @property
+    def max_staleness(self) -> int:
+        return self.lead
+
+    def admit(self, batch: int) -> int:
+        return batch - self.lead
+
+    def publishes_after(self, batch: int) -> bool:
+        return True
+
+
+def started(rule: Rule, *, size: int = 2, explorers: int = 1, **settings: Any) -> tuple[Schedule, list[Action]]:
+    """A schedule whose first version is pushed, and what that led to."""
+    schedule = Schedule(rule, size=lambda batch: size, **settings)
+    for explorer in range(explorers):
+        assert schedule.joined(explorer) == []
+    version = schedule.version
+    actions = [action for explorer in range(explorers) for action in schedule.loaded(explorer, version)]
+    return schedule, actions + schedule.published(version)
+
+
+def issue(batch: int, slot: int, explorer: int = 0) -> Issue:
+    return Issue(GroupKey(batch, slot), explorer)
+
+
+def all_ready(schedule: Schedule, batch: int, size: int = 2) -> list[Action]:
+    return [action for slot in range(size) for action in schedule.ready(GroupKey(batch, slot))]
+
+
+# Event by event
+
+
+def test_no_work_before_weights():
+    schedule = Schedule(Ahead(2), size=lambda batch: 1)
+    assert schedule.joined(0) + schedule.wanted(0) == []
+    assert schedule.idle
+    assert schedule.loaded(0, 0) + schedule.published(0) == [issue(0, 0), issue(1, 0), issue(2, 0)]
+    assert not schedule.idle
+
+
+def test_explorers_that_load_together_share_the_work():
+    _, actions = started(Synchronous(), size=5, explorers=2)
+    assert actions == [issue(0, 0, 0), issue(0, 1, 1), issue(0, 2, 0), issue(0, 3, 1), issue(0, 4, 0)]
+
+
+def test_least_loaded_explorer_gets_work():
+    schedule, _ = started(Synchronous(2), size=2, explorers=2)  # groups 0.0 and 1.0 on explorer 0, the others on 1
+    schedule.ready(GroupKey(0, 1))
+    assert schedule.failed(GroupKey(0, 0)) == [issue(0, 0, 0)]
+    schedule.ready(GroupKey(1, 1))
+    assert schedule.failed(GroupKey(1, 0)) == [issue(1, 0, 1)]
+
+
+def test_lease_needs_every_group_and_someone_who_wants_it():
+    schedule, _ = started(Synchronous())
+    assert schedule.ready(GroupKey(0, 1)) == []
+    assert schedule.wanted(0) == []
+    assert schedule.ready(GroupKey(0, 0)) == [Lease(0)]
+    schedule, _ = started(Synchronous())
+    assert all_ready(schedule, 0) == []
+    assert schedule.wanted(0) == [Lease(0)]
+
+
+def test_synchronous_publishes_every_k_and_explores_only_then():
+    schedule, actions = started(Synchronous(2), size=1)
+    assert actions == [issue(0, 0), issue(1, 0)]
+    all_ready(schedule, 0, 1)
+    all_ready(schedule, 1, 1)
+    schedule.wanted(0)
+    assert schedule.trained(0) == []
+    assert not schedule.push_pending
+    schedule.wanted(1)
+    assert schedule.trained(1) == [Publish(2)]
+    assert schedule.push_pending
+    assert schedule.loaded(0, 2) + schedule.published(2) == [issue(2, 0), issue(3, 0)]
+    assert not schedule.push_pending
+
+
+def test_due_push_waits_for_groups_that_belong_to_older_weights():
+    schedule, actions = started(OneStepOff())
+    assert actions == [issue(0, 0), issue(0, 1), issue(1, 0), issue(1, 1)]
+    all_ready(schedule, 0)
+    schedule.wanted(0)
+    assert schedule.trained(0) == []
+    assert schedule.push_pending
+    assert schedule.ready(GroupKey(1, 0)) == []
+    assert schedule.failed(GroupKey(1, 1)) == [issue(1, 1)]  # the replacement too
+    assert schedule.ready(GroupKey(1, 1)) == [Publish(1)]
+    assert schedule.loaded(0, 1) + schedule.published(1) == [issue(2, 0), issue(2, 1)]
+
+
+def test_due_push_does_not_wait_for_what_has_no_room():
+    schedule, actions = started(Ahead(3), capacity=3)
+    assert actions == [issue(0, 0), issue(0, 1), issue(1, 0)]
+    all_ready(schedule, 0)
+    schedule.wanted(0)
+    assert schedule.trained(0) == [issue(1, 1), issue(2, 0)]
+    assert all_ready(schedule, 1) == []
+    assert schedule.ready(GroupKey(2, 0)) == [Publish(1)]  # 2.1 and 3.* are admitted, but only training makes room
+
+
+def test_due_push_waits_for_groups_that_nobody_could_be_given():
+    schedule, _ = started(OneStepOff(), capacity=2)
+    all_ready(schedule, 0)
+    schedule.died(0)
+    schedule.wanted(0)
+    assert schedule.trained(0) == []
+    schedule.joined(1)
+    assert schedule.loaded(1, 0) == [issue(1, 0, 1), issue(1, 1, 1)]
+    assert all_ready(schedule, 1) == [Publish(1)]
+
+
+def test_groups_of_a_dead_explorer_go_to_another_before_new_ones():
+    schedule, actions = started(Synchronous(), size=4, explorers=2, capacity=4)
+    assert Counter(action.explorer for action in actions if isinstance(action, Issue)) == {0: 2, 1: 2}
+    assert schedule.died(1) == [issue(0, 1, 0), issue(0, 3, 0)]
+    assert schedule.joined(1) == []
+    assert schedule.died(0) == []  # nobody has weights
+    assert not schedule.push_pending
+    assert schedule.loaded(1, 0) == [issue(0, slot, 1) for slot in range(4)]
+    assert all_ready(schedule, 0, 4) + schedule.wanted(0) == [Lease(0)]
+
+
+def test_first_stop_and_capacity_limit_issuing():
+    schedule, actions = started(Ahead(10), size=2, first=5, stop=7)
+    assert [action.group for action in actions if isinstance(action, Issue)] == [(5, 0), (5, 1), (6, 0), (6, 1)]
+    schedule, actions = started(Ahead(10), size=2, capacity=3)
+    assert len(actions) == 3
+    assert schedule.failed(GroupKey(0, 1)) == [issue(0, 1)]  # it was counted already
+    assert all_ready(schedule, 0) == []
+    schedule.wanted(0)
+    assert schedule.trained(0) == [issue(1, 1), issue(2, 0)]
+    assert started(Synchronous(), stop=0)[1] == []
+
+
+def test_short_batches_are_complete_when_they_are():
+    schedule = Schedule(Synchronous(), size=lambda batch: 1 + batch % 2)
+    schedule.joined(0)
+    assert schedule.loaded(0, 0) + schedule.published(0) == [issue(0, 0)]
+    assert all_ready(schedule, 0, 1) + schedule.wanted(0) == [Lease(0)]
+    assert schedule.trained(0) == [Publish(1)]
+    assert schedule.loaded(0, 1) + schedule.published(1) == [issue(1, 0), issue(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        (lambda schedule: schedule.wanted(1), "batch 1 was asked for with version 0"),
+        (lambda schedule: schedule.trained(1), "batch 1 was trained by version 0"),
+        (lambda schedule: schedule.published(1), "version 1 was published while the trainer is at 0"),
+        (lambda schedule: schedule.loaded(0, -1), "explorer 0 went back from version 0 to -1"),
+        (lambda schedule: schedule.loaded(0, 1), "explorer 0 loaded version 1, but only 0 exists"),
+        (lambda schedule: schedule.ready(GroupKey(3, 0)), "no explorer was asked for it"),
+        (lambda schedule: (schedule.ready(GroupKey(0, 0)), schedule.ready(GroupKey(0, 0))), "no explorer was asked"),
+    ],
+)
+def test_what_cannot_be_is_refused(event: Callable[[Schedule], Any], message: str):
+    schedule, _ = started(Synchronous())
+    with pytest.raises(ScheduleError, match=message):
+        event(schedule)
+
+
+def test_capacity_below_a_batch_is_refused():
+    with pytest.raises(ConfigurationError, match=r"buffer_capacity=3 .* at least 4"):
+        Schedule(Synchronous(), size=lambda batch: 4, capacity=3)
+    Schedule(Synchronous(), size=lambda batch: 4, capacity=4)
+    Schedule(Synchronous(), size=lambda batch: 4, capacity=3, stop=0)  # nothing will be issued
+
+
+# Under a fake clock
+
+
+def test_one_step_off_policy_overlaps_and_synchronous_does_not():
+    times = {"duration": lambda group, attempt: 3.0, "train_time": 2.0, "batches": 5}
+    assert drive(Synchronous(), **times)[-1].time == 5 * (3 + 2)
+    # the first two rollouts at once, the first step, then the longer of the two each time, the last step
+    assert drive(OneStepOff(), **times)[-1].time == 3 + 2 + 3 * 3 + 2
+
+
+def test_a_second_explorer_does_not_idle():
+    events = drive(Synchronous(2), batches=4, groups_per_batch=4, explorers=2)
+    assert Counter(event.explorer for event in events if event.what == "issued") == {0: 8, 1: 8}
+
+
+def test_driver_reports_a_deadlock():
+    class Never(OneStepOff):
+        def publishes_after(self, batch: int) -> bool:
+            return False
+
+    with pytest.raises(ScheduleError, match=r"deadlock: 2 of 4 batches .* version 0 was pushed last"):
+        drive(Never(), batches=4)
+    with pytest.raises(ScheduleError, match="deadlock"):
+        drive(Synchronous(), batches=2, deaths=[(1.5, 0)])
+    assert drive(Synchronous(), batches=2, deaths=[(1.5, 0)], joins=[(9.0, 0)])[-1].time > 9
+
+
+RULES = st.one_of(
+    st.builds(Synchronous, sync_interval=st.sampled_from([1, 2, 4])),
+    st.builds(OneStepOff, st.sampled_from([1, 2, 4])),
+    st.builds(Ahead, st.integers(0, 4)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rule=RULES,
+    explorers=st.integers(1, 3),
+    batches=st.integers(1, 12),
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    room=st.none() | st.integers(0, 12),
+    failure_rate=st.sampled_from([0.0, 0.1, 0.5]),
+    train_time=st.sampled_from([0.0, 1.0, 20.0]),
+    push_time=st.sampled_from([0.0, 0.5, 5.0]),
+    outages=st.lists(st.tuples(st.floats(0, 60), st.integers(0, 2), st.floats(0, 20)), max_size=5),
+    late=st.lists(st.tuples(st.floats(0, 60), st.integers(0, 4)), max_size=2),
+    seed=st.integers(0, 2**32),
+)
+def test_every_run_keeps_the_promises(
+    rule: Any,
+    explorers: int,
+    batches: int,
+    sizes: list[int],
+    room: int | None,
+    failure_rate: float,
+    train_time: float,
+    push_time: float,
+    outages: list[tuple[float, int, float]],
+    late: list[tuple[float, int]],
+    seed: int,
+):
+    def draw(*about: Any) -> random.Random:
+        return random.Random(repr((seed, *about)))
+
+    def size(batch: int) -> int:
+        return sizes[batch % len(sizes)]
+
+    capacity = None if room is None else max(sizes) + room
+    events = drive(  # returns, so nothing deadlocked
+        rule,
+        batches=batches,
+        groups_per_batch=size,
+        explorers=explorers,
+        duration=lambda group, attempt: draw("duration", group, attempt).paretovariate(1.1),
+        train_time=train_time,
+        push_time=push_time,
+        fails=lambda group, attempt: draw("fails", group, attempt).random() < failure_rate,
+        deaths=[(when, explorer) for when, explorer, _ in outages],
+        joins=[(when + away, explorer) for when, explorer, away in outages] + late,
+        capacity=capacity,
+    )
+    check(rule, events, batches, size, capacity)
+
+
+def check(rule: Any, events: Sequence[Event], batches: int, size: Callable[[int], int], capacity: int | None) -> None:
+    """Retells a run from its events alone and holds it to what the strategy promises."""
+    every_group = {GroupKey(batch, slot) for batch in range(batches) for slot in range(size(batch))}
+    version = pushed = -1
+    trained, pushes = count(), [0, *(batch + 1 for batch in range(batches) if rule.publishes_after(batch))]
+    if pushes[-1] != batches:
+        pushes.append(batches)  # the end of the run
+    loaded: dict[int, int] = {}
+    running: dict[GroupKey, Event] = {}
+    ready: dict[GroupKey, int] = {}
+    waiting_again: set[GroupKey] = set()
+
+    for event in events:
+        group, explorer = event.group, event.explorer
+        if event.what == "joined":
+            assert explorer is not None
+            loaded[explorer] = -1
+        elif event.what == "loaded":
+            assert explorer is not None
+            assert loaded[explorer] < event.version <= max(version, 0)
+            assert not any(work.explorer == explorer for work in running.values())  # no swap in mid-group
+            loaded[explorer] = event.version
+        elif event.what == "died":
+            assert explorer is not None
+            del loaded[explorer]
+            lost = {key for key, work in running.items() if work.explorer == explorer}
+            waiting_again |= lost
+            running = {key: work for key, work in running.items() if key not in lost}
+        elif event.what == "issued":
+            assert group is not None
+            assert group in every_group  # so it stops in time
+            assert group not in ready
+            assert group not in running
+            assert not waiting_again or group == min(waiting_again)
+            waiting_again.discard(group)
+            assert max(0, rule.admit(group.batch)) <= event.version == loaded[explorer]  # type: ignore[index]
+            load = Counter(work.explorer for work in running.values())
+            able = [i for i, v in loaded.items() if max(0, rule.admit(group.batch)) <= v <= pushed]
+            assert load[explorer] == min(load[i] for i in able)
+            running[group] = event
+            outstanding = {key for key in {*running, *ready, *waiting_again} if key.batch >= max(version, 0)}
+            assert capacity is None or len(outstanding) <= capacity
+        elif event.what in ("ready", "failed"):
+            assert group is not None
+            assert running.pop(group).version == event.version
+            if event.what == "ready":
+                ready[group] = event.version
+            else:
+                waiting_again.add(group)
+        elif event.what == "trained":
+            batch = next(trained)
+            assert event.version == batch
+            assert not running or min(running).batch > batch
+            for key in every_group:
+                if key.batch == batch:
+                    staleness = batch - ready[key]
+                    assert 0 <= staleness <= rule.max_staleness
+                    if isinstance(rule, Synchronous):
+                        assert ready[key] == batch // rule.sync_interval * rule.sync_interval
+            version = batch + 1
+        else:
+            assert event.what == "pushed"
+            assert event.version == pushes.pop(0) == max(version, 0)
+            pushed = event.version
+            assert all(v == pushed for v in loaded.values())
+            older = [key for key in {*running, *waiting_again} if rule.admit(key.batch) < pushed]
+            assert pushed == 0 or not older
+    assert not pushes
+    assert version == batches
+    assert ready.keys() == every_group
+    assert not waiting_again
+

@@ -1,0 +1,271 @@
+"""However a run ends: the right exit status, the error the user needs to see, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.processes import Script, Zygote
+
+Start = Callable[[str], Script]
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    started = Zygote()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def start(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Start]:
+    """Starts a script; at the test's end it must have ended, and everything it started too."""
+    scripts: list[Script] = []
+
+    def start(source: str) -> Script:
+        scripts.append(zygote.start(source, tmp_path, tiny_model_path))
+        return scripts[-1]
+
+    yield start
+    try:
+        for script in scripts:
+            script.wait()
+            script.gone()
+    finally:
+        for script in scripts:
+            script.kill()
+
+
+def test_normal_end(start: Start) -> None:
+    script = start("""
+        from lightning_rft import FakeEngine
+        from tests.processes import fit
+        trainer = fit(engine=FakeEngine(), explorers=1, val_tasks=["2 + 2 ="])
+        print("steps", trainer.global_step)
+    """)
+    assert script.wait() == 0, script.stderr
+    script.gone()
+    assert script.stdout.splitlines()[-1] == "steps 3"
+    assert "Traceback" not in script.stderr
+
+
+# Errors
+
+
+def test_exception_in_training(start: Start) -> None:
+    script = start("""
+        from lightning_rft import RFTModule
+        from tests.processes import fit
+        class Module(RFTModule):
+            def training_step(self, batch, batch_idx):
+                if batch_idx == 1:
+                    raise ZeroDivisionError("in the second step")
+                return super().training_step(batch, batch_idx)
+        fit(Module)
+    """)
+    assert script.wait() == 1
+    assert script.stderr.endswith("ZeroDivisionError: in the second step\n")
+
+
+def test_exception_in_the_reward(start: Start, tmp_path: Path) -> None:
+    script = start("""
+        from tests.processes import fit
+        class Unhappy(Exception):
+            pass
+        def reward(completion, task):
+            with open("calls", "a") as calls:
+                print(repr(completion), file=calls)
+            raise Unhappy("no", task.prompt)  # the line that is to blame
+        try:
+            fit(reward=reward, retries=2)
+        except Unhappy as error:
+            print(error.args)
+            raise
+    """)
+    assert script.wait() == 1
+    assert script.stdout.startswith("('no', '1 + ")  # its own class, so that `except` finds it
+    assert "the line that is to blame" in script.stderr
+    assert script.stderr.splitlines()[-1].startswith("__main__.Unhappy: ('no', '1 + ")
+    # a retried sample has the same seed, so it gives the same completion
+    calls = Counter((tmp_path / "calls").read_text().splitlines())
+    assert max(calls.values()) == 3
+
+
+def test_reward_that_ends_its_process(start: Start) -> None:
+    script = start("""
+        import os
+        from tests.processes import fit
+        fit(reward=lambda completion, task: os._exit(7), retries=1)
+    """)
+    assert script.wait() == 1
+    assert "RuntimeError: the reward function ended its process at task" in script.stderr.splitlines()[-1]
+
+
+def test_reward_that_hangs(start: Start) -> None:
+    script = start("""
+        import time
+        from tests.processes import fit
+        fit(reward=lambda completion, task: time.sleep(3600), retries=0, reward_timeout_s=1)
+    """)
+    assert script.wait() == 1
+    assert "DeadlineError: the reward of task" in script.stderr.splitlines()[-1]
+    assert "reward_timeout_s=1:" in script.stderr.splitlines()[-1]
+
+
+def test_exception_in_the_workflow(start: Start) -> None:
+    script = start("""
+        from tests.processes import fit
+        async def workflow(task, policy):
+            await policy(task.prompt)
+            raise LookupError("no such tool")  # the line that is to blame
+        fit(workflow=workflow)
+    """)
+    assert script.wait() == 1
+    assert script.stderr.endswith("LookupError: no such tool\n")
+    assert "the line that is to blame" in script.stderr
+
+
+def test_workflow_that_exits(start: Start) -> None:
+    script = start("""
+        import sys
+        from tests.processes import fit
+        async def workflow(task, policy):
+            sys.exit("enough")  # the line that is to blame
+        fit(workflow=workflow)
+    """)
+    assert script.wait() == 1
+    assert "ExplorerError" in script.stderr
+    assert "the line that is to blame" in script.stderr
+
+
+def engine(method: str, body: str, settings: str = "") -> str:
+    return f"""
+        import time
+        from tests.processes import LightEngine, fit, touch, until
+        class Engine(LightEngine):
+            def {method}:
+                {body}
+        fit(engine=Engine({settings}), val_tasks=["2 + 2 ="])
+    """
+
+
+@pytest.mark.parametrize(
+    "method", ["start(self, model, *, max_model_len, seed)", "connect(self, link)", "load(self, manifest, version)"]
+)
+def test_error_of_the_engine(start: Start, method: str, tmp_path: Path) -> None:
+    script = start(engine(method, 'raise OverflowError("too many")  # the line that is to blame'))
+    assert script.wait() == 1
+    assert script.stderr.endswith("OverflowError: too many\n")
+    assert "the line that is to blame" in script.stderr
+    assert "the line that is to blame" in (tmp_path / "rft" / "explorer-0.log").read_text()
+
+
+def test_error_of_the_engine_in_validation(start: Start) -> None:
+    script = start(engine("add(self, request)", 'assert request.temperature > 0, "greedy"; super().add(request)'))
+    assert script.wait() == 1
+    assert script.stderr.endswith("AssertionError: greedy\n")
+
+
+def test_reward_that_explorers_cannot_load(start: Start) -> None:
+    script = start("""
+        from tests.processes import fit
+        class Reward:
+            def __call__(self, completion, task):
+                return 1.0
+            def __reduce__(self):
+                return divmod, (1, 0)
+        fit(reward=Reward())
+    """)
+    assert script.wait() == 1
+    assert script.stderr.splitlines()[-1].startswith("ZeroDivisionError")
+
+
+# Signals
+
+SLOW = "tokens_per_second=20, mean_tokens=10_000"
+
+
+def exploring(start: Start) -> Script:
+    """A run whose trainer waits for experience that would take twenty seconds."""
+    script = start("""
+        from tests.processes import LightEngine, fit, touch
+        class Engine(LightEngine):
+            def step(self):
+                print("the engine steps", flush=True)
+                touch("exploring")
+                return super().step()
+        fit(engine=Engine(tokens_per_second=20, mean_tokens=10_000), max_new_tokens=400)
+    """)
+    script.wait_for("exploring")
+    return script
+
+
+def starting(start: Start) -> Script:
+    """A run whose engines are not ready for a minute."""
+    script = start("""
+        import time
+        from lightning.pytorch.callbacks import Callback
+        from tests.processes import LightEngine, fit, touch
+        class Engine(LightEngine):
+            def start(self, model, *, max_model_len, seed):
+                touch("starting")
+                time.sleep(60)
+        class Waits(Callback):
+            def on_fit_start(self, trainer, pl_module):
+                touch("fitting")
+        fit(engine=Engine(), callbacks=(Waits(),))
+    """)
+    script.wait_for("starting")
+    script.wait_for("fitting")
+    return script
+
+
+def training(start: Start) -> Script:
+    """A run in the middle of its second step, which ends when the signal was noticed."""
+    script = start("""
+        from lightning_rft import RFTModule
+        from tests.processes import fit, touch, until
+        class Module(RFTModule):
+            def training_step(self, batch, batch_idx):
+                if batch_idx == 1:
+                    touch("training")
+                    until(lambda: self.trainer.received_sigterm, "a signal")
+                return super().training_step(batch, batch_idx)
+        fit(Module)
+    """)
+    script.wait_for("training")
+    return script
+
+
+@pytest.mark.parametrize("when", [starting, exploring, training])
+def test_ctrl_c(start: Start, when: Callable[[Start], Script]) -> None:
+    script = when(start)
+    script.signal(signal.SIGINT, group=True)
+    assert script.wait(timeout_s=15) == 1
+
+
+@pytest.mark.parametrize("when", [exploring, training])
+def test_sigterm(start: Start, when: Callable[[Start], Script]) -> None:
+    script = when(start)
+    script.signal(signal.SIGTERM)
+    assert script.wait(timeout_s=15) == 143
+
+
+@pytest.mark.parametrize("when", [starting, exploring, training])
+def test_sigkill(start: Start, when: Callable[[Start], Script]) -> None:
+    script = when(start)
+    script.signal(signal.SIGKILL)
+    assert script.wait(timeout_s=15) == -signal.SIGKILL
+
+
+def test_explorer_killed(start: Start) -> None:
+    script = exploring(start)
+    (explorer,) = script.children("lightning_rft.explorer.worker")
+    os.kill(explorer, signal.SIGKILL)
+    assert script.wait() == 1
+    assert "ExplorerError: explorer 0 ended with status -9" in script.stderr
+    assert script.stderr.splitlines()[-1] == "the engine steps"

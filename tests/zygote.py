@@ -1,0 +1,59 @@
+"""Runs scripts in forks of itself: real processes with real exit statuses, that need not import torch each by itself.
+
+Reads a JSON object a line. ``{"script", "folder", "environment"}`` starts one and answers its process id, ``{"poll"}``
+answers the exit status of one, or null as long as it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import sys
+
+import lightning
+import torch
+import transformers
+
+import lightning_rft
+
+_PRELOADED = (lightning.Trainer, transformers.AutoTokenizer, transformers.LlamaForCausalLM)
+_PRELOADED += tuple(getattr(lightning_rft, name) for name in lightning_rft.__all__)
+
+
+def serve() -> str | None:
+    """Answers until the input ends; in a fork it returns the script to run."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "poll" in asked:
+            pid, status = os.waitpid(asked["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                become(**asked)
+                return str(asked["script"])
+        print(json.dumps(answer), flush=True)
+    return None
+
+
+def become(script: str, folder: str, environment: dict[str, str]) -> None:
+    """Makes this fork look as if it had been started as a command."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(environment)
+    sys.argv = [script]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    for number, name in enumerate(("/dev/null", "stdout", "stderr")):
+        opened = os.open(name, flags if number else os.O_RDONLY, 0o600)
+        os.dup2(opened, number)
+        os.close(opened)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    to_run = serve()
+    if to_run is not None:
+        runpy.run_path(to_run, run_name="__main__")
