@@ -128,7 +128,7 @@ class Script:
         until(lambda: not alive(self._mark), f"the end of {alive(self._mark)}", timeout_s=10.0)
 
     def kill(self) -> None:
-        for pid in alive(self._mark) if self._ended() else [self.pid, *alive(self._mark)]:
+        for pid in [*([] if self._ended() else [self.pid]), *alive(self._mark)]:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -164,11 +164,13 @@ def fit(module: type | None = None, callbacks: tuple[Any, ...] = (), **settings:
         "samples_per_task": 2,
         "max_new_tokens": 8,
         "buffer": ":memory:",
+        "start_timeout_s": 30.0,
+        "rollout_timeout_s": 30.0,
     }
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
-        callbacks=[rft.Synchronous(), *callbacks],
+        callbacks=[*callbacks, rft.Synchronous()],
         default_root_dir=os.getcwd(),
         logger=False,
         enable_checkpointing=False,

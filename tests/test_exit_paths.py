@@ -89,7 +89,7 @@ def test_exception_in_the_reward(start: Start, tmp_path: Path) -> None:
     assert script.wait() == 1
     assert script.stdout.startswith("('no', '1 + ")  # its own class, so that `except` finds it
     assert "the line that is to blame" in script.stderr
-    assert script.stderr.splitlines()[-1].startswith("__main__.Unhappy: ('no', '1 + ")
+    assert script.stderr.splitlines()[-1].startswith("Unhappy: ('no', '1 + ")
     # a retried sample has the same seed, so it gives the same completion
     calls = Counter((tmp_path / "calls").read_text().splitlines())
     assert max(calls.values()) == 3
@@ -142,14 +142,13 @@ def test_workflow_that_exits(start: Start) -> None:
     assert "the line that is to blame" in script.stderr
 
 
-def engine(method: str, body: str, settings: str = "") -> str:
+def engine(method: str, body: str) -> str:
     return f"""
-        import time
-        from tests.processes import LightEngine, fit, touch, until
+        from tests.processes import LightEngine, fit
         class Engine(LightEngine):
             def {method}:
                 {body}
-        fit(engine=Engine({settings}), val_tasks=["2 + 2 ="])
+        fit(engine=Engine(), val_tasks=["2 + 2 ="])
     """
 
 
@@ -181,12 +180,10 @@ def test_reward_that_explorers_cannot_load(start: Start) -> None:
         fit(reward=Reward())
     """)
     assert script.wait() == 1
-    assert script.stderr.splitlines()[-1].startswith("ZeroDivisionError")
+    assert "an object cannot be rebuilt in another process: ZeroDivisionError" in script.stderr.splitlines()[-1]
 
 
 # Signals
-
-SLOW = "tokens_per_second=20, mean_tokens=10_000"
 
 
 def exploring(start: Start) -> Script:
@@ -205,7 +202,7 @@ def exploring(start: Start) -> Script:
 
 
 def starting(start: Start) -> Script:
-    """A run whose engines are not ready for a minute."""
+    """A run whose trainer waits for an engine that would take a minute."""
     script = start("""
         import time
         from lightning.pytorch.callbacks import Callback
@@ -215,12 +212,12 @@ def starting(start: Start) -> Script:
                 touch("starting")
                 time.sleep(60)
         class Waits(Callback):
-            def on_fit_start(self, trainer, pl_module):
-                touch("fitting")
+            def on_train_start(self, trainer, pl_module):
+                touch("waiting")
         fit(engine=Engine(), callbacks=(Waits(),))
     """)
     script.wait_for("starting")
-    script.wait_for("fitting")
+    script.wait_for("waiting")
     return script
 
 
@@ -248,7 +245,7 @@ def test_ctrl_c(start: Start, when: Callable[[Start], Script]) -> None:
     assert script.wait(timeout_s=15) == 1
 
 
-@pytest.mark.parametrize("when", [exploring, training])
+@pytest.mark.parametrize("when", [starting, exploring, training])
 def test_sigterm(start: Start, when: Callable[[Start], Script]) -> None:
     script = when(start)
     script.signal(signal.SIGTERM)

@@ -124,7 +124,10 @@ class Failure:
         cause = ExplorerError(f"in {where}:\n{self.text}")
         if self.exception is None:
             return cause
-        exception: BaseException = pickle.loads(self.exception)
+        try:
+            exception: BaseException = pickle.loads(self.exception)
+        except Exception:  # its class is known over there only
+            return cause
         exception.__cause__ = cause
         return exception
 
@@ -164,10 +167,15 @@ class Channel:
         Raises:
             EOFError: The other side is gone.
             TimeoutError: Nothing came within ``timeout_s``.
+            UnpicklingError: What came cannot be rebuilt in this process.
         """
         if not self._connection.poll(timeout_s):
             raise TimeoutError(f"no message within {timeout_s} s")
-        return pickle.loads(self._connection.recv_bytes())
+        packed = self._connection.recv_bytes()
+        try:
+            return pickle.loads(packed)
+        except Exception as error:  # of a user's class; an OSError among them must not pass for a broken line
+            raise pickle.UnpicklingError(f"an object cannot be rebuilt in another process: {error!r}") from error
 
     def close(self) -> None:
         """Closes this end; the other side reads end of file."""

@@ -61,13 +61,13 @@ class Scorer:
         if self._channel is None:
             self._process, self._channel = spawn(__name__)
             self._channel.send(self._reward)
-        self._channel.send((completion, task))
         try:
+            self._channel.send((completion, task))
             answer = self._channel.receive(self._timeout_s)
         except TimeoutError as error:
             self._kill()
             raise self._late(task) from error
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             self._kill()
             raise RuntimeError(f"the reward function ended its process at task {task.id!r}") from error
         if isinstance(answer, Failure):

@@ -28,15 +28,22 @@ class Stepper:
         self._loop = loop
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[str, asyncio.Future[Completion]] = {}
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     async def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """Runs a function on the engine's thread, between two steps."""
+        """Runs a function on the engine's thread, between two steps.
+
+        Raises:
+            Exception: What the function raised, or what a step raised before.
+        """
         future: asyncio.Future[_T] = self._loop.create_future()
 
         def job() -> None:
             try:
+                if self._error is not None:
+                    raise self._error
                 result = function(*args, **kwargs)
             except BaseException as error:
                 self._resolve(future, None, error)
@@ -72,23 +79,26 @@ class Stepper:
             if job is None:
                 self._engine.stop()
                 return
-            job()
-            busy = self._has_work
-
-    @property
-    def _has_work(self) -> bool:
-        return bool(self._waiting) and self._engine.has_work
+            try:
+                job()
+                busy = bool(self._waiting) and self._engine.has_work
+            except BaseException as error:
+                # an engine that fails once is not to be trusted: whoever waits, or comes later, is told
+                self._error, busy = error, False
+            if self._error is not None:
+                self._tell_all(self._error)
 
     def _step(self) -> None:
-        try:
-            for completion in self._engine.step():
-                future = self._waiting.pop(completion.request_id, None)
-                if future is not None:
-                    self._resolve(future, completion, None)
-        except BaseException as error:
-            # an engine that fails once is not to be trusted: whoever waits is told, and nobody is left waiting
-            for request_id in list(self._waiting):
-                self._resolve(self._waiting.pop(request_id), None, error)
+        for completion in self._engine.step():
+            future = self._waiting.pop(completion.request_id, None)
+            if future is not None:
+                self._resolve(future, completion, None)
+
+    def _tell_all(self, error: BaseException) -> None:
+        for request_id in list(self._waiting):
+            future = self._waiting.pop(request_id, None)  # a cancelled coroutine may have taken it meanwhile
+            if future is not None:
+                self._resolve(future, None, error)
 
     def _resolve(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
         def settle() -> None:

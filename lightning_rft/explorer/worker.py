@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -86,10 +87,11 @@ class Explorer:
     async def serve(self, inbox: asyncio.Queue[Any]) -> None:
         """Starts the engine, then does what is asked until the process is told to end."""
         spec = self._spec
-        starting = self._stepper.call(spec.engine.start, spec.model, max_model_len=spec.max_model_len, seed=spec.seed)
-        _, self._tokenizer = await asyncio.gather(starting, asyncio.to_thread(_tokenizer, spec.model))
+        await self._stepper.call(spec.engine.start, spec.model, max_model_len=spec.max_model_len, seed=spec.seed)
+        # After the engine, not beside it: two threads that import transformers at once may each see half of it.
+        self._tokenizer = await asyncio.to_thread(_tokenizer, spec.model)
         self._channel.send(Started(spec.engine.dtype, spec.engine.world_size, spec.engine.nccl))
-        while (message := await inbox.get()) is not None:
+        while (message := await _next(inbox)) is not None:
             await self._handle(message)
 
     def stop(self) -> None:
@@ -179,6 +181,8 @@ def _listen(channel: Channel, loop: asyncio.AbstractEventLoop, inbox: asyncio.Qu
                 break
         except (EOFError, OSError):
             break
+        except Exception as error:
+            loop.call_soon_threadsafe(inbox.put_nowait, error)
         else:
             loop.call_soon_threadsafe(inbox.put_nowait, message)
             if message is None:
@@ -186,25 +190,32 @@ def _listen(channel: Channel, loop: asyncio.AbstractEventLoop, inbox: asyncio.Qu
     os.killpg(0, signal.SIGKILL)
 
 
+async def _next(inbox: asyncio.Queue[Any]) -> Any:
+    message = await inbox.get()
+    if isinstance(message, Exception):  # what came could not be read
+        raise message
+    return message
+
+
 async def _main(channel: Channel) -> None:
     inbox: asyncio.Queue[Any] = asyncio.Queue()
     threading.Thread(
         target=_listen, args=(channel, asyncio.get_running_loop(), inbox), name="listener", daemon=True
     ).start()
+    explorer: Explorer | None = None
     try:
-        spec = await inbox.get()
-        if spec is None:
-            return
-        explorer = Explorer(channel, spec)
-        try:
+        spec = await _next(inbox)
+        if spec is not None:
+            explorer = Explorer(channel, spec)
             await explorer.serve(inbox)
-        finally:
-            explorer.stop()
     except Exception as error:
-        # told first, then raised: the log gets it as well, and the process ends
+        # told before the engine leaves its weight transport, which rank 0 notices too, and which says much less
         with contextlib.suppress(OSError):
             channel.send(Failed(-1, None, Failure.of(error)))
         raise
+    finally:
+        if explorer is not None:
+            explorer.stop()
 
 
 def main() -> None:
@@ -215,6 +226,8 @@ def main() -> None:
     channel = Channel(int(sys.argv[1]))
     try:
         asyncio.run(_main(channel))
+    except BaseException:
+        traceback.print_exc()  # into the log; Python itself would print it too late
     finally:
         # Whatever an engine left behind (tensor-parallel workers, a hung reward) ends with this process.
         sys.stdout.flush()

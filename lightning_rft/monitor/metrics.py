@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MaxMetric, MeanMetric, SumMetric
+from torchmetrics import MaxMetric, MeanMetric, Metric, SumMetric
 
 from lightning_rft.experience import Group
 
@@ -17,14 +17,16 @@ __all__ = ["BatchMetrics"]
 class BatchMetrics(nn.Module):
     """Metrics of one batch, under ``rft/``.
 
-    ``reward`` (mean over samples), ``reward_std`` (mean over groups of the standard deviation within the group),
-    ``completion_length`` (tokens), ``staleness_mean`` and ``staleness_max`` (batches, over tokens), and over the tokens
-    that were trained: ``entropy`` (nats), ``clip_fraction``, ``kl`` (from the sampling to the training policy, nats).
+    ``loss`` (of the whole batch, however it was cut up), ``reward`` (mean over samples), ``reward_std`` (mean over groups
+    of the standard deviation within the group), ``completion_length`` (tokens), ``staleness_mean`` and
+    ``staleness_max`` (batches, over tokens), and over the tokens that were trained: ``entropy`` (nats),
+    ``clip_fraction``, ``kl`` (from the sampling to the training policy, nats).
     ``tokens_per_second`` counts sampled tokens over the whole time since the batch before.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.loss = SumMetric()
         self.reward = MeanMetric()
         self.reward_std = MeanMetric()
         self.completion_length = MeanMetric()
@@ -56,6 +58,10 @@ class BatchMetrics(nn.Module):
             self.staleness_max.update(staleness)
             self.tokens.update(float(len(versions)))
 
+    def update_loss(self, loss: Tensor) -> None:
+        """Takes in a share's part of the batch's loss."""
+        self.loss.update(loss.detach())
+
     def update_tokens(self, entropy: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Takes in what the training step computed, one value per trained token."""
         self.entropy.update(entropy)
@@ -66,7 +72,7 @@ class BatchMetrics(nn.Module):
         """The values of the batch, and a fresh start for the next."""
         now = time.perf_counter()
         tokens = float(self.tokens.compute())
-        values = {f"rft/{name}": float(metric.compute()) for name, metric in self._metrics() if metric.update_called}
+        values = {f"rft/{name}": float(metric.compute()) for name, metric in self._logged() if metric.update_called}
         if self._began is not None:
             values["rft/tokens_per_second"] = tokens / (now - self._began)
         self.restart(now)
@@ -77,7 +83,9 @@ class BatchMetrics(nn.Module):
         self._began = time.perf_counter() if now is None else now
         for _, metric in self._metrics():
             metric.reset()
-        self.tokens.reset()
 
-    def _metrics(self) -> list[tuple[str, MeanMetric | MaxMetric]]:
-        return [(name, m) for name, m in self.named_children() if isinstance(m, (MeanMetric, MaxMetric))]
+    def _logged(self) -> list[tuple[str, Metric]]:
+        return [(name, metric) for name, metric in self._metrics() if metric is not self.tokens]
+
+    def _metrics(self) -> list[tuple[str, Metric]]:
+        return [(name, child) for name, child in self.named_children() if isinstance(child, Metric)]

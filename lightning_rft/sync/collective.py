@@ -20,6 +20,7 @@ from lightning_rft.sync.transport import Explorers, Push, Transport, buckets, nb
 __all__ = ["CollectiveTransport", "GlooLink"]
 
 _WATCH_S = 0.05
+_NEWS_S = 5.0
 _SAMPLED_ELEMENTS = 1_000_000
 
 
@@ -255,5 +256,9 @@ def _watched(function: Callable[[], None], explorers: Explorers, deadline: float
         if time.monotonic() > deadline:
             raise DeadlineError("a weight push passed its deadline: raise CollectiveTransport(timeout_s=...)")
     if outcome and outcome[0] is not None:
-        explorers.raise_failures()
+        # an explorer that failed or died broke it off, and news of that, which says why, may still be on its way
+        until = time.monotonic() + _NEWS_S
+        while time.monotonic() < until:
+            explorers.raise_failures()
+            time.sleep(_WATCH_S)
         raise TransportError(f"a weight push broke off: {outcome[0]}") from outcome[0]

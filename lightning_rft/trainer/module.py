@@ -129,7 +129,7 @@ class RFTModule(L.LightningModule):
         """
         self.metrics.update_groups(batch.groups, batch.batch)
         loss = self._loss(batch.groups) / batch.batch_tokens
-        self.log("rft/loss", loss.detach(), batch_size=1)
+        self.metrics.update_loss(loss)
         if batch.last:
             values = self.metrics.collect()
             self.log("rft/reward", values.pop("rft/reward"), prog_bar=True, batch_size=1)

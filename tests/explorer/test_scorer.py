@@ -1,0 +1,227 @@
+"""Rewards: every kind of callable, and none of them can hang or end the explorer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+import types
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pytest
+
+from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
+from lightning_rft.experience import Task
+from lightning_rft.explorer.scorer import Scorer
+
+T = TypeVar("T")
+
+TASK = Task("prompt", answer=2.0, id="t1")
+
+
+def scored(reward: Callable[..., Any], use: Callable[[Scorer], Awaitable[T]], timeout_s: float = 30.0) -> T:
+    async def run() -> T:
+        scorer = Scorer(reward, timeout_s)
+        try:
+            return await use(scorer)
+        finally:
+            scorer.stop()
+            assert scorer._process is None
+
+    return asyncio.run(run())
+
+
+def function(completion: str, task: Task) -> float:
+    return len(completion) + task.answer
+
+
+async def coroutine(completion: str, task: Task) -> float:
+    await asyncio.sleep(0)
+    return function(completion, task)
+
+
+class Object:
+    def __init__(self, weight: int) -> None:
+        self.weight = weight
+
+    def __call__(self, completion: str, task: Task) -> float:
+        return self.weight * function(completion, task)
+
+    def method(self, completion: str, task: Task) -> float:
+        return self(completion, task)
+
+
+class AsyncObject(Object):
+    async def __call__(self, completion: str, task: Task) -> float:  # type: ignore[override]
+        await asyncio.sleep(0)
+        return self.weight * function(completion, task)
+
+
+@pytest.mark.parametrize(
+    ("reward", "value"),
+    [
+        (function, 5.0),
+        (lambda completion, task: task.answer, 2.0),
+        (lambda completion, task: True, 1.0),
+        (Object(2), 10.0),
+        (Object(3).method, 15.0),
+        (coroutine, 5.0),
+        (AsyncObject(2), 10.0),
+    ],
+    ids=["function", "lambda", "bool", "object", "method", "coroutine", "async_object"],
+)
+def test_kinds_of_callables(reward: Callable[..., Any], value: float) -> None:
+    result = scored(reward, lambda scorer: scorer("abc", TASK))
+    assert type(result) is float
+    assert result == value
+
+
+SCRIPT = """
+import math
+OFFSET = 10
+class Unhappy(Exception):
+    pass
+def helper(text):
+    return math.sqrt(len(text)) + OFFSET
+def reward(completion, task):
+    if completion == "bad":
+        raise Unhappy("no")
+    return helper(completion)
+"""
+
+
+def test_a_reward_of_a_script_or_notebook() -> None:
+    script = types.ModuleType("__main__")
+    original = sys.modules["__main__"]
+    sys.modules["__main__"] = script
+    try:
+        exec(SCRIPT, vars(script))
+
+        async def use(scorer: Scorer) -> None:
+            assert await scorer("four", TASK) == 12.0
+            with pytest.raises(script.Unhappy, match="no"):  # its own class, not a copy
+                await scorer("bad", TASK)
+            assert await scorer("four", TASK) == 12.0
+
+        scored(script.reward, use)
+    finally:
+        sys.modules["__main__"] = original
+
+
+def test_plain_functions_run_in_a_process_of_their_own_and_async_ones_here() -> None:
+    async def here(completion: str, task: Task) -> int:
+        return os.getpid()
+
+    async def twice(scorer: Scorer) -> tuple[float, float]:
+        return await scorer("", TASK), await scorer("", TASK)
+
+    first, second = scored(lambda completion, task: os.getpid(), twice)
+    assert first == second != os.getpid()  # started once
+    assert scored(here, twice) == (os.getpid(), os.getpid())
+
+
+def test_exceptions_carry_their_traceback() -> None:
+    def reward(completion: str, task: Task) -> float:
+        raise LookupError(completion)  # the line that is to blame
+
+    async def use(scorer: Scorer) -> BaseException:
+        with pytest.raises(LookupError, match="abc") as caught:
+            await scorer("abc", TASK)
+        return caught.value
+
+    cause = scored(reward, use).__cause__
+    assert isinstance(cause, ExplorerError)
+    assert "in the reward function" in str(cause)
+    assert "the line that is to blame" in str(cause)
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, "1.0"])
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_what_is_no_number(value: Any, kind: str) -> None:
+    async def later(completion: str, task: Task) -> Any:
+        return value
+
+    reward = later if kind == "async" else lambda completion, task: value
+    with pytest.raises(ConfigurationError, match=r"reward returned .* for task 't1': return a finite float"):
+        scored(reward, lambda scorer: scorer("", TASK))
+
+
+def test_a_reward_that_hangs_is_killed_and_the_next_call_works() -> None:
+    def reward(completion: str, task: Task) -> float:
+        if completion == "hang":
+            time.sleep(3600)
+        return float(os.getpid())
+
+    async def use(scorer: Scorer) -> None:
+        first = await scorer("", TASK)
+        with pytest.raises(DeadlineError, match="task 't1' took longer than reward_timeout_s=0.5: make it faster or"):
+            await scorer("hang", TASK)
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(first), 0)
+        scorer._timeout_s = 30.0
+        assert await scorer("", TASK) != first
+
+    async def warm(scorer: Scorer) -> None:
+        scorer._timeout_s = 30.0  # the first call waits for the process's imports too
+        await scorer("", TASK)
+        scorer._timeout_s = 0.5
+        await use(scorer)
+
+    scored(reward, warm)
+
+
+def test_an_async_reward_that_hangs_is_cancelled() -> None:
+    cancelled = []
+
+    async def reward(completion: str, task: Task) -> float:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+        return 1.0
+
+    with pytest.raises(DeadlineError, match=r"reward_timeout_s=0.01"):
+        scored(reward, lambda scorer: scorer("", TASK), timeout_s=0.01)
+    assert cancelled == [True]
+
+
+def test_a_reward_that_ends_its_process_and_the_next_call_works() -> None:
+    def reward(completion: str, task: Task) -> float:
+        if completion == "exit":
+            os._exit(3)
+        return 1.0
+
+    async def use(scorer: Scorer) -> float:
+        with pytest.raises(RuntimeError, match="the reward function ended its process at task 't1'"):
+            await scorer("exit", TASK)
+        return await scorer("", TASK)
+
+    assert scored(reward, use) == 1.0
+
+
+def test_a_process_that_died_between_two_calls() -> None:
+    async def use(scorer: Scorer) -> float:
+        await scorer("", TASK)
+        assert scorer._process is not None
+        scorer._process.kill()
+        scorer._process.wait()
+        with pytest.raises(RuntimeError, match="the reward function ended its process at task 't1'"):
+            await scorer("", TASK)
+        return await scorer("", TASK)
+
+    assert scored(lambda completion, task: 1.0, use) == 1.0
+
+
+def test_a_slow_reward_does_not_hold_up_the_explorer() -> None:
+    async def use(scorer: Scorer) -> int:
+        slow = asyncio.ensure_future(scorer("", TASK))
+        ticks = 0
+        while not slow.done():
+            await asyncio.sleep(0.001)
+            ticks += 1
+        return ticks
+
+    assert scored(lambda completion, task: time.sleep(0.2) or 1.0, use) > 10

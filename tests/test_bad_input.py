@@ -1,0 +1,281 @@
+"""What cannot work is refused before any process starts, by an error that names the setting and says what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import lightning_rft as rft
+
+
+@pytest.fixture(autouse=True)
+def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spawn(*_: Any, **__: Any) -> None:
+        pytest.fail("an explorer process was started")
+
+    monkeypatch.setattr("lightning_rft.explorer.pool.spawn", spawn)
+
+
+def reward(completion: str, task: rft.Task) -> float:
+    return 1.0
+
+
+def make_data(**settings: Any) -> rft.RFTDataModule:
+    defaults: dict[str, Any] = {"tasks": ["1 + 1 ="], "reward": reward, "engine": rft.FakeEngine(), "max_new_tokens": 8}
+    return rft.RFTDataModule(**defaults | settings)
+
+
+Fit = Callable[..., None]
+
+
+@pytest.fixture
+def fit(tmp_path: Path, tiny_model_path: Path) -> Fit:
+    def fit(
+        *,
+        callbacks: list[Any] | None = None,
+        model: Path = tiny_model_path,
+        module: L.LightningModule | None = None,
+        method: str = "fit",
+        **settings: Any,
+    ) -> None:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=1,
+            callbacks=[rft.Synchronous()] if callbacks is None else callbacks,
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        getattr(trainer, method)(module or rft.RFTModule(model), datamodule=make_data(**settings))
+
+    return fit
+
+
+def test_what_is_refused_here_would_start_otherwise(fit: Fit) -> None:
+    with pytest.raises(pytest.fail.Exception, match="an explorer process was started"):
+        fit()
+
+
+# What each object can know by itself
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"explorers": 0}, "explorers=0 must be at least 1"),
+        ({"explorers": -1}, "explorers=-1 must be at least 1"),
+        ({"tasks_per_step": 0}, "tasks_per_step=0 must be at least 1"),
+        ({"samples_per_task": -2}, "samples_per_task=-2 must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be above 0"),
+        ({"tasks_per_step": 4, "buffer_capacity": 3}, "buffer_capacity=3 .* set buffer_capacity to at least 4"),
+        ({"tasks": []}, "tasks is empty: give at least one task"),
+        ({"val_tasks": []}, "val_tasks is empty: give at least one task"),
+        ({"tasks": [{"answer": 3}]}, r"tasks\[0\]: no `prompt` .*; give text"),
+        ({"tasks": ["1", "  "]}, r"tasks\[1\]: the prompt is blank; give text"),
+        ({"tasks": "nowhere.jsonl"}, "tasks cannot be read from nowhere.jsonl"),
+        ({"tasks": (str(i) for i in range(3))}, "tasks has no length: set steps_per_epoch"),
+        ({"reward": lambda completion: 1.0}, r"signature \(completion\).*: give a function `reward\(completion"),
+        ({"reward": 1.0}, "reward is 1.0, which cannot be called: give a function"),
+    ],
+)
+def test_settings_of_the_datamodule(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(rft.ConfigurationError, match=message):
+        make_data(**settings)
+
+
+def test_a_generator_of_tasks_with_steps_per_epoch() -> None:
+    data = make_data(tasks=(str(i) for i in range(1_000)), steps_per_epoch=3, tasks_per_step=2)
+    assert [task.prompt for task in data.tasks] == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_settings_of_strategy_and_transport() -> None:
+    with pytest.raises(rft.ConfigurationError, match="sync_interval=0 must be at least 1"):
+        rft.Synchronous(sync_interval=0)
+    with pytest.raises(rft.ConfigurationError, match="backend='mpi'.: use 'auto', 'nccl' or 'gloo'"):
+        rft.CollectiveTransport(backend="mpi")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        ("*", "is no folder: give an existing folder or a hub name"),
+        ("config.json", "has no config.json: give a folder that save_pretrained"),
+        ("tokenizer*", "has no tokenizer: save it there too, with tokenizer.save_pretrained"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["module", "engine"])
+def test_model_folder(
+    without: str, message: str, whose: str, fit: Fit, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    if without != "*":
+        shutil.copytree(tiny_model_path, model)
+        for file in model.glob(without):
+            file.unlink()
+    with pytest.raises(rft.ConfigurationError, match=rf"model='{model}' {message}"):
+        if whose == "module":
+            rft.RFTModule(model)
+        else:
+            fit(engine=rft.FakeEngine(model=str(model)))
+
+
+# What is known when everything has come together
+
+
+def test_no_strategy(fit: Fit) -> None:
+    with pytest.raises(rft.ConfigurationError, match=r"exactly one sync strategy, but has none: .*Synchronous\(\)"):
+        fit(callbacks=[])
+
+
+def test_two_strategies(fit: Fit) -> None:
+    class Other(rft.Synchronous):
+        pass
+
+    with pytest.raises(rft.ConfigurationError, match="exactly one sync strategy, but has Synchronous and Other"):
+        fit(callbacks=[rft.Synchronous(), Other()])
+
+
+def test_without_vllm(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find_spec(name, *rest)
+    )
+    with pytest.raises(rft.ConfigurationError, match="needs vLLM, which is not installed: `pip install"):
+        fit(engine=None)
+
+
+def test_settings_of_the_engine(fit: Fit) -> None:
+    with pytest.raises(rft.ConfigurationError, match=r"tokens_per_second=0.*: must be positive"):
+        fit(engine=rft.FakeEngine(tokens_per_second=0))
+
+
+def test_one_sample_per_task(fit: Fit) -> None:
+    with pytest.raises(rft.ConfigurationError, match="samples_per_task=1 with GRPO.*: set samples_per_task to 2"):
+        fit(samples_per_task=1)
+
+
+def test_prompt_longer_than_the_context(fit: Fit) -> None:
+    with pytest.raises(rft.ConfigurationError, match="prompt of 600 tokens is longer than the context of 512 tokens"):
+        fit(tasks=["1", "x" * 600])
+    with pytest.raises(rft.ConfigurationError, match="context of 20 tokens: .* or raise max_model_len"):
+        fit(val_tasks=["x" * 30], max_model_len=20)
+
+
+def test_answers_that_do_not_fit(fit: Fit) -> None:
+    with pytest.raises(rft.ConfigurationError, match="max_new_tokens=500 .* lower max_new_tokens to at most 412"):
+        fit(tasks=["x" * 100], max_new_tokens=500)
+
+
+def test_chat_without_a_template(fit: Fit, tiny_model_path: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_path, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = None
+    for file in model.glob("*.jinja"):
+        file.unlink()
+    tokenizer.save_pretrained(model)
+    with pytest.raises(rft.ConfigurationError, match="no chat template: set tokenizer.chat_template and save it"):
+        fit(model=model, tasks=[{"prompt": [{"role": "user", "content": "Hello"}]}])
+
+
+@pytest.mark.parametrize("setting", ["reward", "workflow"])
+def test_what_cannot_be_pickled(fit: Fit, setting: str) -> None:
+    lock = threading.Lock()
+
+    async def function(first: Any, second: Any) -> float:
+        with lock:
+            return 1.0
+
+    with pytest.raises(rft.ConfigurationError, match=f"^{setting} cannot be sent to an explorer process .*lock.*: keep"):
+        fit(**{setting: function})
+
+
+class Plain(L.LightningModule):
+    def training_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+
+
+def test_other_module(fit: Fit) -> None:
+    with pytest.raises(rft.ConfigurationError, match="feeds an RFTModule, not Plain: use or subclass it"):
+        fit(module=Plain())
+
+
+@pytest.mark.parametrize("kind", ["datamodule", "dataloader"])
+def test_other_data(tmp_path: Path, tiny_model_path: Path, kind: str) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, callbacks=[rft.Synchronous()], default_root_dir=tmp_path, logger=False
+    )
+    with pytest.raises(rft.ConfigurationError, match="Synchronous needs an RFTDataModule: call trainer.fit"):
+        if kind == "datamodule":
+            trainer.fit(rft.RFTModule(tiny_model_path), datamodule=L.LightningDataModule.from_datasets([1, 2]))
+        else:
+            trainer.fit(rft.RFTModule(tiny_model_path), train_dataloaders=[1, 2])
+
+
+def test_two_devices(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(L.Trainer, "world_size", 2)  # a real second rank would run all of pytest again
+    with pytest.raises(rft.ConfigurationError, match="makes 2 ranks: one is supported, set devices=1"):
+        fit()
+
+
+def test_validation_without_tasks(fit: Fit) -> None:
+    with pytest.raises(rft.ConfigurationError, match=r"trainer.validate\(\) needs RFTDataModule\(val_tasks"):
+        fit(method="validate")
+
+
+# The package itself
+
+
+def test_names() -> None:
+    assert "RFTDataModule" in rft.__all__
+    for name in rft.__all__:
+        assert getattr(rft, name).__name__ == name
+    assert set(rft.__all__) < set(dir(rft))
+    with pytest.raises(AttributeError, match=r"module 'lightning_rft' has no attribute 'Asynchronous'"):
+        _ = rft.Asynchronous
+
+
+def test_import_is_light_and_vllm_is_optional() -> None:
+    script = """
+        import sys
+        from importlib.machinery import PathFinder
+        find_spec = PathFinder.find_spec
+        PathFinder.find_spec = staticmethod(
+            lambda name, *rest: None if name.split(".")[0] == "vllm" else find_spec(name, *rest)
+        )
+        import lightning_rft as rft
+        heavy = {"vllm", "transformers", "torch", "lightning"} & sys.modules.keys()
+        assert not heavy, heavy
+        data = rft.RFTDataModule(tasks=["1"], reward=lambda completion, task: 1.0, engine=rft.FakeEngine())
+        assert "vllm" not in sys.modules
+        try:
+            rft.RFTDataModule(tasks=["1"], reward=lambda completion, task: 1.0).engine.check()
+        except rft.ConfigurationError as error:
+            print(error)
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "needs vLLM, which is not installed" in done.stdout

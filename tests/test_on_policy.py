@@ -1,0 +1,130 @@
+"""Strictly on-policy is strictly on-policy: explorer and trainer compute the same log-probs, in every step.
+
+Each step of these runs moves log-probs by far more than the two may differ, so weights that are one step old show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+import lightning_rft as rft
+from lightning_rft.sync.collective import CollectiveTransport
+
+SAME, STALE = 1e-4, 1e-2
+STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data() -> Iterator[rft.RFTDataModule]:
+    with rft.RFTDataModule(
+        tasks=[f"{index} + {index} =" for index in range(3 * STEPS)],
+        reward=lambda completion, task: float(sum(map(ord, completion)) % 7),
+        engine=rft.TransformersEngine(dtype="float32", device="cpu"),
+        tasks_per_step=3,
+        samples_per_task=3,
+        max_new_tokens=8,
+        temperature=0.8,
+    ) as data:
+        yield data
+
+
+@dataclass(frozen=True)
+class Watched(rft.GRPO):
+    """Keeps the largest difference between sampling and training log-probs of every micro-batch."""
+
+    differences: list[float] = field(default_factory=list)
+
+    def token_loss(self, logprobs: Any, sampling_logprobs: Any, advantages: Any) -> Any:
+        self.differences.append(float((logprobs.detach() - sampling_logprobs).abs().max()))
+        return super().token_loss(logprobs, sampling_logprobs, advantages)
+
+
+def differences(
+    strategy: rft.SyncStrategy, data: rft.RFTDataModule, model: Path, folder: Path, accumulate: int = 1
+) -> list[float]:
+    objective = Watched()
+    module = rft.RFTModule(
+        model, objective=objective, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-3)
+    )
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[strategy],
+        accumulate_grad_batches=accumulate,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, data)
+    assert trainer.global_step == STEPS
+    assert len(objective.differences) == STEPS * accumulate
+    return objective.differences
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_explorer_and_trainer_agree_in_every_step(
+    accumulate: int, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    assert max(differences(rft.Synchronous(), data, tiny_model_path, tmp_path, accumulate)) <= SAME
+
+
+class TooEarly(rft.Synchronous):
+    """Lets every batch but the first start one version early."""
+
+    def admit(self, batch: int) -> int:
+        return max(0, batch - 1)
+
+
+class TooEarlyAndUnchecked(TooEarly):
+    max_staleness = 1
+
+
+class Yesterday(CollectiveTransport):
+    """Sends the weights of the push before, under the name of the new version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[str, torch.Tensor]] = []
+
+    def push(self, weights: Any, version: int, explorers: Any) -> Any:
+        new = [(name, tensor.detach().clone()) for name, tensor in weights]
+        old, self.kept = self.kept or new, new
+        return super().push(old, version, explorers)
+
+
+def test_a_rollout_before_the_sync_is_seen(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
+    first, *others = differences(TooEarlyAndUnchecked(), data, tiny_model_path, tmp_path)
+    assert first <= SAME
+    assert min(others) > STALE
+
+
+def test_old_weights_under_a_new_name_are_seen(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
+    strategy = rft.Synchronous(transport=Yesterday())
+    first, *others = differences(strategy, data, tiny_model_path, tmp_path)
+    assert first <= SAME
+    assert min(others) > STALE
+
+
+def test_a_rollout_before_the_sync_is_refused(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(rft.ScheduleError, match=r"step of version 1 with tokens of versions \[0\].* 0 to 0"):
+        differences(TooEarly(), data, tiny_model_path, tmp_path)
+    assert data._pool is None  # an error ends the explorers though they are held

@@ -1,0 +1,82 @@
+"""The whole loop with the real engine: what vLLM samples with is what the trainer trains, after every push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+import lightning_rft as rft
+
+pytestmark = [pytest.mark.vllm]
+pytest.importorskip("vllm")
+
+STEPS = 4
+
+
+class Gap(rft.Objective):
+    """GRPO that reports the gap it sees."""
+
+    needs_group = False
+    skips_zero_advantage = False
+
+    def __init__(self) -> None:
+        self.inner = rft.GRPO()
+        self.gaps: list[float] = []
+
+    def advantages(self, rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        return rewards - 0.5
+
+    def token_loss(self, logprobs: Any, sampling_logprobs: Any, advantages: Any) -> Any:
+        self.gaps.append(float((logprobs.detach() - sampling_logprobs).abs().max()))
+        return self.inner.token_loss(logprobs, sampling_logprobs, advantages)
+
+
+def letters(completion: str, task: rft.Task) -> float:
+    return sum(character.isalpha() for character in completion) / 8
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [("float32", 1e-3), ("bfloat16", None)])
+def test_vllm_samples_with_the_weights_that_are_trained(
+    tiny_model_path: Path, tmp_path: Path, dtype: str, gap: float | None
+) -> None:
+    objective = Gap()
+    kls: list[float] = []
+    changed: list[float] = []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            kls.append(float(trainer.callback_metrics["rft/kl"]))
+            changed.append(float(trainer.callback_metrics["rft/weights_changed"]))
+
+    module = rft.RFTModule(tiny_model_path, objective=objective, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
+    data = rft.RFTDataModule(
+        tasks=[f"{i} + 1 =" for i in range(8)],
+        val_tasks=["1 + 1 =", "2 + 2 ="],
+        reward=letters,
+        engine=rft.VLLMEngine(dtype=dtype),
+        tasks_per_step=2,
+        samples_per_task=4,
+        max_new_tokens=8,
+    )
+    trainer = L.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        callbacks=[rft.Synchronous(), Note()],
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, data)
+    assert trainer.global_step == STEPS
+    assert trainer.callback_metrics["val/version"] == STEPS
+    assert len(kls) == STEPS
+    assert max(kls) < 1e-2
+    assert min(changed) > 0.1, "the weights must change visibly in the engine's dtype for this to mean anything"
+    if gap is not None:
+        assert max(objective.gaps) < gap
