@@ -19,6 +19,7 @@ import logging  # noqa: E402
 import os  # noqa: E402
 import random  # noqa: E402
 import statistics  # noqa: E402
+import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -28,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from convert_smollm2 import smollm2  # noqa: E402
-from lightning.pytorch.callbacks import Callback  # noqa: E402
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 
 import lightning_rft as rft  # noqa: E402
@@ -88,8 +89,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-5, help="learning rate")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder that takes the results")
     arguments = parser.parse_args()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    leave_the_terminal_to_the_progress_bar()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
@@ -118,7 +118,7 @@ def main() -> None:
         devices=1,
         precision="bf16-mixed" if torch.cuda.is_available() or bf16_is_fast() else "32-true",
         gradient_clip_val=1.0,
-        callbacks=[watch, rft.Synchronous()],
+        callbacks=[watch, rft.Synchronous(), TQDMProgressBar()],
         logger=[csv_logger, TensorBoardLogger(out, name="logs", version=csv_logger.version)],
         log_every_n_steps=1,
         num_sanity_val_steps=0,
@@ -174,6 +174,16 @@ def main() -> None:
     )
     print(f"Curve: {out / 'learning_curve.png'}   summary: {out / 'summary.json'}   model: {out / 'model'}")
     print(f"Logs: {logs} (explorers' own in {logs / 'rft'}); tensorboard --logdir {out / 'logs'}")
+
+
+def leave_the_terminal_to_the_progress_bar() -> None:
+    """Silences what Lightning and transformers say at every start, and a deprecation inside Lightning."""
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
 def column(path: Path, name: str) -> list[float]:

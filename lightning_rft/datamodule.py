@@ -24,6 +24,7 @@ from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.vllm_engine import VLLMEngine
 from lightning_rft.explorer.worker import ExplorerSpec
 from lightning_rft.explorer.workflow import SingleTurn, Workflow, encode_prompt
+from lightning_rft.hardware import gpus_for_explorers
 from lightning_rft.rewards import check_reward
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
@@ -179,7 +180,7 @@ class RFTDataModule(L.LightningDataModule):
                 retries=self.retries,
                 reward_timeout_s=self.reward_timeout_s,
             )
-            self._pool = ExplorerPool(spec, self.explorers, self._folder, self.start_timeout_s)
+            self._pool = ExplorerPool(spec, self.explorers, self._folder, self.start_timeout_s, self._gpus())
             self._pool.start()
         module.temperature = self.temperature
 
@@ -364,6 +365,15 @@ class RFTDataModule(L.LightningDataModule):
         if self.max_model_len is not None or (context is not None and not isinstance(self.workflow, SingleTurn)):
             return context or needed
         return needed + _PROMPT_ROOM if context is None else min(context, needed + _PROMPT_ROOM)
+
+    def _gpus(self) -> list[str] | None:
+        """``CUDA_VISIBLE_DEVICES`` of every explorer, where it can have GPUs of its own."""
+        count = torch.cuda.device_count()
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = [str(index) for index in range(count)] if not named else named.split(",")[:count]
+        root = self._trainer.strategy.root_device
+        used = self._trainer.device_ids if root.type == "cuda" else []
+        return gpus_for_explorers(visible, used, self.explorers, self.engine.world_size)
 
     def _check_interrupt(self) -> None:
         if self._trainer.received_sigterm:

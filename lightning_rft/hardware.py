@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-__all__ = ["available_cpus", "bf16_is_fast"]
+__all__ = ["available_cpus", "bf16_is_fast", "gpus_for_explorers"]
 
 
 def available_cpus() -> int:
@@ -29,3 +30,29 @@ def bf16_is_fast() -> bool:
         return False
     first = next((line for line in flags.splitlines() if line.lower().startswith(("flags", "features"))), "")
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(first.split())
+
+
+def gpus_for_explorers(
+    visible: Sequence[str], trainer: Sequence[int], explorers: int, per_explorer: int
+) -> list[str] | None:
+    """Shares out the GPUs that the trainer does not use.
+
+    Args:
+        visible: Names of the GPUs that this process sees, as ``CUDA_VISIBLE_DEVICES`` lists them.
+        trainer: Indices, among those, of the trainer's.
+        explorers: Number of explorers.
+        per_explorer: GPUs that one engine needs.
+
+    Returns:
+        ``CUDA_VISIBLE_DEVICES`` of every explorer; ``None`` if there are too few for each to have its own.
+
+    Example:
+        >>> gpus_for_explorers(["0", "1", "2", "3"], trainer=[0], explorers=3, per_explorer=1)
+        ['1', '2', '3']
+        >>> gpus_for_explorers(["0"], trainer=[0], explorers=1, per_explorer=1) is None
+        True
+    """
+    free = [name for index, name in enumerate(visible) if index not in trainer]
+    if len(free) < explorers * per_explorer:
+        return None
+    return [",".join(free[i * per_explorer : (i + 1) * per_explorer]) for i in range(explorers)]

@@ -108,7 +108,7 @@ def test_a_generator_of_tasks_with_steps_per_epoch() -> None:
 def test_settings_of_strategy_and_transport() -> None:
     with pytest.raises(rft.ConfigurationError, match="sync_interval=0 must be at least 1"):
         rft.Synchronous(sync_interval=0)
-    with pytest.raises(rft.ConfigurationError, match="backend='mpi'.: use 'auto', 'nccl' or 'gloo'"):
+    with pytest.raises(rft.ConfigurationError, match=r"backend='mpi'.: use 'auto', 'nccl' or 'gloo'"):
         rft.CollectiveTransport(backend="mpi")  # type: ignore[arg-type]
 
 
@@ -121,19 +121,15 @@ def test_settings_of_strategy_and_transport() -> None:
     ],
 )
 @pytest.mark.parametrize("whose", ["module", "engine"])
-def test_model_folder(
-    without: str, message: str, whose: str, fit: Fit, tiny_model_path: Path, tmp_path: Path
-) -> None:
+def test_model_folder(without: str, message: str, whose: str, fit: Fit, tiny_model_path: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     if without != "*":
         shutil.copytree(tiny_model_path, model)
         for file in model.glob(without):
             file.unlink()
+    use = {"module": lambda: rft.RFTModule(model), "engine": lambda: fit(engine=rft.FakeEngine(model=str(model)))}
     with pytest.raises(rft.ConfigurationError, match=rf"model='{model}' {message}"):
-        if whose == "module":
-            rft.RFTModule(model)
-        else:
-            fit(engine=rft.FakeEngine(model=str(model)))
+        use[whose]()
 
 
 # What is known when everything has come together
@@ -167,19 +163,19 @@ def test_settings_of_the_engine(fit: Fit) -> None:
 
 
 def test_one_sample_per_task(fit: Fit) -> None:
-    with pytest.raises(rft.ConfigurationError, match="samples_per_task=1 with GRPO.*: set samples_per_task to 2"):
+    with pytest.raises(rft.ConfigurationError, match=r"samples_per_task=1 with GRPO.*: set samples_per_task to 2"):
         fit(samples_per_task=1)
 
 
 def test_prompt_longer_than_the_context(fit: Fit) -> None:
     with pytest.raises(rft.ConfigurationError, match="prompt of 600 tokens is longer than the context of 512 tokens"):
         fit(tasks=["1", "x" * 600])
-    with pytest.raises(rft.ConfigurationError, match="context of 20 tokens: .* or raise max_model_len"):
+    with pytest.raises(rft.ConfigurationError, match=r"context of 20 tokens: .* or raise max_model_len"):
         fit(val_tasks=["x" * 30], max_model_len=20)
 
 
 def test_answers_that_do_not_fit(fit: Fit) -> None:
-    with pytest.raises(rft.ConfigurationError, match="max_new_tokens=500 .* lower max_new_tokens to at most 412"):
+    with pytest.raises(rft.ConfigurationError, match=r"max_new_tokens=500 .* lower max_new_tokens to at most 412"):
         fit(tasks=["x" * 100], max_new_tokens=500)
 
 
@@ -191,7 +187,7 @@ def test_chat_without_a_template(fit: Fit, tiny_model_path: Path, tmp_path: Path
     for file in model.glob("*.jinja"):
         file.unlink()
     tokenizer.save_pretrained(model)
-    with pytest.raises(rft.ConfigurationError, match="no chat template: set tokenizer.chat_template and save it"):
+    with pytest.raises(rft.ConfigurationError, match=r"no chat template: set tokenizer.chat_template and save it"):
         fit(model=model, tasks=[{"prompt": [{"role": "user", "content": "Hello"}]}])
 
 
@@ -203,7 +199,9 @@ def test_what_cannot_be_pickled(fit: Fit, setting: str) -> None:
         with lock:
             return 1.0
 
-    with pytest.raises(rft.ConfigurationError, match=f"^{setting} cannot be sent to an explorer process .*lock.*: keep"):
+    with pytest.raises(
+        rft.ConfigurationError, match=f"^{setting} cannot be sent to an explorer process .*lock.*: keep"
+    ):
         fit(**{setting: function})
 
 
@@ -221,16 +219,15 @@ def test_other_module(fit: Fit) -> None:
         fit(module=Plain())
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize("kind", ["datamodule", "dataloader"])
 def test_other_data(tmp_path: Path, tiny_model_path: Path, kind: str) -> None:
     trainer = L.Trainer(
         accelerator="cpu", max_steps=1, callbacks=[rft.Synchronous()], default_root_dir=tmp_path, logger=False
     )
-    with pytest.raises(rft.ConfigurationError, match="Synchronous needs an RFTDataModule: call trainer.fit"):
-        if kind == "datamodule":
-            trainer.fit(rft.RFTModule(tiny_model_path), datamodule=L.LightningDataModule.from_datasets([1, 2]))
-        else:
-            trainer.fit(rft.RFTModule(tiny_model_path), train_dataloaders=[1, 2])
+    data = L.LightningDataModule.from_datasets([1, 2]) if kind == "datamodule" else [1, 2]
+    with pytest.raises(rft.ConfigurationError, match=r"Synchronous needs an RFTDataModule: call trainer\.fit"):
+        trainer.fit(rft.RFTModule(tiny_model_path), data)
 
 
 def test_two_devices(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

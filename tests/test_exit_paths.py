@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.processes import Script, Zygote
 
 Start = Callable[[str], Script]
@@ -158,9 +159,19 @@ def engine(method: str, body: str) -> str:
 def test_error_of_the_engine(start: Start, method: str, tmp_path: Path) -> None:
     script = start(engine(method, 'raise OverflowError("too many")  # the line that is to blame'))
     assert script.wait() == 1
-    assert script.stderr.endswith("OverflowError: too many\n")
+    assert script.stderr.endswith("\nOverflowError: too many\n")
+    assert "ended with status" not in script.stderr  # itself, not the end of a log that tells of it
     assert "the line that is to blame" in script.stderr
     assert "the line that is to blame" in (tmp_path / "rft" / "explorer-0.log").read_text()
+
+
+def test_explorer_that_dies_in_a_push(start: Start) -> None:
+    script = start(
+        engine("load(self, manifest, version)", 'print("last words", flush=True); __import__("os")._exit(9)')
+    )
+    assert script.wait() == 1
+    assert "lightning_rft.errors.ExplorerError: explorer 0 ended with status 9" in script.stderr
+    assert script.stderr.endswith("\nlast words\n")
 
 
 def test_error_of_the_engine_in_validation(start: Start) -> None:
@@ -212,9 +223,9 @@ def starting(start: Start) -> Script:
                 touch("starting")
                 time.sleep(60)
         class Waits(Callback):
-            def on_train_start(self, trainer, pl_module):
+            def on_sanity_check_start(self, trainer, pl_module):
                 touch("waiting")
-        fit(engine=Engine(), callbacks=(Waits(),))
+        fit(engine=Engine(), callbacks=(Waits(),), val_tasks=["2 + 2 ="])
     """)
     script.wait_for("starting")
     script.wait_for("waiting")
@@ -242,21 +253,21 @@ def training(start: Start) -> Script:
 def test_ctrl_c(start: Start, when: Callable[[Start], Script]) -> None:
     script = when(start)
     script.signal(signal.SIGINT, group=True)
-    assert script.wait(timeout_s=15) == 1
+    assert script.wait(timeout_s=30) == 1
 
 
 @pytest.mark.parametrize("when", [starting, exploring, training])
 def test_sigterm(start: Start, when: Callable[[Start], Script]) -> None:
     script = when(start)
     script.signal(signal.SIGTERM)
-    assert script.wait(timeout_s=15) == 143
+    assert script.wait(timeout_s=30) == 143
 
 
 @pytest.mark.parametrize("when", [starting, exploring, training])
 def test_sigkill(start: Start, when: Callable[[Start], Script]) -> None:
     script = when(start)
     script.signal(signal.SIGKILL)
-    assert script.wait(timeout_s=15) == -signal.SIGKILL
+    assert script.wait(timeout_s=30) == -signal.SIGKILL
 
 
 def test_explorer_killed(start: Start) -> None:

@@ -109,11 +109,9 @@ class Failure:
         """Packs an exception."""
         text = "".join(traceback.format_exception(exception))
         try:
-            packed = cloudpickle.dumps(exception)
-            pickle.loads(packed)  # some exceptions pickle but cannot be made again
+            return cls(cloudpickle.dumps(exception), text)
         except Exception:  # whatever a user's class raises here, the text still tells what happened
             return cls(None, text)
-        return cls(packed, text)
 
     def unpack(self, where: str) -> BaseException:
         """The original exception, its traceback in the other process as the cause.
@@ -126,7 +124,7 @@ class Failure:
             return cause
         try:
             exception: BaseException = pickle.loads(self.exception)
-        except Exception:  # its class is known over there only
+        except Exception:  # some exceptions pickle but cannot be made again
             return cause
         exception.__cause__ = cause
         return exception

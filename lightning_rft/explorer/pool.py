@@ -34,13 +34,17 @@ class ExplorerPool:
         spec: What every explorer runs.
         count: How many.
         log_dir: Folder that takes ``explorer-<i>.log``.
+        gpus: ``CUDA_VISIBLE_DEVICES`` of each explorer; ``None`` where it has no GPU of its own.
         start_timeout_s: Seconds within which an engine must be ready.
     """
 
-    def __init__(self, spec: ExplorerSpec, count: int, log_dir: Path, start_timeout_s: float) -> None:
+    def __init__(
+        self, spec: ExplorerSpec, count: int, log_dir: Path, start_timeout_s: float, gpus: Sequence[str] | None = None
+    ) -> None:
         self._spec = spec
         self._count = count
         self._log_dir = log_dir
+        self._gpus = gpus
         self._start_timeout_s = start_timeout_s
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
@@ -72,7 +76,7 @@ class ExplorerPool:
         for index in range(self._count):
             process, channel = spawn(
                 "lightning_rft.explorer.worker",
-                environment=self._spec.engine.environment(threads),
+                environment=self._spec.engine.environment(threads) | self._visible_gpus(index),
                 log=self._log(index),
                 own_session=True,
             )
@@ -104,8 +108,8 @@ class ExplorerPool:
 
     @property
     def nccl(self) -> bool:
-        """Whether every engine takes an NCCL link."""
-        return all(started.nccl for started in self._started.values())
+        """Whether every engine takes an NCCL link: NCCL refuses two members on one GPU."""
+        return self._gpus is not None and all(started.nccl for started in self._started.values())
 
     def members(self) -> dict[int, int]:
         """Explorer index -> number of processes inside it that hold weights; those whose engine is up."""
@@ -157,6 +161,9 @@ class ExplorerPool:
                 f"start_timeout_s={self._start_timeout_s:g}: see {self._log(0)}, or raise the setting"
             )
         return messages
+
+    def _visible_gpus(self, index: int) -> dict[str, str]:
+        return {} if self._gpus is None else {"CUDA_VISIBLE_DEVICES": self._gpus[index]}
 
     def _log(self, index: int) -> Path:
         return self._log_dir / f"explorer-{index}.log"

@@ -21,6 +21,8 @@ from lightning_rft.rewards import as_reward
 
 __all__ = ["Scorer"]
 
+_START_S = 60.0
+
 
 class Scorer:
     """Calls a user's reward, plain or ``async``.
@@ -58,10 +60,11 @@ class Scorer:
         self._thread.shutdown(wait=False)
 
     def _ask(self, completion: str, task: Task) -> float:
-        if self._channel is None:
-            self._process, self._channel = spawn(__name__)
-            self._channel.send(self._reward)
         try:
+            if self._channel is None:
+                self._process, self._channel = spawn(__name__)
+                self._channel.send(self._reward)
+                self._channel.receive(max(_START_S, self._timeout_s))  # its imports are not the reward's time
             self._channel.send((completion, task))
             answer = self._channel.receive(self._timeout_s)
         except TimeoutError as error:
@@ -93,6 +96,7 @@ def main(fd: int) -> None:
     channel = Channel(fd)
     try:
         reward = channel.receive()
+        channel.send(None)
         while True:
             completion, task = channel.receive()
             try:

@@ -61,7 +61,7 @@ class Stepper:
             await self.call(self._engine.add, request)
             return await future
         finally:
-            if self._waiting.pop(request.id, None) is not None and not future.done():
+            if self._waiting.pop(request.id, None) is not None:  # cancelled, or the engine refused it
                 self._jobs.put(lambda: self._engine.abort([request.id]))
 
     def stop(self, timeout_s: float) -> None:

@@ -17,8 +17,8 @@ __all__ = ["BatchMetrics"]
 class BatchMetrics(nn.Module):
     """Metrics of one batch, under ``rft/``.
 
-    ``loss`` (of the whole batch, however it was cut up), ``reward`` (mean over samples), ``reward_std`` (mean over groups
-    of the standard deviation within the group), ``completion_length`` (tokens), ``staleness_mean`` and
+    ``loss`` (of the whole batch, however it was cut up), ``reward`` (mean over samples), ``reward_std`` (mean over
+    groups of the standard deviation within the group), ``completion_length`` (tokens), ``staleness_mean`` and
     ``staleness_max`` (batches, over tokens), and over the tokens that were trained: ``entropy`` (nats),
     ``clip_fraction``, ``kl`` (from the sampling to the training policy, nats).
     ``tokens_per_second`` counts sampled tokens over the whole time since the batch before.

@@ -177,9 +177,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    process, channel = spawn(
-        "lightning_rft_echo", environment={"OURS": "yes"}, log=tmp_path / "log", own_session=True
-    )
+    process, channel = spawn("lightning_rft_echo", environment={"OURS": "yes"}, log=tmp_path / "log", own_session=True)
     yield process, channel
     channel.close()
     assert process.wait(10) == 0  # by end of file

@@ -156,20 +156,30 @@ def test_a_reward_that_hangs_is_killed_and_the_next_call_works() -> None:
 
     async def use(scorer: Scorer) -> None:
         first = await scorer("", TASK)
-        with pytest.raises(DeadlineError, match="task 't1' took longer than reward_timeout_s=0.5: make it faster or"):
+        with pytest.raises(DeadlineError, match=r"task 't1' took longer than reward_timeout_s=0.5: make it faster or"):
             await scorer("hang", TASK)
         with pytest.raises(ProcessLookupError):
             os.kill(int(first), 0)
-        scorer._timeout_s = 30.0
         assert await scorer("", TASK) != first
 
-    async def warm(scorer: Scorer) -> None:
-        scorer._timeout_s = 30.0  # the first call waits for the process's imports too
-        await scorer("", TASK)
-        scorer._timeout_s = 0.5
-        await use(scorer)
+    scored(reward, use, timeout_s=0.5)
 
-    scored(reward, warm)
+
+class SlowToLoad:
+    def __reduce__(self) -> Any:
+        return _slowly, ()
+
+    def __call__(self, completion: str, task: Task) -> float:
+        return 1.0
+
+
+def _slowly() -> SlowToLoad:
+    time.sleep(0.3)
+    return SlowToLoad()
+
+
+def test_what_a_reward_imports_is_not_its_time() -> None:
+    assert scored(SlowToLoad(), lambda scorer: scorer("", TASK), timeout_s=0.2) == 1.0
 
 
 def test_an_async_reward_that_hangs_is_cancelled() -> None:

@@ -129,7 +129,9 @@ def close(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def test_prompt_logprobs_equal_a_fresh_engines(observed: Any) -> None:
     pushed, fresh_engine = observed
-    assert not close(pushed["before"], fresh_engine["long"]), "the weights must differ visibly for this to mean anything"
+    assert not close(pushed["before"], fresh_engine["long"]), (
+        "the weights must differ visibly for this to mean anything"
+    )
     assert close(pushed["short"], fresh_engine["short"])
     assert close(pushed["long"], fresh_engine["long"])
 

@@ -367,4 +367,3 @@ def check(rule: Any, events: Sequence[Event], batches: int, size: Callable[[int]
     assert version == batches
     assert ready.keys() == every_group
     assert not waiting_again
-

@@ -1,0 +1,154 @@
+"""Explorer processes: started once, listened to, and gone with everything they started."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_rft.errors import DeadlineError, ExplorerError
+from lightning_rft.experience import GroupKey, Task
+from lightning_rft.explorer.connection import Explore, Explored, Started
+from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.explorer.worker import ExplorerSpec
+from lightning_rft.explorer.workflow import SingleTurn
+from tests.processes import MARK, LightEngine, alive, until
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """In the environment of every process that the test starts; in the end there must be none."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    yield mark
+    until(lambda: not alive(mark), f"the end of {alive(mark)}", timeout_s=10)
+
+
+def make_pool(
+    model: Path, log_dir: Path, *, count: int = 1, start_timeout_s: float = 60, **changes: Any
+) -> ExplorerPool:
+    settings: dict[str, Any] = {
+        "engine": LightEngine(),
+        "model": str(model),
+        "workflow": SingleTurn(),
+        "reward": lambda completion, task: 1.0,
+        "max_new_tokens": 8,
+        "max_model_len": 50,
+        "seed": 0,
+        "retries": 0,
+        "reward_timeout_s": 30.0,
+    }
+    return ExplorerPool(ExplorerSpec(**settings | changes), count, log_dir, start_timeout_s)
+
+
+def heard(pool: ExplorerPool, kind: type, count: int = 1) -> list[tuple[int, Any]]:
+    found: list[tuple[int, Any]] = []
+
+    def enough() -> bool:
+        found.extend((index, message) for index, message in pool.poll(0.2) if isinstance(message, kind))
+        return len(found) >= count
+
+    until(enough, f"{count} {kind.__name__}")
+    return found
+
+
+def test_a_life(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
+    pool = make_pool(tiny_model_path, tmp_path / "logs", count=2)
+    assert not pool.running and not pool.ready
+    assert not alive(mark)
+    pool.stop()  # nothing to stop
+    pool.start()
+    first = alive(mark)
+    assert len(first) == 2
+    pool.start()  # nothing to start
+    assert alive(mark).keys() == first.keys()
+    assert pool.running and not pool.ready
+    heard(pool, Started, 2)
+    assert pool.ready
+    assert pool.members() == {0: 1, 1: 1}
+    assert pool.dtype == "float32"
+    assert not pool.nccl
+    for index in range(2):
+        pool.send(index, Explore(0, GroupKey(0, index), Task("1", id=str(index)), (1,), 1.0))
+    answers = {index: message.experiences[0].task_id for index, message in heard(pool, Explored, 2)}
+    assert answers == {0: "0", 1: "1"}
+    assert len(alive(mark)) == 4  # each has a process for its rewards
+    pool.stop()
+    assert not alive(mark)
+    assert not pool.running and not pool.ready
+    assert pool.members() == {}
+    pool.stop()
+    assert sorted(log.name for log in (tmp_path / "logs").iterdir()) == ["explorer-0.log", "explorer-1.log"]
+
+
+def test_a_pool_that_is_forgotten_ends(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
+    pool = make_pool(tiny_model_path, tmp_path)
+    pool.start()
+    heard(pool, Started)
+    del pool
+    gc.collect()
+    assert not alive(mark)
+
+
+def hanging(log: str) -> LightEngine:
+    class Hangs(LightEngine):
+        def start(self, model: str, *, max_model_len: int, seed: int) -> None:
+            print(log, flush=True)
+            time.sleep(3600)
+
+    return Hangs()
+
+
+def test_an_engine_that_does_not_start_in_time(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
+    pool = make_pool(tiny_model_path, tmp_path, start_timeout_s=0.3, engine=hanging("loading"))
+    pool.start()
+    with pytest.raises(DeadlineError, match=r"0 of 1 .* start_timeout_s=0.3: see .*explorer-0.log, or raise"):
+        heard(pool, Started)
+    pool.stop()
+    assert not alive(mark)
+
+
+def test_an_engine_that_does_not_start_at_all(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
+    class Fails(LightEngine):
+        def start(self, model: str, *, max_model_len: int, seed: int) -> None:
+            raise OverflowError("out of memory")  # the line that is to blame
+
+    pool = make_pool(tiny_model_path, tmp_path, engine=Fails())
+    pool.start()
+    with pytest.raises(OverflowError, match="out of memory") as caught:
+        heard(pool, Started)
+    assert "the line that is to blame" in str(caught.value.__cause__)
+    assert f"in explorer 0 (log: {tmp_path}" in str(caught.value.__cause__)
+    pool.stop()
+
+
+def test_death(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
+    lines = "\n".join(f"line {number}" for number in range(30))
+    pool = make_pool(tiny_model_path, tmp_path, engine=hanging(lines))
+    pool.start()
+    until(lambda: "line 29" in (tmp_path / "explorer-0.log").read_text(), "the engine's log")
+    (pid,) = alive(mark)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ExplorerError, match="explorer 0 ended with status -9; the end of") as caught:
+        heard(pool, Started)
+    assert str(caught.value).splitlines()[1:] == [f"line {number}" for number in range(10, 30)]
+    with pytest.raises(ExplorerError, match="explorer 0 ended with status -9"):
+        pool.send(0, "anything")
+    pool.stop()
+
+
+def test_what_is_stopped_or_ignores_requests_is_killed(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
+    pool = make_pool(tiny_model_path, tmp_path)
+    pool.start()
+    heard(pool, Started)
+    (pid,) = alive(mark)
+    os.kill(pid, signal.SIGSTOP)
+    pool.stop()
+    assert not alive(mark)

@@ -1,0 +1,155 @@
+"""An explorer within this process: how groups are run, tried again, given up and forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import GroupKey, Task
+from lightning_rft.explorer.connection import Cancel, Channel, Explore, Explored, Failed, Started
+from lightning_rft.explorer.fake_engine import FakeEngine
+from lightning_rft.explorer.worker import Explorer, ExplorerSpec
+from lightning_rft.explorer.workflow import Policy, SingleTurn
+
+GROUP = Explore(run=5, key=GroupKey(3, 1), task=Task("1 + 1 =", id="t"), seeds=(7, 8), temperature=1.0)
+
+
+@contextmanager
+def line() -> Iterator[tuple[Channel, Channel]]:
+    ours, theirs = socket.socketpair()
+    channels = Channel(ours.detach()), Channel(theirs.detach())
+    try:
+        yield channels
+    finally:
+        for channel in channels:
+            channel.close()
+
+
+def answers(model: Path, *messages: Any, replies: int = 1, **changes: Any) -> list[Any]:
+    """What an explorer sends after its start when it is sent these messages."""
+    settings: dict[str, Any] = {
+        "engine": FakeEngine(),
+        "model": str(model),
+        "workflow": SingleTurn(),
+        "reward": lambda completion, task: 1.0,
+        "max_new_tokens": 8,
+        "max_model_len": 50,
+        "seed": 0,
+        "retries": 2,
+        "reward_timeout_s": 30.0,
+    }
+
+    async def run() -> list[Any]:
+        with line() as (ours, theirs):
+            explorer = Explorer(theirs, ExplorerSpec(**settings | changes))
+            inbox: asyncio.Queue[Any] = asyncio.Queue()
+            serving = asyncio.ensure_future(explorer.serve(inbox))
+            try:
+                assert await asyncio.to_thread(ours.receive, 30) == Started("float32", 1, False)
+                for message in messages:
+                    inbox.put_nowait(message)
+                received = [await asyncio.to_thread(ours.receive, 30) for _ in range(replies)]
+                inbox.put_nowait(None)
+                await serving
+                with pytest.raises(TimeoutError):
+                    ours.receive(0)  # and nothing else
+                return received
+            finally:
+                explorer.stop()
+
+    return asyncio.run(run())
+
+
+def fails_with(model: Path, *messages: Any, **changes: Any) -> BaseException:
+    (answer,) = answers(model, *messages or (GROUP,), **changes)
+    assert isinstance(answer, Failed)
+    assert (answer.run, answer.key) == (GROUP.run, GROUP.key)
+    return answer.failure.unpack("here")
+
+
+def test_a_group(tiny_model_path: Path) -> None:
+    (answer,) = answers(tiny_model_path, GROUP, reward=lambda completion, task: float(len(task.prompt)))
+    assert isinstance(answer, Explored)
+    assert (answer.run, answer.key) == (5, GroupKey(3, 1))
+    assert [experience.sample for experience in answer.experiences] == [0, 1]
+    assert [experience.reward for experience in answer.experiences] == [7.0, 7.0]
+    first, second = (experience.turns[0].token_ids for experience in answer.experiences)
+    assert first != second
+    (again,) = answers(tiny_model_path, GROUP)
+    assert [experience.turns for experience in again.experiences] == [e.turns for e in answer.experiences]
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_sample_is_tried_again_as_often_as_asked(tiny_model_path: Path, retries: int) -> None:
+    tries = Counter[str]()
+
+    async def reward(completion: str, task: Task) -> float:
+        tries[completion] += 1
+        raise LookupError("never")
+
+    assert isinstance(fails_with(tiny_model_path, reward=reward, retries=retries), LookupError)
+    assert max(tries.values()) == retries + 1
+
+
+def test_a_retry_that_succeeds_is_a_success(tiny_model_path: Path) -> None:
+    tries = Counter[str]()
+
+    async def reward(completion: str, task: Task) -> float:
+        tries[completion] += 1
+        if tries[completion] < 3:
+            raise LookupError("not yet")
+        return 1.0
+
+    (answer,) = answers(tiny_model_path, GROUP, reward=reward)
+    assert isinstance(answer, Explored)
+    assert [len(experience.turns) for experience in answer.experiences] == [1, 1]  # none of a failed try
+
+
+def _reward(value: Any, calls: list[str]) -> Callable[..., Any]:
+    async def reward(completion: str, task: Task) -> Any:
+        calls.append(completion)
+        return value
+
+    return reward
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, "1.0"])
+def test_a_reward_that_is_no_number_is_not_tried_again(tiny_model_path: Path, value: Any) -> None:
+    calls: list[str] = []
+    error = fails_with(tiny_model_path, reward=_reward(value, calls))
+    assert isinstance(error, ConfigurationError)
+    assert "for task 't': return a finite float" in str(error)
+    assert max(Counter(calls).values()) == 1
+
+
+def test_a_workflow_that_never_calls_the_policy(tiny_model_path: Path) -> None:
+    async def workflow(task: Task, policy: Policy) -> str:
+        return "nothing"
+
+    error = fails_with(tiny_model_path, workflow=workflow)
+    assert isinstance(error, ConfigurationError)
+    assert "task 't' without calling the policy" in str(error)
+
+
+def test_an_error_in_a_step_of_the_engine(tiny_model_path: Path) -> None:
+    class Broken(FakeEngine):
+        def step(self) -> Any:
+            raise OverflowError("too many")
+
+    assert isinstance(fails_with(tiny_model_path, engine=Broken()), OverflowError)
+
+
+def test_a_cancelled_run_is_forgotten_and_others_go_on(tiny_model_path: Path) -> None:
+    other = Explore(run=6, key=GroupKey(0, 0), task=Task("2", id="u"), seeds=(1,), temperature=1.0)
+    endless = FakeEngine(mean_tokens=10_000, tokens_per_second=50.0)
+    (answer,) = answers(tiny_model_path, GROUP, Cancel(run=5), other, engine=endless, max_new_tokens=40)
+    assert isinstance(answer, Explored)
+    assert answer.run == 6

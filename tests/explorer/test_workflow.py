@@ -1,0 +1,107 @@
+"""What a policy makes of prompts and calls."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import Task
+from lightning_rft.explorer.engine import Completion, Request
+from lightning_rft.explorer.workflow import Policy, SingleTurn, encode_prompt
+
+CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_path: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model_path)
+
+
+class Sampler:
+    """Answers ``ok``, and an end-of-sequence token; keeps what it was asked."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.requests: list[Request] = []
+        self.answer = (*tokenizer("ok")["input_ids"], tokenizer.eos_token_id)
+
+    async def __call__(self, request: Request) -> Completion:
+        self.requests.append(request)
+        versions = (len(self.requests),) * 3
+        return Completion(request.id, self.answer, (-0.1, -0.2, -0.3), versions, "stop")
+
+
+def make_policy(tokenizer: Any, sampler: Sampler, **changes: Any) -> Policy:
+    settings: dict[str, Any] = {
+        "name": "run/3/1",
+        "temperature": 0.7,
+        "max_new_tokens": 5,
+        "max_model_len": 50,
+        "seed": 11,
+    }
+    return Policy(sampler, tokenizer, **settings | changes)
+
+
+def test_plain_text_is_encoded_as_it_is(tokenizer: Any) -> None:
+    ids = encode_prompt(tokenizer, "1 + 1 =")
+    assert isinstance(ids, tuple) and len(ids) == 7
+    assert tokenizer.decode(ids) == "1 + 1 ="
+
+
+def test_messages_go_through_the_chat_template(tokenizer: Any) -> None:
+    ids = encode_prompt(tokenizer, CHAT)
+    assert isinstance(ids, tuple) and all(type(token) is int for token in ids)
+    assert tokenizer.decode(ids) == "<|system|>Add.<|end|><|user|>1+1<|end|><|assistant|>"
+    assert encode_prompt(tokenizer, tuple(CHAT)) == ids
+
+
+def test_single_turn(tokenizer: Any) -> None:
+    sampler = Sampler(tokenizer)
+    policy = make_policy(tokenizer, sampler)
+    assert asyncio.run(SingleTurn()(Task(CHAT), policy)) == "ok"  # without the special token
+    (request,) = sampler.requests
+    assert request == Request("run/3/1/0", encode_prompt(tokenizer, CHAT), 5, 0.7, 11)
+    (turn,) = policy.turns
+    assert (turn.prompt_ids, turn.token_ids) == (request.prompt_ids, sampler.answer)
+    assert (turn.logprobs, turn.versions, turn.finish_reason) == ((-0.1, -0.2, -0.3), (1, 1, 1), "stop")
+    assert policy.seconds > 0
+
+
+def test_every_call_is_a_turn_with_random_numbers_of_its_own(tokenizer: Any) -> None:
+    async def workflow(policy: Policy) -> str:
+        draft = await policy("Q:")
+        return await policy(f"Q: {draft} Better:")
+
+    sampler = Sampler(tokenizer)
+    policy = make_policy(tokenizer, sampler)
+    asyncio.run(workflow(policy))
+    first, second = sampler.requests
+    assert (first.id, second.id) == ("run/3/1/0", "run/3/1/1")
+    assert first.seed == 11 != second.seed
+    assert tokenizer.decode(second.prompt_ids) == "Q: ok Better:"
+    assert [turn.versions[0] for turn in policy.turns] == [1, 2]
+
+
+def test_seeds_stay_in_range_and_apart(tokenizer: Any) -> None:
+    async def four(policy: Policy) -> None:
+        for _ in range(4):
+            await policy("x")
+
+    sampler = Sampler(tokenizer)
+    asyncio.run(four(make_policy(tokenizer, sampler, seed=2**31 - 1)))
+    seeds = [request.seed for request in sampler.requests]
+    assert len(set(seeds)) == 4
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_what_does_not_fit_the_context(tokenizer: Any) -> None:
+    sampler = Sampler(tokenizer)
+    policy = make_policy(tokenizer, sampler)
+    asyncio.run(policy("x" * 45))  # fills it exactly
+    with pytest.raises(ConfigurationError, match=r"prompt of 46 tokens and max_new_tokens=5 do not fit .* 50 tokens"):
+        asyncio.run(policy("x" * 46))
+    assert len(sampler.requests) == len(policy.turns) == 1
