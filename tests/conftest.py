@@ -16,6 +16,7 @@ import pytest
 
 from lightning_rft.explorer.engine import TensorInfo
 from lightning_rft.testing import tiny_model
+from tests.processes import Zygote
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,14 @@ class MemoryLink:
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random llama with tied embeddings and a character tokenizer. Read only."""
     return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Runs scripts in processes of their own, without vLLM."""
+    started = Zygote()
+    yield started
+    started.close()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 import lightning_rft as rft
+from tests.processes import Zygote
 
 
 @pytest.fixture(autouse=True)
@@ -253,26 +254,27 @@ def test_names() -> None:
         _ = rft.Asynchronous
 
 
-def test_import_is_light_and_vllm_is_optional() -> None:
+def test_import_is_light() -> None:
     script = """
         import sys
-        from importlib.machinery import PathFinder
-        find_spec = PathFinder.find_spec
-        PathFinder.find_spec = staticmethod(
-            lambda name, *rest: None if name.split(".")[0] == "vllm" else find_spec(name, *rest)
-        )
-        import lightning_rft as rft
+        import lightning_rft
         heavy = {"vllm", "transformers", "torch", "lightning"} & sys.modules.keys()
         assert not heavy, heavy
-        data = rft.RFTDataModule(tasks=["1"], reward=lambda completion, task: 1.0, engine=rft.FakeEngine())
-        assert "vllm" not in sys.modules
-        try:
-            rft.RFTDataModule(tasks=["1"], reward=lambda completion, task: 1.0).engine.check()
-        except rft.ConfigurationError as error:
-            print(error)
+        assert "RFTDataModule" in dir(lightning_rft)
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "needs vLLM, which is not installed" in done.stdout
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=120, check=True, env=environment)
+
+
+def test_vllm_is_optional(zygote: Zygote, tiny_model_path: Path, tmp_path: Path) -> None:
+    script = """
+        import sys
+        import lightning_rft as rft
+        settings = dict(tasks=["1"], reward=lambda completion, task: 1.0)
+        rft.RFTDataModule(**settings, engine=rft.FakeEngine()).engine.check()
+        assert "vllm" not in sys.modules
+        rft.RFTDataModule(**settings).engine.check()
+    """
+    done = zygote.start(script, tmp_path, tiny_model_path)
+    assert done.wait() == 1
+    assert "ConfigurationError: engine=VLLMEngine() needs vLLM, which is not installed" in done.stderr.splitlines()[-1]

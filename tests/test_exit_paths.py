@@ -15,13 +15,6 @@ from tests.processes import Script, Zygote
 Start = Callable[[str], Script]
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    started = Zygote()
-    yield started
-    started.close()
-
-
 @pytest.fixture
 def start(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Start]:
     """Starts a script; at the test's end it must have ended, and everything it started too."""
@@ -43,9 +36,8 @@ def start(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Sta
 
 def test_normal_end(start: Start) -> None:
     script = start("""
-        from lightning_rft import FakeEngine
         from tests.processes import fit
-        trainer = fit(engine=FakeEngine(), explorers=1, val_tasks=["2 + 2 ="])
+        trainer = fit(val_tasks=["2 + 2 ="])
         print("steps", trainer.global_step)
     """)
     assert script.wait() == 0, script.stderr
@@ -153,9 +145,7 @@ def engine(method: str, body: str) -> str:
     """
 
 
-@pytest.mark.parametrize(
-    "method", ["start(self, model, *, max_model_len, seed)", "connect(self, link)", "load(self, manifest, version)"]
-)
+@pytest.mark.parametrize("method", ["start(self, model, *, max_model_len, seed)", "load(self, manifest, version)"])
 def test_error_of_the_engine(start: Start, method: str, tmp_path: Path) -> None:
     script = start(engine(method, 'raise OverflowError("too many")  # the line that is to blame'))
     assert script.wait() == 1
@@ -263,7 +253,7 @@ def test_sigterm(start: Start, when: Callable[[Start], Script]) -> None:
     assert script.wait(timeout_s=30) == 143
 
 
-@pytest.mark.parametrize("when", [starting, exploring, training])
+@pytest.mark.parametrize("when", [starting, exploring])
 def test_sigkill(start: Start, when: Callable[[Start], Script]) -> None:
     script = when(start)
     script.signal(signal.SIGKILL)

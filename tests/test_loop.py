@@ -140,7 +140,7 @@ def make_run(
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
     }
-    settings = defaults | dict(settings or {})
+    settings = defaults | (settings or {})
     strategy = rft.Synchronous(k, transport=WatchedTransport(events))
     callbacks = [strategy, *settings.pop("callbacks", [])]
     trainer = L.Trainer(default_root_dir=folder, callbacks=callbacks, **settings)

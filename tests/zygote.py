@@ -1,7 +1,7 @@
 """Runs scripts in forks of itself: real processes with real exit statuses, that need not import torch each by itself.
 
 Reads a JSON object a line. ``{"script", "folder", "environment"}`` starts one and answers its process id, ``{"poll"}``
-answers the exit status of one, or null as long as it runs.
+answers the exit status of one, or null as long as it runs. Here and in the forks, vLLM is not installed.
 """
 
 from __future__ import annotations
@@ -11,15 +11,25 @@ import os
 import runpy
 import signal
 import sys
+from importlib.machinery import PathFinder
 
-import lightning
-import torch
-import transformers
 
-import lightning_rft
+def preload() -> None:
+    """Imports all that a run needs, and makes vLLM unknown."""
+    find_spec = PathFinder.find_spec
+    PathFinder.find_spec = staticmethod(  # type: ignore[method-assign]
+        lambda name, *rest: None if name.split(".")[0] == "vllm" else find_spec(name, *rest)
+    )
+    import torch
+    import transformers
 
-_PRELOADED = (lightning.Trainer, transformers.AutoTokenizer, transformers.LlamaForCausalLM)
-_PRELOADED += tuple(getattr(lightning_rft, name) for name in lightning_rft.__all__)
+    import lightning_rft
+
+    torch.set_num_threads(1)
+    for name in lightning_rft.__all__:
+        getattr(lightning_rft, name)
+    for name in ("AutoTokenizer", "AutoModelForCausalLM", "LlamaForCausalLM"):
+        getattr(transformers, name)
 
 
 def serve() -> str | None:
@@ -53,7 +63,7 @@ def become(script: str, folder: str, environment: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    preload()
     to_run = serve()
     if to_run is not None:
         runpy.run_path(to_run, run_name="__main__")

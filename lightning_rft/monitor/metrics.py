@@ -19,8 +19,8 @@ class BatchMetrics(nn.Module):
 
     ``loss`` (of the whole batch, however it was cut up), ``reward`` (mean over samples), ``reward_std`` (mean over
     groups of the standard deviation within the group), ``completion_length`` (tokens), ``staleness_mean`` and
-    ``staleness_max`` (batches, over tokens), and over the tokens that were trained: ``entropy`` (nats),
-    ``clip_fraction``, ``kl`` (from the sampling to the training policy, nats).
+    ``staleness_max`` (batches, over tokens), and over the tokens that were trained ``entropy`` (nats) and whatever
+    statistics the objective gives: ``clip_fraction``, ``kl`` (from the sampling to the training policy, nats).
     ``tokens_per_second`` counts sampled tokens over the whole time since the batch before.
     """
 
@@ -33,8 +33,6 @@ class BatchMetrics(nn.Module):
         self.staleness_mean = MeanMetric()
         self.staleness_max = MaxMetric()
         self.entropy = MeanMetric()
-        self.clip_fraction = MeanMetric()
-        self.kl = MeanMetric()
         self.tokens = SumMetric()
         self._began: float | None = None
 
@@ -65,8 +63,10 @@ class BatchMetrics(nn.Module):
     def update_tokens(self, entropy: Tensor, statistics: Mapping[str, Tensor]) -> None:
         """Takes in what the training step computed, one value per trained token."""
         self.entropy.update(entropy)
-        self.clip_fraction.update(statistics["clipped"])
-        self.kl.update(statistics["kl"])
+        for name, values in statistics.items():
+            if name not in self._modules:
+                self.add_module(name, MeanMetric().to(values.device))
+            self.get_submodule(name).update(values)  # type: ignore[operator]
 
     def collect(self) -> dict[str, float]:
         """The values of the batch, and a fresh start for the next."""

@@ -56,9 +56,9 @@ class Objective(ABC):
             advantages: Advantage of each token [N].
 
         Returns:
-            Loss of each token [N], and detached float statistics of each token [N] by name: ``"clipped"`` (1 where
-            clipping took the gradient, else 0), ``"kl"`` (estimated KL(sampling || training) in nats), and whatever
-            else the objective wants averaged over tokens and logged.
+            Loss of each token [N], and detached float statistics of each token [N] by name: ``"clip_fraction"``
+            (1 where clipping took the gradient, else 0), ``"kl"`` (estimated KL(sampling || training) in nats), and
+            whatever else the objective wants averaged over tokens and logged.
         """
 
 
@@ -111,4 +111,4 @@ class GRPO(Objective):
         ratio = importance_ratio(logprobs, sampling_logprobs)
         loss, clipped = clipped_surrogate(ratio, advantages, self.clip_low, self.clip_high)
         kl = kl_k3(logprobs.detach(), sampling_logprobs)
-        return loss, {"clipped": clipped.to(loss.dtype), "kl": kl.detach()}
+        return loss, {"clip_fraction": clipped.to(loss.dtype), "kl": kl.detach()}

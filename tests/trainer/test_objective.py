@@ -17,7 +17,7 @@ def test_token_loss_by_hand():
         logprobs, sampling, torch.tensor([2.0, 2.0, -1.0, -1.0])
     )
     torch.testing.assert_close(loss, torch.tensor([-2.0, -2.6, 0.8, 1.5]))
-    assert statistics["clipped"].tolist() == [0.0, 1.0, 1.0, 0.0]
+    assert statistics["clip_fraction"].tolist() == [0.0, 1.0, 1.0, 0.0]
     ratio = torch.tensor([1.0, 1.5, 0.5, 1.5])
     torch.testing.assert_close(statistics["kl"], ratio - 1 - ratio.log())
     assert not any(value.requires_grad for value in statistics.values())
