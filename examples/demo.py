@@ -84,7 +84,7 @@ class Watch(Callback):
 def main() -> None:
     """Runs the demo and writes what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=25, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-5, help="learning rate")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder that takes the results")
