@@ -152,7 +152,7 @@ def main() -> None:
         "kl_max": max(kl),
         "seed": arguments.seed,
     }
-    summary = {name: round(value, 6) for name, value in summary.items()}
+    summary = {name: value if isinstance(value, int) else float(f"{value:.4g}") for name, value in summary.items()}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     draw(rewards, before, after, out / "learning_curve.png")
 
