@@ -38,13 +38,13 @@ from lightning_rft.rewards import last_number  # noqa: E402
 from lightning_rft.tasks import reasoning_gym_tasks  # noqa: E402
 
 HELD_OUT = 100
-LARGEST = 25  # of the two numbers that are added
+LARGEST = 20  # of the two numbers that are added
 SHOWN = 3
 
 
 def sums(seed: int) -> tuple[list[rft.Task], list[rft.Task]]:
-    """Sums of two numbers up to 25 from reasoning-gym: some to train on, and 100 others to test on."""
-    generated = reasoning_gym_tasks("chain_sum", size=20_000, seed=seed, min_terms=2, max_terms=2, max_digits=2)
+    """Sums of two numbers up to 20 from reasoning-gym: some to train on, and 100 others to test on."""
+    generated = reasoning_gym_tasks("chain_sum", size=40_000, seed=seed, min_terms=2, max_terms=2, max_digits=2)
     by_question: dict[str, rft.Task] = {}
     for task in generated:
         first, operator, second = task.metadata["expression"].split()
@@ -84,7 +84,7 @@ class Watch(Callback):
 def main() -> None:
     """Runs the demo and writes what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=25, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-5, help="learning rate")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder that takes the results")
