@@ -33,7 +33,7 @@ class VLLMEngine(Engine):
             the hardware has units for it, else float32.
         tensor_parallel_size: GPUs that share one engine.
         max_num_seqs: Most sequences that are decoded at the same time.
-        gpu_memory_utilization: Share of a GPU's memory to take.
+        gpu_memory_utilization: Share of a GPU's memory to take; lower it where the trainer uses the same GPU.
         cpu_cache_gib: GiB of KV cache on a CPU.
         enforce_eager: Skip compilation and CUDA graphs: a start in seconds against faster steps. Left out, true on
             CPUs.
