@@ -23,8 +23,26 @@ import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+import lightning_rft as rft  # noqa: E402
+
+
+def command_line() -> argparse.Namespace:
+    """What the user chose."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=1e-5, help="learning rate")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder that takes the results")
+    return parser.parse_args()
+
+
 # Trainer and explorer take turns on the same cores; threads that spin while they wait would be in each other's way.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+explorers = rft.ExplorerPool(rft.VLLMEngine())
+if __name__ == "__main__":
+    arguments = command_line()
+    explorers.launch(arguments.out / "explorers")  # they import vLLM while this process imports Lightning
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
@@ -32,7 +50,6 @@ from convert_smollm2 import smollm2  # noqa: E402
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 
-import lightning_rft as rft  # noqa: E402
 from lightning_rft.hardware import bf16_is_fast  # noqa: E402
 from lightning_rft.rewards import last_number  # noqa: E402
 from lightning_rft.tasks import reasoning_gym_tasks  # noqa: E402
@@ -81,14 +98,8 @@ class Watch(Callback):
         self.steps.append(time.perf_counter() - STARTED)
 
 
-def main() -> None:
+def main(arguments: argparse.Namespace) -> None:
     """Runs the demo and writes what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=1e-5, help="learning rate")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder that takes the results")
-    arguments = parser.parse_args()
     leave_the_terminal_to_the_progress_bar()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +116,7 @@ def main() -> None:
         tasks=train,
         val_tasks=held_out,
         reward=last_number,
-        engine=rft.VLLMEngine(),
+        explorers=explorers,
         tasks_per_step=4,
         samples_per_task=8,
         max_new_tokens=12,
@@ -173,7 +184,7 @@ def main() -> None:
         f"{summary['seconds_per_step']:.1f} s each."
     )
     print(f"Curve: {out / 'learning_curve.png'}   summary: {out / 'summary.json'}   model: {out / 'model'}")
-    print(f"Logs: {logs} (explorers' own in {logs / 'rft'}); tensorboard --logdir {out / 'logs'}")
+    print(f"Logs: {logs} (explorers' own in {out / 'explorers'}); tensorboard --logdir {out / 'logs'}")
 
 
 def leave_the_terminal_to_the_progress_bar() -> None:
@@ -216,4 +227,4 @@ def draw(rewards: list[float], before: float, after: float, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_rft.experience import Turn as Turn
     from lightning_rft.explorer.engine import Engine as Engine
     from lightning_rft.explorer.fake_engine import FakeEngine as FakeEngine
+    from lightning_rft.explorer.pool import ExplorerPool as ExplorerPool
     from lightning_rft.explorer.transformers_engine import TransformersEngine as TransformersEngine
     from lightning_rft.explorer.vllm_engine import VLLMEngine as VLLMEngine
     from lightning_rft.explorer.workflow import Policy as Policy
@@ -63,6 +64,7 @@ _MODULES = {
     "lightning_rft.experience": ["Experience", "Group", "Task", "Turn"],
     "lightning_rft.explorer.engine": ["Engine"],
     "lightning_rft.explorer.fake_engine": ["FakeEngine"],
+    "lightning_rft.explorer.pool": ["ExplorerPool"],
     "lightning_rft.explorer.transformers_engine": ["TransformersEngine"],
     "lightning_rft.explorer.vllm_engine": ["VLLMEngine"],
     "lightning_rft.explorer.workflow": ["Policy", "SingleTurn"],

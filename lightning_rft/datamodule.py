@@ -53,7 +53,8 @@ class RFTDataModule(L.LightningDataModule):
         tasks: Tasks to train on: :class:`Task` objects, dictionaries, plain prompts, or the path of a JSONL file.
         reward: ``reward(completion, task)``, any callable, plain or ``async``, that returns a finite number.
         engine: What samples; left out, :class:`VLLMEngine`.
-        explorers: Number of explorer processes, each with an engine of its own.
+        explorers: Number of explorer processes, each with an engine of its own; or an :class:`ExplorerPool`, which is
+            then this data module's to end.
         workflow: How a task is answered; left out, :class:`SingleTurn`.
         tasks_per_step: Groups of one batch, which is one optimizer step.
         samples_per_task: Samples of one group.
@@ -81,7 +82,7 @@ class RFTDataModule(L.LightningDataModule):
         tasks: Tasks,
         reward: Callable[..., Any],
         engine: Engine | None = None,
-        explorers: int = 1,
+        explorers: int | ExplorerPool = 1,
         workflow: Workflow | None = None,
         tasks_per_step: int = 8,
         samples_per_task: int = 8,
@@ -101,7 +102,6 @@ class RFTDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         counts = {
-            "explorers": explorers,
             "tasks_per_step": tasks_per_step,
             "samples_per_task": samples_per_task,
             "max_new_tokens": max_new_tokens,
@@ -122,8 +122,14 @@ class RFTDataModule(L.LightningDataModule):
         self.tasks = _read(tasks, "tasks", steps_per_epoch and steps_per_epoch * tasks_per_step)
         self.val_tasks = [] if val_tasks is None else _read(val_tasks, "val_tasks", None)
         self.reward = reward
-        self.engine = engine or VLLMEngine()
-        self.explorers = explorers
+        if isinstance(explorers, ExplorerPool):
+            if engine is not None and engine is not explorers.engine:
+                raise ConfigurationError("engine=... and explorers=ExplorerPool(...): give the engine to the pool only")
+            self._pool = explorers
+        else:
+            self._pool = ExplorerPool(engine or VLLMEngine(), explorers)
+        self.engine = self._pool.engine
+        self.explorers = self._pool.count
         self.workflow = workflow or SingleTurn()
         self.tasks_per_step = tasks_per_step
         self.samples_per_task = samples_per_task
@@ -139,7 +145,6 @@ class RFTDataModule(L.LightningDataModule):
         self.reward_timeout_s = reward_timeout_s
         self.start_timeout_s = start_timeout_s
         self.rollout_timeout_s = rollout_timeout_s
-        self._pool: ExplorerPool | None = None
         self._run: Coordinator | None = None
         self._ledger: Ledger | None = None
         self._held = False
@@ -165,7 +170,7 @@ class RFTDataModule(L.LightningDataModule):
             ConfigurationError: A setting, or a combination of settings, cannot work.
         """
         module = self._checked()
-        if self._pool is None:
+        if not self._pool.assigned:
             model = self.engine.model or module.model
             check_model(model)
             self.engine.check()
@@ -180,13 +185,12 @@ class RFTDataModule(L.LightningDataModule):
                 retries=self.retries,
                 reward_timeout_s=self.reward_timeout_s,
             )
-            self._pool = ExplorerPool(spec, self.explorers, self._folder, self.start_timeout_s, self._gpus())
-            self._pool.start()
+            self._pool.start(spec, self.start_timeout_s, self._folder, self._gpus())
         module.temperature = self.temperature
 
     def begin(self, strategy: SyncStrategy) -> Coordinator:
         """Starts the run of this ``fit`` or ``validate`` under a strategy; called by the strategy, once."""
-        assert self._pool is not None, "begin before setup"
+        assert self._pool.assigned, "begin before setup"
         trainer = self._trainer
         items = self._items
         plan = TaskPlan(
@@ -390,12 +394,10 @@ class RFTDataModule(L.LightningDataModule):
                 ledger.close()
 
     def _stop(self) -> None:
-        pool, self._pool = self._pool, None
         try:
             self._end_run()
         finally:
-            if pool is not None:
-                pool.stop()
+            self._pool.stop()
 
 
 def _read(tasks: Tasks, setting: str, at_most: int | None) -> list[Task]:

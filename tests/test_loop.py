@@ -301,7 +301,7 @@ def test_validation_in_fit_uses_the_version_that_is_loaded(
 
 def test_explorers_live_as_long_as_they_are_held(tiny_model_path: Path, tmp_path: Path) -> None:
     data = make_data(engine=LightEngine())
-    assert data._pool is None
+    assert not data._pool.running
 
     def validate() -> None:
         run = make_run(tmp_path, tiny_model_path, settings={"limit_val_batches": 1})
@@ -318,7 +318,7 @@ def test_explorers_live_as_long_as_they_are_held(tiny_model_path: Path, tmp_path
         assert all(map(alive, pids[0]))
     assert len(pids[0]) == 1
     assert pids[0] == pids[1] == pids[2]
-    assert data._pool is None
+    assert not data._pool.running
     assert not any(map(alive, pids[0]))
 
 
@@ -334,12 +334,11 @@ def test_two_explorers_share_the_work_and_end_with_fit(tiny_model_path: Path, tm
     assert run.events == expected_events([[4], [4], [2]], k=1)
     assert run.sql("SELECT explorer, count(*) FROM groups GROUP BY explorer") == [(0, 5), (1, 5)]
     assert len(set(pids)) == 2
-    assert data._pool is None
+    assert not data._pool.running
     assert not any(map(alive, pids))
 
 
 def explorers(data: rft.RFTDataModule) -> list[int]:
-    assert data._pool is not None
     return [process.pid for process in data._pool._processes]
 
 

@@ -21,7 +21,10 @@ import cloudpickle
 from lightning_rft.errors import ExplorerError
 from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo
 
-__all__ = ["Cancel", "Channel", "Connect", "Explore", "Explored", "Failed", "Failure", "Load", "Loaded", "Started"]
+__all__ = [
+    *("Cancel", "Channel", "Connect", "Explore", "Explored", "Failed", "Failure", "Load", "Loaded", "Prepare"),
+    *("Started", "spawn"),
+]
 
 _SEND_DEADLINE_S = 60
 # Left in place, an explorer would take itself for a rank of the trainer's process group.
@@ -29,6 +32,13 @@ _DISTRIBUTED = {
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
 }
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """To an explorer, first of all: import what this engine needs."""
+
+    engine: Any
 
 
 @dataclass(frozen=True)

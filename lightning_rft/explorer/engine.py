@@ -80,8 +80,8 @@ class WeightLink(Protocol):
 class Engine(ABC):
     """Base class of the inference engines: vLLM, transformers, fake.
 
-    The order of calls is :meth:`start`, then any of :meth:`add`, :meth:`abort`, :meth:`step`, :meth:`connect`,
-    :meth:`load` and :meth:`prompt_logprobs`, all on one thread, then :meth:`stop`.
+    The order of calls is :meth:`prepare`, :meth:`start`, then any of :meth:`add`, :meth:`abort`, :meth:`step`,
+    :meth:`connect`, :meth:`load` and :meth:`prompt_logprobs`, all on one thread, then :meth:`stop`.
     """
 
     #: Model path or hub name, when it is not to be the module's.
@@ -105,6 +105,9 @@ class Engine(ABC):
         # Threads that spin while they wait are fast on an idle machine and several times slower on a shared one: the
         # trainer, the explorers and whatever else runs take turns on the same cores.
         return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def prepare(self) -> None:
+        """Imports what :meth:`start` needs; called in the explorer process as soon as it is there."""
 
     @abstractmethod
     def start(self, model: str, *, max_model_len: int, seed: int) -> None:

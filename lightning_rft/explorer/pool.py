@@ -17,7 +17,8 @@ import cloudpickle
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.connection import Channel, Connect, Failed, Load, Started, spawn
+from lightning_rft.explorer.connection import Channel, Connect, Failed, Load, Prepare, Started, spawn
+from lightning_rft.explorer.engine import Engine
 from lightning_rft.explorer.worker import ExplorerSpec
 from lightning_rft.hardware import available_cpus
 
@@ -30,59 +31,115 @@ _GRACE_S = 3.0
 class ExplorerPool:
     """Owns the explorer processes.
 
+    ``RFTDataModule(explorers=2)`` makes one by itself. Made by hand it can be launched before Lightning is imported, so
+    that both sides import at the same time::
+
+        explorers = rft.ExplorerPool(rft.VLLMEngine(), log_dir="runs/explorers")
+        explorers.launch()
+        import lightning as L
+        ...
+        data = rft.RFTDataModule(tasks=tasks, reward=reward, explorers=explorers)
+
     Args:
-        spec: What every explorer runs.
+        engine: What each runs; an engine of its own each.
         count: How many.
-        log_dir: Folder that takes ``explorer-<i>.log``.
-        gpus: ``CUDA_VISIBLE_DEVICES`` of each explorer; ``None`` where it has no GPU of its own.
-        start_timeout_s: Seconds within which an engine must be ready.
+        devices: ``CUDA_VISIBLE_DEVICES`` of each, such as ``["1", "2"]``, or ``["2,3", "4,5"]`` with two GPUs for each;
+            left out, the data module hands out what the trainer does not use.
+        log_dir: Folder that takes ``explorer-<i>.log``; left out, ``rft`` in the trainer's log folder.
+
+    Raises:
+        ConfigurationError: ``count`` is below 1, or ``devices`` are not as many.
     """
 
     def __init__(
-        self, spec: ExplorerSpec, count: int, log_dir: Path, start_timeout_s: float, gpus: Sequence[str] | None = None
+        self,
+        engine: Engine,
+        count: int = 1,
+        devices: Sequence[str] | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._spec = spec
-        self._count = count
-        self._log_dir = log_dir
-        self._gpus = gpus
-        self._start_timeout_s = start_timeout_s
+        if count < 1:
+            raise ConfigurationError(f"explorers={count} must be at least 1")
+        if devices is not None and len(devices) != count:
+            raise ConfigurationError(
+                f"devices={list(devices)} names GPUs for {len(devices)} explorers, but there are {count}: give each "
+                "one entry, such as '0' or '0,1'"
+            )
+        self.engine = engine
+        self.count = count
+        self.devices = devices
+        self.log_dir = log_dir
+        self.assigned = False  # whether the processes know what to run
+        self._logs = Path()
+        self._nccl = False
+        self._start_timeout_s = 0.0
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._started: dict[int, Started] = {}
-        self._deadline = 0.0
+        self._deadline = float("inf")
         self._finalizer: weakref.finalize[..., Any] | None = None
 
-    def start(self) -> None:
-        """Starts the processes and returns at once; they load their engines in the background.
+    def launch(self, log_dir: Path | None = None, devices: Sequence[str] | None = None) -> None:
+        """Starts the processes, which import what the engine needs, and returns at once; does nothing if they run.
+
+        Args:
+            log_dir: Folder for logs where the pool names none.
+            devices: GPUs where the pool names none.
 
         Raises:
-            ConfigurationError: The reward, workflow or engine cannot be sent to another process.
+            ConfigurationError: There is no folder for logs, or the engine cannot be sent to another process.
         """
         if self._processes:
             return
-        for setting in ("reward", "workflow", "engine"):
-            try:
-                cloudpickle.dumps(getattr(self._spec, setting))
-            except Exception as error:  # pickling runs any object's own code
-                raise ConfigurationError(
-                    f"{setting} cannot be sent to an explorer process ({error}): keep open files, locks, models and "
-                    "connections out of it, or create them where they are used"
-                ) from error
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        self._deadline = time.monotonic() + self._start_timeout_s
-        threads = max(1, available_cpus() // self._count)
+        folder = self.log_dir or log_dir
+        if folder is None:
+            raise ConfigurationError("set ExplorerPool(log_dir=...) to launch explorers before a trainer is known")
+        self._logs, devices = Path(folder), self.devices or devices
+        self._nccl = devices is not None
+        _check_travels(engine=self.engine)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        threads = max(1, available_cpus() // self.count)
         # ends the processes even if the owner forgets to, or the interpreter exits
         self._finalizer = weakref.finalize(self, _end, self._processes, self._channels)
-        for index in range(self._count):
+        for index in range(self.count):
             process, channel = spawn(
                 "lightning_rft.explorer.worker",
-                environment=self._spec.engine.environment(threads) | self._visible_gpus(index),
+                environment=self.engine.environment(threads)
+                | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices[index]}),
                 log=self._log(index),
                 own_session=True,
             )
             self._processes.append(process)
             self._channels.append(channel)
-            channel.send(self._spec)
+            channel.send(Prepare(self.engine))
+
+    def start(
+        self,
+        spec: ExplorerSpec,
+        start_timeout_s: float,
+        log_dir: Path | None = None,
+        devices: Sequence[str] | None = None,
+    ) -> None:
+        """Has every process load its engine, launching it if need be, and returns at once; once is enough.
+
+        Args:
+            spec: What every explorer runs.
+            start_timeout_s: Seconds within which an engine must be ready.
+            log_dir: As for :meth:`launch`.
+            devices: As for :meth:`launch`.
+
+        Raises:
+            ConfigurationError: The reward or workflow cannot be sent to another process.
+        """
+        if self.assigned:
+            return
+        _check_travels(reward=spec.reward, workflow=spec.workflow)
+        self.launch(log_dir, devices)
+        self._start_timeout_s = start_timeout_s
+        self._deadline = time.monotonic() + start_timeout_s
+        self.assigned = True
+        for index in range(self.count):
+            self.send(index, spec)
 
     def stop(self) -> None:
         """Ends every process; safe to call twice."""
@@ -90,6 +147,7 @@ class ExplorerPool:
             self._finalizer()
             self._finalizer = None
         self._started.clear()
+        self.assigned = False
 
     @property
     def running(self) -> bool:
@@ -99,7 +157,7 @@ class ExplorerPool:
     @property
     def ready(self) -> bool:
         """Whether every engine is up."""
-        return self.running and len(self._started) == self._count
+        return self.running and len(self._started) == self.count
 
     @property
     def dtype(self) -> str:
@@ -109,7 +167,7 @@ class ExplorerPool:
     @property
     def nccl(self) -> bool:
         """Whether every engine takes an NCCL link: NCCL refuses two members on one GPU."""
-        return self._gpus is not None and all(started.nccl for started in self._started.values())
+        return self._nccl and all(started.nccl for started in self._started.values())
 
     def members(self) -> dict[int, int]:
         """Explorer index -> number of processes inside it that hold weights; those whose engine is up."""
@@ -157,16 +215,13 @@ class ExplorerPool:
             messages.append((index, message))
         if not self.ready and time.monotonic() > self._deadline:
             raise DeadlineError(
-                f"only {len(self._started)} of {self._count} explorers were ready within "
+                f"only {len(self._started)} of {self.count} explorers were ready within "
                 f"start_timeout_s={self._start_timeout_s:g}: see {self._log(0)}, or raise the setting"
             )
         return messages
 
-    def _visible_gpus(self, index: int) -> dict[str, str]:
-        return {} if self._gpus is None else {"CUDA_VISIBLE_DEVICES": self._gpus[index]}
-
     def _log(self, index: int) -> Path:
-        return self._log_dir / f"explorer-{index}.log"
+        return self._logs / f"explorer-{index}.log"
 
     def _gone(self, index: int) -> ExplorerError:
         process = self._processes[index]
@@ -175,6 +230,17 @@ class ExplorerPool:
         status = "was stopped or hangs" if process.returncode is None else f"ended with status {process.returncode}"
         lines = self._log(index).read_text(errors="replace").splitlines()[-_LOG_LINES:]
         return ExplorerError(f"explorer {index} {status}; the end of {self._log(index)}:\n" + "\n".join(lines))
+
+
+def _check_travels(**settings: Any) -> None:
+    for setting, value in settings.items():
+        try:
+            cloudpickle.dumps(value)
+        except Exception as error:  # pickling runs any object's own code
+            raise ConfigurationError(
+                f"{setting} cannot be sent to an explorer process ({error}): keep open files, locks, models and "
+                "connections out of it, or create them where they are used"
+            ) from error
 
 
 def _end(processes: list[subprocess.Popen[bytes]], channels: list[Channel]) -> None:

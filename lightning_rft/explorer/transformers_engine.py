@@ -85,6 +85,10 @@ class TransformersEngine(Engine):
                 f"TransformersEngine(max_batch_size={self.max_batch_size}): must be at least 1, or nothing ever runs."
             )
 
+    def prepare(self) -> None:
+        """Imports torch and transformers."""
+        from transformers import AutoModelForCausalLM  # noqa: F401
+
     def start(self, model: str, *, max_model_len: int, seed: int) -> None:
         """Loads the model; ``self.model``, where set, goes before ``model``. ``seed`` is unused: requests bring one."""
         self.check()

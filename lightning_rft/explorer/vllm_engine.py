@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightning_rft.explorer.engine import Completion, Engine, Request, WeightLin
 from lightning_rft.hardware import bf16_is_fast
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -34,7 +36,7 @@ class VLLMEngine(Engine):
         tensor_parallel_size: GPUs that share one engine.
         max_num_seqs: Most sequences that are decoded at the same time.
         gpu_memory_utilization: Share of a GPU's memory to take; lower it where the trainer uses the same GPU.
-        cpu_cache_gib: GiB of KV cache on a CPU.
+        cpu_cache_gib: Most GiB of KV cache on a CPU; no more is taken than ``max_num_seqs`` sequences can fill.
         enforce_eager: Skip compilation and CUDA graphs: a start in seconds against faster steps. Left out, true on
             CPUs.
         engine_args: Anything else that ``vllm.EngineArgs`` takes; wins over what is set here.
@@ -51,7 +53,7 @@ class VLLMEngine(Engine):
         tensor_parallel_size: int = 1,
         max_num_seqs: int = 64,
         gpu_memory_utilization: float = 0.9,
-        cpu_cache_gib: int = 1,
+        cpu_cache_gib: int = 4,
         enforce_eager: bool | None = None,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
@@ -91,6 +93,18 @@ class VLLMEngine(Engine):
             variables["LD_PRELOAD"] = str(openmp)
         return variables
 
+    def prepare(self) -> None:
+        """Imports vLLM, which takes longer than loading a small model."""
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu() and self.enforce_eager is not False:
+            # Even then vLLM would compile a helper that ranks log-probs, for several seconds in the first batch.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read while vLLM is imported
+
+        import vllm.v1.engine.llm_engine  # noqa: F401
+
+        import lightning_rft.explorer.vllm_weights  # noqa: F401
+
     def start(self, model: str, *, max_model_len: int, seed: int) -> None:
         """Builds the engine core."""
         from vllm.config.weight_transfer import WeightTransferConfig
@@ -126,7 +140,10 @@ class VLLMEngine(Engine):
             settings["block_size"] = 32
         else:
             settings["gpu_memory_utilization"] = self.gpu_memory_utilization
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**(settings | self.engine_args)))
+        config = EngineArgs(**(settings | self.engine_args)).create_engine_config()
+        if on_cpu:
+            _keep_small(config)
+        self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self._eos = self._engine.model_config.try_get_generation_config().get("eos_token_id")
 
     def add(self, request: Request) -> None:
@@ -238,3 +255,18 @@ class _Sampled:
 
     def completion(self, request_id: str, finish_reason: str) -> Completion:
         return Completion(request_id, tuple(self.token_ids), tuple(self.logprobs), tuple(self.versions), finish_reason)
+
+
+def _keep_small(config: VllmConfig) -> None:
+    """Limits the KV cache to what all sequences at once can fill: memory that is never used takes time to get, too."""
+    import torch
+
+    model, cache = config.model_config, config.cache_config
+    if cache.kv_cache_memory_bytes is None:
+        return
+    block = cache.block_size
+    blocks = -(-model.max_model_len // block) * config.scheduler_config.max_num_seqs + 1
+    layers, heads = model.get_num_layers(config.parallel_config), model.get_num_kv_heads(config.parallel_config)
+    dtype: torch.dtype = getattr(torch, str(model.dtype).removeprefix("torch."))
+    needed = blocks * block * layers * heads * model.get_head_size() * 2 * dtype.itemsize
+    cache.kv_cache_memory_bytes = min(cache.kv_cache_memory_bytes, needed)

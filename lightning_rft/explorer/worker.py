@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ from lightning_rft.explorer.connection import (
     Failure,
     Load,
     Loaded,
+    Prepare,
     Started,
 )
 from lightning_rft.explorer.engine import Engine
@@ -90,6 +92,8 @@ class Explorer:
         await self._stepper.call(spec.engine.start, spec.model, max_model_len=spec.max_model_len, seed=spec.seed)
         # After the engine, not beside it: two threads that import transformers at once may each see half of it.
         self._tokenizer = await asyncio.to_thread(_tokenizer, spec.model)
+        gc.freeze()  # what was imported and loaded stays: never to be searched again
+        gc.enable()
         self._channel.send(Started(spec.engine.dtype, spec.engine.world_size, spec.engine.nccl))
         while (message := await _next(inbox)) is not None:
             await self._handle(message)
@@ -204,9 +208,13 @@ async def _main(channel: Channel) -> None:
     ).start()
     explorer: Explorer | None = None
     try:
-        spec = await _next(inbox)
-        if spec is not None:
-            explorer = Explorer(channel, spec)
+        message = await _next(inbox)
+        if isinstance(message, Prepare):
+            # on this, the main thread: nothing else is to be done yet, and the end of the line is the listener's
+            message.engine.prepare()
+            message = await _next(inbox)
+        if message is not None:
+            explorer = Explorer(channel, message)
             await explorer.serve(inbox)
     except Exception as error:
         # told before the engine leaves its weight transport, which rank 0 notices too, and which says much less
@@ -223,6 +231,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to handle
     if os.getpgrp() != os.getpid():
         raise SystemExit("an explorer must lead its own process group: it is started by ExplorerPool, not by hand")
+    gc.disable()  # imports make nothing but what stays; a fifth of the seconds until an engine is ready
     channel = Channel(int(sys.argv[1]))
     try:
         asyncio.run(_main(channel))

@@ -145,8 +145,13 @@ class GlooSender(_Sender):
         """Packs each bucket's bytes (Gloo cannot broadcast bfloat16) and broadcasts them."""
         assert self._group is not None, "send before join"
         by_name = dict(tensors)
-        for bucket in buckets(manifest, self._bucket_bytes):
-            buffer = torch.empty(sum(map(nbytes, bucket)), dtype=torch.uint8)
+        cut = buckets(manifest, self._bucket_bytes)
+        sizes = [sum(map(nbytes, bucket)) for bucket in cut]
+        whole = torch.empty(
+            max(sizes, default=0), dtype=torch.uint8
+        )  # one for all: fresh memory costs more than a copy
+        for bucket, size in zip(cut, sizes, strict=True):
+            buffer = whole[:size]
             for info, view in _views(bucket, buffer):
                 view.copy_(by_name[info.name])
             _broadcast(self._group, buffer)

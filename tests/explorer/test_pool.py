@@ -7,7 +7,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def make_pool(
     model: Path, log_dir: Path, *, count: int = 1, start_timeout_s: float = 60, **changes: Any
-) -> ExplorerPool:
+) -> tuple[ExplorerPool, Callable[[], None]]:
     settings: dict[str, Any] = {
         "engine": LightEngine(),
         "model": str(model),
@@ -45,7 +45,9 @@ def make_pool(
         "retries": 0,
         "reward_timeout_s": 30.0,
     }
-    return ExplorerPool(ExplorerSpec(**settings | changes), count, log_dir, start_timeout_s)
+    spec = ExplorerSpec(**settings | changes)
+    pool = ExplorerPool(spec.engine, count, log_dir=log_dir)
+    return pool, lambda: pool.start(spec, start_timeout_s)
 
 
 def heard(pool: ExplorerPool, kind: type, count: int = 1) -> list[tuple[int, Any]]:
@@ -60,14 +62,14 @@ def heard(pool: ExplorerPool, kind: type, count: int = 1) -> list[tuple[int, Any
 
 
 def test_a_life(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
-    pool = make_pool(tiny_model_path, tmp_path / "logs", count=2)
+    pool, start = make_pool(tiny_model_path, tmp_path / "logs", count=2)
     assert not pool.running and not pool.ready
     assert not alive(mark)
     pool.stop()  # nothing to stop
-    pool.start()
+    start()
     first = alive(mark)
     assert len(first) == 2
-    pool.start()  # nothing to start
+    start()  # nothing to start
     assert alive(mark).keys() == first.keys()
     assert pool.running and not pool.ready
     heard(pool, Started, 2)
@@ -89,10 +91,10 @@ def test_a_life(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
 
 
 def test_a_pool_that_is_forgotten_ends(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
-    pool = make_pool(tiny_model_path, tmp_path)
-    pool.start()
+    pool, start = make_pool(tiny_model_path, tmp_path)
+    start()
     heard(pool, Started)
-    del pool
+    del pool, start
     gc.collect()
     assert not alive(mark)
 
@@ -107,8 +109,8 @@ def hanging(log: str) -> LightEngine:
 
 
 def test_an_engine_that_does_not_start_in_time(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
-    pool = make_pool(tiny_model_path, tmp_path, start_timeout_s=0.3, engine=hanging("loading"))
-    pool.start()
+    pool, start = make_pool(tiny_model_path, tmp_path, start_timeout_s=0.3, engine=hanging("loading"))
+    start()
     with pytest.raises(DeadlineError, match=r"0 of 1 .* start_timeout_s=0.3: see .*explorer-0.log, or raise"):
         heard(pool, Started)
     pool.stop()
@@ -120,8 +122,8 @@ def test_an_engine_that_does_not_start_at_all(tiny_model_path: Path, tmp_path: P
         def start(self, model: str, *, max_model_len: int, seed: int) -> None:
             raise OverflowError("out of memory")  # the line that is to blame
 
-    pool = make_pool(tiny_model_path, tmp_path, engine=Fails())
-    pool.start()
+    pool, start = make_pool(tiny_model_path, tmp_path, engine=Fails())
+    start()
     with pytest.raises(OverflowError, match="out of memory") as caught:
         heard(pool, Started)
     assert "the line that is to blame" in str(caught.value.__cause__)
@@ -131,8 +133,8 @@ def test_an_engine_that_does_not_start_at_all(tiny_model_path: Path, tmp_path: P
 
 def test_death(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
     lines = "\n".join(f"line {number}" for number in range(30))
-    pool = make_pool(tiny_model_path, tmp_path, engine=hanging(lines))
-    pool.start()
+    pool, start = make_pool(tiny_model_path, tmp_path, engine=hanging(lines))
+    start()
     until(lambda: "line 29" in (tmp_path / "explorer-0.log").read_text(), "the engine's log")
     (pid,) = alive(mark)
     os.kill(pid, signal.SIGKILL)
@@ -145,8 +147,8 @@ def test_death(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
 
 
 def test_what_is_stopped_or_ignores_requests_is_killed(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
-    pool = make_pool(tiny_model_path, tmp_path)
-    pool.start()
+    pool, start = make_pool(tiny_model_path, tmp_path)
+    start()
     heard(pool, Started)
     (pid,) = alive(mark)
     os.kill(pid, signal.SIGSTOP)
