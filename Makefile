@@ -1,15 +1,19 @@
 # Every target first makes .venv complete, which takes no time when it is. ARGS goes to the command that is run:
 #   make test ARGS="-k ledger"
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick check format clean
+MODEL := runs/models/SmolLM2-135M-Instruct
+CONFIG := examples/synchronous.yaml
+.PHONY: help install model demo train test test-quick check format clean
 
 help:
 	@echo "make demo        train a small model with reinforcement, here and now (installs what it needs into .venv)"
+	@echo "make train       the same job from a config: CONFIG=examples/fully_asynchronous.yaml"
 	@echo "make test        all tests"
 	@echo "make test-quick  the tests that need no vLLM"
 	@echo "make check       lint, formatting, types and the examples in docstrings"
 	@echo "make format      rewrite the code in the project's style"
 	@echo "make install     only make .venv complete; PYTHON=python3.12 chooses the interpreter"
+	@echo "make model       only make the demo's model, runs/models/SmolLM2-135M-Instruct"
 	@echo "make clean       remove .venv and what tools left behind"
 
 install:
@@ -17,6 +21,14 @@ install:
 
 demo: install
 	.venv/bin/python examples/demo.py $(ARGS)
+
+model: install $(MODEL)/model.safetensors
+
+$(MODEL)/model.safetensors: | install
+	.venv/bin/python examples/convert_smollm2.py $(MODEL)
+
+train: model
+	.venv/bin/python -m lightning_rft fit --config $(CONFIG) $(ARGS)
 
 test: install
 	.venv/bin/python -m pytest $(ARGS)

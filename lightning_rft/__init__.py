@@ -26,6 +26,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_rft.cli import RFTCLI as RFTCLI
     from lightning_rft.datamodule import RFTDataModule as RFTDataModule
     from lightning_rft.errors import ConfigurationError as ConfigurationError
     from lightning_rft.errors import DeadlineError as DeadlineError
@@ -44,7 +45,12 @@ if TYPE_CHECKING:
     from lightning_rft.explorer.vllm_engine import VLLMEngine as VLLMEngine
     from lightning_rft.explorer.workflow import Policy as Policy
     from lightning_rft.explorer.workflow import SingleTurn as SingleTurn
+    from lightning_rft.monitor.timeline import TimelineCallback as TimelineCallback
+    from lightning_rft.sync.checkpoint import CheckpointTransport as CheckpointTransport
     from lightning_rft.sync.collective import CollectiveTransport as CollectiveTransport
+    from lightning_rft.sync.fully_asynchronous import FullyAsynchronous as FullyAsynchronous
+    from lightning_rft.sync.multi_explorer import MultiExplorerAsynchronous as MultiExplorerAsynchronous
+    from lightning_rft.sync.one_step_off_policy import OneStepOffPolicy as OneStepOffPolicy
     from lightning_rft.sync.strategy import SyncStrategy as SyncStrategy
     from lightning_rft.sync.synchronous import Synchronous as Synchronous
     from lightning_rft.trainer.module import RFTModule as RFTModule
@@ -52,6 +58,7 @@ if TYPE_CHECKING:
     from lightning_rft.trainer.objective import Objective as Objective
 
 _MODULES = {
+    "lightning_rft.cli": ["RFTCLI"],
     "lightning_rft.datamodule": ["RFTDataModule"],
     "lightning_rft.errors": [
         "ConfigurationError",
@@ -68,7 +75,12 @@ _MODULES = {
     "lightning_rft.explorer.transformers_engine": ["TransformersEngine"],
     "lightning_rft.explorer.vllm_engine": ["VLLMEngine"],
     "lightning_rft.explorer.workflow": ["Policy", "SingleTurn"],
+    "lightning_rft.monitor.timeline": ["TimelineCallback"],
+    "lightning_rft.sync.checkpoint": ["CheckpointTransport"],
     "lightning_rft.sync.collective": ["CollectiveTransport"],
+    "lightning_rft.sync.fully_asynchronous": ["FullyAsynchronous"],
+    "lightning_rft.sync.multi_explorer": ["MultiExplorerAsynchronous"],
+    "lightning_rft.sync.one_step_off_policy": ["OneStepOffPolicy"],
     "lightning_rft.sync.strategy": ["SyncStrategy"],
     "lightning_rft.sync.synchronous": ["Synchronous"],
     "lightning_rft.trainer.module": ["RFTModule"],

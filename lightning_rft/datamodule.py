@@ -25,6 +25,7 @@ from lightning_rft.explorer.vllm_engine import VLLMEngine
 from lightning_rft.explorer.worker import ExplorerSpec
 from lightning_rft.explorer.workflow import SingleTurn, Workflow, encode_prompt
 from lightning_rft.hardware import gpus_for_explorers
+from lightning_rft.monitor.timeline import Span
 from lightning_rft.rewards import check_reward
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
@@ -145,6 +146,8 @@ class RFTDataModule(L.LightningDataModule):
         self.reward_timeout_s = reward_timeout_s
         self.start_timeout_s = start_timeout_s
         self.rollout_timeout_s = rollout_timeout_s
+        #: Called with every :class:`~lightning_rft.monitor.timeline.Span` of a run.
+        self.observers: list[Callable[[Span], None]] = []
         self._run: Coordinator | None = None
         self._ledger: Ledger | None = None
         self._held = False
@@ -219,6 +222,9 @@ class RFTDataModule(L.LightningDataModule):
             temperature=self.temperature,
             progress_timeout_s=self.rollout_timeout_s,
             check_interrupt=self._check_interrupt,
+            folder=self._folder,
+            strategy=strategy,
+            observers=self.observers,
         )
         self._run.start()
         return self._run
@@ -317,7 +323,7 @@ class RFTDataModule(L.LightningDataModule):
     def _checked(self) -> RFTModule:
         """The module, after all checks that need no file."""
         trainer = self._trainer
-        _ = self._strategy
+        self._strategy.check(self.explorers)
         module = trainer.lightning_module
         if not isinstance(module, RFTModule):
             raise ConfigurationError(

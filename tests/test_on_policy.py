@@ -105,10 +105,10 @@ class Yesterday(CollectiveTransport):
         super().__init__()
         self.kept: list[tuple[str, torch.Tensor]] = []
 
-    def push(self, weights: Any, version: int, explorers: Any) -> Any:
+    def push(self, weights: Any, version: int, explorers: Any, to: Any = None) -> Any:
         new = [(name, tensor.detach().clone()) for name, tensor in weights]
         old, self.kept = self.kept or new, new
-        return super().push(old, version, explorers)
+        return super().push(old, version, explorers, to)
 
 
 def test_a_rollout_before_the_sync_is_seen(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
@@ -125,6 +125,6 @@ def test_old_weights_under_a_new_name_are_seen(data: rft.RFTDataModule, tiny_mod
 
 
 def test_a_rollout_before_the_sync_is_refused(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(rft.ScheduleError, match=r"step of version 1 with tokens of versions \[0\].* 0 to 0"):
+    with pytest.raises(rft.ConfigurationError, match=r"TooEarly.admit\(1\) is 0: .* staleness of 1 .* max_staleness=0"):
         differences(TooEarly(), data, tiny_model_path, tmp_path)
     assert not data._pool.running  # an error ends the explorers though they are held

@@ -14,10 +14,9 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
-from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -66,6 +65,7 @@ CREATE TABLE groups (
     step INTEGER,
     PRIMARY KEY (incarnation, batch, slot)
 ) WITHOUT ROWID;
+CREATE INDEX groups_leased ON groups (incarnation) WHERE state = 'leased';
 CREATE INDEX groups_by_step ON groups (incarnation, step) WHERE step IS NOT NULL;
 CREATE TABLE experiences (
     incarnation INTEGER NOT NULL,
@@ -224,38 +224,43 @@ class Ledger:
                 )
             self._connection.executemany("INSERT INTO experiences VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
-    def lease(self, batch: int) -> list[Group]:
-        """Take all ready groups of a batch, in slot order, experiences in sample order. None ready: an empty list."""
-        with self._transaction():
-            rows = self._connection.execute(
-                "SELECT slot, task_id, blob FROM groups JOIN experiences USING (incarnation, batch, slot)"
-                " WHERE incarnation = ? AND batch = ? AND state = 'ready' ORDER BY slot, sample",
-                (self._incarnation, batch),
-            ).fetchall()
-            self._move_batch(batch, State.READY, State.LEASED)
-            return [
-                Group(GroupKey(batch, slot), task_id, tuple(self._decoder.decode(blob) for *_, blob in members))
-                for (slot, task_id), members in groupby(rows, key=lambda row: (row[0], row[1]))
-            ]
-
-    def release(self, batch: int) -> None:
-        """Give back what is leased of a batch: it is ready again. Nothing leased is fine."""
-        with self._transaction():
-            self._move_batch(batch, State.LEASED, State.READY)
-
-    def trained(self, batch: int) -> None:
-        """Note that what is leased of a batch went into a gradient step. Its experiences stay.
+    def lease(self, keys: Sequence[GroupKey]) -> list[Group]:
+        """Take ready groups, in the order of ``keys``, experiences in sample order.
 
         Raises:
-            ScheduleError: Nothing of the batch is leased.
+            ScheduleError: One of them is not ready.
+        """
+        with self._transaction():
+            groups = []
+            for key in keys:
+                self._check(key, State.LEASED, State.READY)
+                rows = self._connection.execute(
+                    "SELECT task_id, blob FROM groups JOIN experiences USING (incarnation, batch, slot)"
+                    " WHERE incarnation = ? AND batch = ? AND slot = ? ORDER BY sample",
+                    (self._incarnation, *key),
+                ).fetchall()
+                self._set(key, State.LEASED)
+                groups.append(Group(key, rows[0][0], tuple(self._decoder.decode(blob) for _, blob in rows)))
+            return groups
+
+    def release(self) -> None:
+        """Give back what is leased: it is ready again. Nothing leased is fine."""
+        with self._transaction():
+            self._move(State.LEASED, State.READY)
+
+    def trained(self) -> None:
+        """Note that what is leased went into the next gradient step. Its experiences stay.
+
+        Raises:
+            ScheduleError: Nothing is leased.
         """
         with self._transaction():
             (step,) = self._connection.execute(
                 "SELECT coalesce(max(step), -1) + 1 FROM groups WHERE incarnation = ? AND step IS NOT NULL",
                 (self._incarnation,),
             ).fetchone()
-            if not self._move_batch(batch, State.LEASED, State.TRAINED, step):
-                raise ScheduleError(f"batch {batch} cannot go to trained: none of its groups is leased")
+            if not self._move(State.LEASED, State.TRAINED, step):
+                raise ScheduleError("a batch cannot go to trained: no group is leased")
 
     def failed(self, key: GroupKey, error: str) -> None:
         """Note that an issued group ended in an error.
@@ -289,7 +294,7 @@ class Ledger:
         """Ids of the tasks that this incarnation trained, in training order; of one epoch if given."""
         rows = self._connection.execute(
             "SELECT task_id FROM groups WHERE incarnation = ? AND step IS NOT NULL AND epoch = coalesce(?, epoch)"
-            " ORDER BY step, slot",
+            " ORDER BY step, batch, slot",
             (self._incarnation, epoch),
         )
         return [task_id for (task_id,) in rows]
@@ -323,10 +328,10 @@ class Ledger:
             (state.value, error, self._incarnation, *key),
         )
 
-    def _move_batch(self, batch: int, old: State, new: State, step: int | None = None) -> int:
+    def _move(self, old: State, new: State, step: int | None = None) -> int:
         return self._connection.execute(
-            "UPDATE groups SET state = ?, step = ? WHERE incarnation = ? AND batch = ? AND state = ?",
-            (new.value, step, self._incarnation, batch, old.value),
+            "UPDATE groups SET state = ?, step = ? WHERE incarnation = ? AND state = ?",
+            (new.value, step, self._incarnation, old.value),
         ).rowcount
 
 

@@ -48,6 +48,7 @@ class Explore:
     Args:
         run: Which run asks; answers carry it, so that late ones of an earlier run are recognised.
         key: Where the group belongs.
+        attempt: Counts how often the group was issued; an answer to an earlier attempt is recognised by it.
         task: What to answer.
         seeds: One for each sample; there are as many samples as seeds.
         temperature: Softmax temperature, 0 for greedy.
@@ -55,6 +56,7 @@ class Explore:
 
     run: int
     key: GroupKey
+    attempt: int
     task: Task
     seeds: tuple[int, ...]
     temperature: float
@@ -62,9 +64,10 @@ class Explore:
 
 @dataclass(frozen=True)
 class Cancel:
-    """To an explorer: forget all work of ``run``."""
+    """To an explorer: forget one group of ``run``, or with ``key`` ``None`` all its work."""
 
     run: int
+    key: GroupKey | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Explored:
 
     run: int
     key: GroupKey
+    attempt: int
     experiences: tuple[Experience, ...]
 
 
@@ -147,6 +151,7 @@ class Failed:
     run: int
     key: GroupKey | None
     failure: Failure
+    attempt: int = 0
 
 
 class Channel:

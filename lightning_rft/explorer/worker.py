@@ -83,7 +83,7 @@ class Explorer:
         self._spec = spec
         self._stepper = Stepper(spec.engine, asyncio.get_running_loop())
         self._scorer = Scorer(spec.reward, spec.reward_timeout_s)
-        self._work: dict[asyncio.Task[None], int] = {}  # running groups and the run that asked for them
+        self._work: dict[asyncio.Task[None], Explore] = {}  # running groups
         self._tokenizer: Any = None
 
     async def serve(self, inbox: asyncio.Queue[Any]) -> None:
@@ -106,11 +106,12 @@ class Explorer:
     async def _handle(self, message: Any) -> None:
         if isinstance(message, Explore):
             task = asyncio.create_task(self._explore(message))
-            self._work[task] = message.run
+            self._work[task] = message
             task.add_done_callback(self._work.pop)
         elif isinstance(message, Cancel):
-            for task in [task for task, run in self._work.items() if run == message.run]:
-                task.cancel()
+            for task, asked in list(self._work.items()):
+                if asked.run == message.run and message.key in (None, asked.key):
+                    task.cancel()
         elif isinstance(message, Connect):
             await self._stepper.call(self._spec.engine.connect, message.link)
         elif isinstance(message, Load):
@@ -124,9 +125,9 @@ class Explorer:
         try:
             experiences = await asyncio.gather(*samples)
         except Exception as error:  # a user's reward or workflow: it goes to rank 0, this process lives on
-            self._channel.send(Failed(request.run, request.key, Failure.of(error)))
+            self._channel.send(Failed(request.run, request.key, Failure.of(error), request.attempt))
         else:
-            self._channel.send(Explored(request.run, request.key, tuple(experiences)))
+            self._channel.send(Explored(request.run, request.key, request.attempt, tuple(experiences)))
         finally:
             for sample in samples:
                 sample.cancel()
@@ -148,7 +149,7 @@ class Explorer:
         policy = Policy(
             self._stepper.sample,
             self._tokenizer,
-            name=f"{request.run}/{request.key.batch}/{request.key.slot}/{index}/{attempt}",
+            name=f"{request.run}/{request.key.batch}/{request.key.slot}/{request.attempt}/{index}/{attempt}",
             temperature=request.temperature,
             max_new_tokens=spec.max_new_tokens,
             max_model_len=spec.max_model_len,

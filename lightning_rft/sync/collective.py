@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -15,13 +15,13 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # 
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.sync.transport import Explorers, Push, Transport, buckets, nbytes
+from lightning_rft.sync.transport import Changes, Explorers, Push, Transport, Weights, announce, buckets, nbytes
 
 __all__ = ["CollectiveTransport", "GlooLink"]
 
 _WATCH_S = 0.05
 _NEWS_S = 5.0
-_SAMPLED_ELEMENTS = 1_000_000
+_SETTING = "CollectiveTransport(timeout_s=...)"
 
 
 class CollectiveTransport(Transport):
@@ -40,6 +40,8 @@ class CollectiveTransport(Transport):
         ConfigurationError: ``backend`` is none of the three.
     """
 
+    one_by_one = True  # a group of two for each: whoever is slow holds up no one
+
     def __init__(
         self, backend: Literal["auto", "nccl", "gloo"] = "auto", timeout_s: float = 120.0, bucket_mib: int = 64
     ) -> None:
@@ -48,40 +50,51 @@ class CollectiveTransport(Transport):
         self.backend = backend
         self.timeout_s = timeout_s
         self.bucket_mib = bucket_mib
-        self._members: dict[int, int] = {}
-        self._sender: _Sender | None = None
-        self._before: torch.Tensor | None = None
+        self._senders: dict[tuple[int, ...], tuple[dict[int, int], _Sender]] = {}
+        self._changes = Changes()
+        self._pushed = -1
 
-    def push(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, explorers: Explorers) -> Push:
+    def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> Push:
         """Broadcasts ``version``; see :meth:`Transport.push`."""
         began = time.monotonic()
+        deadline = began + self.timeout_s
         tensors = [(name, tensor.detach()) for name, tensor in weights]
-        target: torch.dtype = getattr(torch, explorers.dtype)
-        manifest = [_info(name, tensor, target) for name, tensor in tensors]
+        manifest = announce(tensors, explorers.dtype)
         members = explorers.members()
-        if self._sender is None or members != self._members:
-            self.close()
-            self._sender, self._members = self._make_sender(tensors, explorers), members
-        sender = self._sender
+        if to is not None:
+            members = {explorer: members[explorer] for explorer in to}
+        sender = self._sender(members, tensors, explorers)
         try:
-            _watched(lambda: sender.join(explorers), explorers, began + self.timeout_s)
+            _watched(lambda: sender.join(explorers, members), explorers, deadline)
             for explorer in members:
                 explorers.load(explorer, manifest, version)
-            _watched(lambda: sender.send(tensors, manifest), explorers, began + self.timeout_s)
-            explorers.wait_loaded(version, began + self.timeout_s - time.monotonic())
+            _watched(lambda: sender.send(tensors, manifest), explorers, deadline)
+            explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
         except BaseException:
             self.close()  # a group in which one member broke off is of no use to the others
             raise
-        changed = self._changed(tensors, target)
+        changed = self._changes.since_last(tensors, explorers.dtype) if version != self._pushed else 0.0
+        self._pushed = version
         return Push(time.monotonic() - began, changed)
 
     def close(self) -> None:
-        """Leaves the group."""
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
+        """Leaves every group."""
+        for _, sender in self._senders.values():
+            sender.close()
+        self._senders.clear()
 
-    def _make_sender(self, tensors: Sequence[tuple[str, torch.Tensor]], explorers: Explorers) -> _Sender:
+    def _sender(self, members: dict[int, int], tensors: Weights, explorers: Explorers) -> _Sender:
+        """The group of these explorers; an explorer that was in another one has left that."""
+        key = tuple(members)
+        known, sender = self._senders.get(key, ({}, None))
+        if sender is None or known != members:
+            for other in [other for other in self._senders if set(other) & set(key)]:
+                self._senders.pop(other)[1].close()
+            sender = self._make_sender(tensors, explorers)
+            self._senders[key] = dict(members), sender
+        return sender
+
+    def _make_sender(self, tensors: Weights, explorers: Explorers) -> _Sender:
         on_gpu = all(tensor.is_cuda for _, tensor in tensors)
         if self.backend == "nccl" and not (on_gpu and explorers.nccl):
             raise ConfigurationError(
@@ -93,24 +106,14 @@ class CollectiveTransport(Transport):
             return NCCLSender(self.timeout_s)
         return GlooSender(self.timeout_s, self.bucket_mib << 20)
 
-    def _changed(self, tensors: Sequence[tuple[str, torch.Tensor]], target: torch.dtype) -> float:
-        """Share of elements that differ from the last push, over about a million evenly spaced ones."""
-        total = sum(tensor.numel() for _, tensor in tensors)
-        stride = max(1, total // _SAMPLED_ELEMENTS)
-        now = torch.cat([tensor.reshape(-1)[::stride].to("cpu", target) for _, tensor in tensors])
-        before, self._before = self._before, now
-        if before is None or before.shape != now.shape or before.dtype != now.dtype:
-            return 1.0
-        return float((before != now).float().mean())
-
 
 class _Sender:
     """The trainer's end of a group."""
 
-    def join(self, explorers: Explorers) -> None:
-        """Invites the explorers and joins, once."""
+    def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
+        """Invites the members (explorer -> processes that hold weights) and joins, once."""
 
-    def send(self, tensors: Sequence[tuple[str, torch.Tensor]], manifest: Sequence[TensorInfo]) -> None:
+    def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
         """Sends what was announced."""
 
     def close(self) -> None:
@@ -126,11 +129,10 @@ class GlooSender(_Sender):
         self._group: ProcessGroupGloo | None = None
         self._store: TCPStore | None = None
 
-    def join(self, explorers: Explorers) -> None:
+    def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
         """Opens a store on a free port, invites every explorer, and meets them."""
         if self._group is not None:
             return
-        members = explorers.members()
         world = 1 + sum(members.values())
         timeout = timedelta(seconds=self._timeout_s)
         self._store = TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
@@ -141,7 +143,7 @@ class GlooSender(_Sender):
             rank += size
         self._group = _gloo(self._store, 0, world, timeout)
 
-    def send(self, tensors: Sequence[tuple[str, torch.Tensor]], manifest: Sequence[TensorInfo]) -> None:
+    def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
         """Packs each bucket's bytes (Gloo cannot broadcast bfloat16) and broadcasts them."""
         assert self._group is not None, "send before join"
         by_name = dict(tensors)
@@ -211,11 +213,6 @@ class GlooReceiver:
         self._group = None
 
 
-def _info(name: str, tensor: torch.Tensor, target: torch.dtype) -> TensorInfo:
-    dtype = target if tensor.is_floating_point() else tensor.dtype
-    return TensorInfo(name, str(dtype).removeprefix("torch."), tuple(tensor.shape))
-
-
 def _gloo(store: Store, rank: int, world_size: int, timeout: timedelta) -> ProcessGroupGloo:
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     # by address: a host whose own name does not resolve would not find itself
@@ -259,7 +256,7 @@ def _watched(function: Callable[[], None], explorers: Explorers, deadline: float
         thread.join(_WATCH_S)
         explorers.raise_failures()
         if time.monotonic() > deadline:
-            raise DeadlineError("a weight push passed its deadline: raise CollectiveTransport(timeout_s=...)")
+            raise DeadlineError(f"a weight push passed its deadline: raise {_SETTING}")
     if outcome and outcome[0] is not None:
         # an explorer that failed or died broke it off, and news of that, which says why, may still be on its way
         until = time.monotonic() + _NEWS_S

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class NCCLSender(_Sender):
         self._engine: Any = None
         self._source: Any = None
 
-    def join(self, explorers: Explorers) -> None:
+    def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
         """Makes the group with every worker of every explorer."""
         if self._engine is not None:
             return
@@ -51,11 +51,11 @@ class NCCLSender(_Sender):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        world = 1 + sum(explorers.members().values())
+        world = 1 + sum(members.values())
         self._source = _source()
         self._engine = WeightTransferTrainerFactory.trainer_init(
             NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port, world_size=world),
-            client=_Client(explorers),
+            client=_Client(explorers, members),
             source=self._source,
         )
 
@@ -75,12 +75,13 @@ class NCCLSender(_Sender):
 class _Client:
     """vLLM's control plane, spoken over our own lines; loads are announced by the transport itself."""
 
-    def __init__(self, explorers: Explorers) -> None:
+    def __init__(self, explorers: Explorers, members: Mapping[int, int]) -> None:
         self._explorers = explorers
+        self._members = members
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         rank = 1
-        for explorer, size in self._explorers.members().items():
+        for explorer, size in self._members.items():
             self._explorers.connect(explorer, NCCLLink({**init_info, "rank_offset": rank}))
             rank += size
 

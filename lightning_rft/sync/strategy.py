@@ -6,35 +6,31 @@ The base class owns *when hooks fire*; a strategy answers two questions, :meth:`
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+import time
 from typing import Any, Protocol
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.sync.collective import CollectiveTransport
-from lightning_rft.sync.transport import Explorers, Push, Transport
+from lightning_rft.sync.publisher import Publisher, Pushed, snapshot
+from lightning_rft.sync.schedule import Rule
+from lightning_rft.sync.transport import Push, Transport, Weights
 
 __all__ = ["Run", "SyncStrategy"]
 
 _SIGTERM_STATUS = 143
 
 
-class Run(Explorers, Protocol):
+class Run(Pushed, Protocol):
     """What a strategy asks of the run that it drives."""
 
     @property
     def version(self) -> int:
         """Batches trained so far."""
-        ...
-
-    @property
-    def published_version(self) -> int:
-        """The version that was pushed last; -1 before the first push."""
         ...
 
     def wait_ready(self) -> None:
@@ -49,21 +45,27 @@ class Run(Explorers, Protocol):
         """Whether a push is due now, waiting first for what older weights must still explore."""
         ...
 
-    def published(self, version: int) -> None:
-        """Tells that a version was pushed."""
+    def metrics(self) -> dict[str, float]:
+        """What the explorers did since the last call, in seconds, and what was dropped."""
+        ...
+
+    def summary(self) -> str:
+        """One line about who waited for whom, and what to change."""
         ...
 
 
-class SyncStrategy(Callback, ABC):
+class SyncStrategy(Callback, Rule):
     """Base class of the sync strategies.
 
-    A strategy of your own says when a batch may be explored::
+    A strategy of your own says when a batch may be explored, and how stale that makes its tokens at most::
 
         class EveryOther(SyncStrategy):
             max_staleness = 1
 
             def admit(self, batch):
                 return batch // 2 * 2
+
+    :func:`lightning_rft.testing.check_strategy` tries it against the rules that every strategy keeps.
 
     Args:
         sync_interval: Batches between two pushes.
@@ -79,15 +81,15 @@ class SyncStrategy(Callback, ABC):
         self.sync_interval = sync_interval
         self.transport = transport or CollectiveTransport()
         self._run: Run | None = None
+        self._publisher: Publisher | None = None
+        self._pushed = -1  # the version whose weights were taken last
 
-    @property
-    @abstractmethod
-    def max_staleness(self) -> int:
-        """Most batches that a token may lag behind the version that is trained."""
+    def check(self, explorers: int) -> None:
+        """Checks what a strategy needs of the data module, before anything is started; by default nothing.
 
-    @abstractmethod
-    def admit(self, batch: int) -> int:
-        """The version that an explorer must have loaded before it may start a group of ``batch``."""
+        Raises:
+            ConfigurationError: It cannot work with so many explorers.
+        """
 
     def publishes_after(self, batch: int) -> bool:
         """Whether weights are pushed once ``batch`` is trained."""
@@ -141,45 +143,82 @@ class SyncStrategy(Callback, ABC):
             return
         run = self._active
         run.trained(batch.batch)
-        push = self._push(pl_module) if run.wait_due() else Push(0.0, 0.0)
+        began = time.monotonic()
+        due = run.wait_due()
+        waited = time.monotonic()
+        push = self._push(pl_module) if due else Push(0.0, 0.0)
+        seconds = time.monotonic() - waited if due else 0.0
         pl_module.log("rft/version", float(run.version), prog_bar=True)
-        pl_module.log("rft/sync_s", push.seconds)
+        pl_module.log_dict({"rft/wait_push_s": waited - began, "rft/sync_s": seconds} | run.metrics())
         if push.seconds:
             pl_module.log("rft/weights_changed", push.changed)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pushes the last version, if it was not, so that what is sampled next is sampled with it."""
         run = self._active
-        if run.published_version < run.version:
+        if self._pushed < run.version:
             self._push(pl_module)
+        self._wait_loaded()
+        rank_zero_info(run.summary())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Makes a run that SIGTERM ended exit with 143: Lightning by itself lets it exit with 0."""
         if isinstance(exception, SIGTERMException):
             exception.code = _SIGTERM_STATUS
+        if self._run is not None:
+            self._run.failed(exception)  # so that a push in the background does not go on
         self._end()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leaves the transport's group."""
         self._end()
 
+    def load(self, explorer: int) -> None:
+        """Has an explorer load what is published last, in the background; the schedule asks for it."""
+        if self._publisher is not None:
+            self._publisher.load(explorer)
+
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._run is None:
             # the datamodule owns the run; anything else was refused in its setup
-            self._run = trainer.datamodule.begin(self)  # type: ignore[attr-defined]
+            self._run = run = trainer.datamodule.begin(self)  # type: ignore[attr-defined]
             self._active.wait_ready()
+            if self.asynchronous:
+                self._publisher = Publisher(self.transport, run)
             self._push(pl_module)
+            self._wait_loaded()
 
     def _push(self, pl_module: L.LightningModule) -> Push:
+        """Brings the policy's weights to the explorers: now, or when the publisher comes to it."""
         run = self._active
-        weights: Iterable[tuple[str, torch.Tensor]] = pl_module.weights()  # type: ignore[operator]
+        self._pushed = run.version
+        weights: Weights = list(pl_module.weights())  # type: ignore[operator]
+        if self._publisher is not None:
+            self._publisher.publish(snapshot(weights, run.dtype), run.version)
+            return self._publisher.last
+        began = time.monotonic()
         push = self.transport.push(weights, run.version, run)
+        what = "write checkpoint" if self.transport.kind == "checkpoint" else "sync"
+        run.observe("trainer", what, began, run.version)
         run.published(run.version)
         return push
 
+    def _wait_loaded(self) -> None:
+        """Returns when what was pushed in the background has arrived."""
+        run = self._active
+        if self._publisher is not None:
+            timeout_s = 2 * self.transport.timeout_s * max(1, len(run.members()))
+            setting = f"{type(self.transport).__name__}(timeout_s=...)"
+            run.wait_loaded(run.version, list(run.members()), timeout_s, setting)
+
     def _end(self) -> None:
-        self.transport.close()
-        self._run = None
+        publisher, self._publisher = self._publisher, None
+        self._run, self._pushed = None, -1
+        try:
+            if publisher is not None:
+                publisher.close(self.transport.timeout_s)
+        finally:
+            self.transport.close()
 
     @property
     def _active(self) -> Run:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from lightning_rft.experience import TensorInfo
 
-__all__ = ["Explorers", "Push", "Transport", "buckets", "nbytes"]
+__all__ = ["Changes", "Explorers", "Push", "Transport", "Weights", "announce", "buckets", "nbytes"]
 
 
 class Explorers(Protocol):
@@ -20,6 +21,11 @@ class Explorers(Protocol):
 
     def members(self) -> dict[int, int]:
         """Explorer index -> number of processes inside it that hold weights."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder, which explorers see too."""
         ...
 
     @property
@@ -44,9 +50,18 @@ class Explorers(Protocol):
         """Raises the error of an explorer that failed, if one did."""
         ...
 
-    def wait_loaded(self, version: int, timeout_s: float) -> None:
-        """Returns when every explorer computes with ``version``."""
+    def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float, setting: str) -> None:
+        """Returns when each of ``explorers`` computes with ``version``.
+
+        Raises:
+            DeadlineError: That took longer than ``timeout_s``; the message names ``setting``.
+        """
         ...
+
+
+_SAMPLED_ELEMENTS = 1_000_000
+
+Weights = Sequence[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,15 +81,29 @@ class Push:
 class Transport(ABC):
     """Carries weights from the trainer to the explorers. Starts nothing until the first push."""
 
+    #: How weights travel: ``"sync"`` (by collective) or ``"checkpoint"``.
+    kind: str = "sync"
+    #: Whether pushes in the background go to one explorer at a time.
+    one_by_one: bool = False
+    #: Seconds that one push may take.
+    timeout_s: float = 120.0
+
+    def prepare(self, weights: Weights, version: int, explorers: Explorers) -> None:
+        """Does what can be done before anyone loads ``version``, such as writing a file; by default nothing.
+
+        Strategies that push in the background call it first, and :meth:`push` later, for one explorer after another.
+        """
+
     @abstractmethod
-    def push(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, explorers: Explorers) -> Push:
-        """Brings ``version`` to every explorer and returns when each computes with it.
+    def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> Push:
+        """Brings ``version`` to explorers and returns when each computes with it.
 
         Args:
             weights: Name and tensor of every entry of the policy's ``state_dict``, aliases included: an engine may
                 keep its own copy of a tied weight.
             version: The version that these weights are.
-            explorers: Those to bring it to.
+            explorers: How to reach them.
+            to: Which of them; left out, all.
 
         Raises:
             TransportError: A member failed or did not take every tensor.
@@ -116,3 +145,36 @@ def buckets(manifest: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]
         cut[-1].append(spec)
         room -= size
     return cut
+
+
+def announce(weights: Weights, dtype: str) -> list[TensorInfo]:
+    """What will arrive: floating-point tensors in the engines' dtype, others in their own.
+
+    Example:
+        >>> announce([("scale", torch.ones(2, 3)), ("steps", torch.tensor([1]))], "bfloat16")  # doctest: +ELLIPSIS
+        [TensorInfo(name='scale', dtype='bfloat16', shape=(2, 3)), TensorInfo(name='steps', dtype='int64', ...)]
+    """
+    return [
+        TensorInfo(
+            name, dtype if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        )
+        for name, tensor in weights
+    ]
+
+
+class Changes:
+    """The share of elements that differ from the push before, over about a million evenly spaced ones."""
+
+    def __init__(self) -> None:
+        self._before: torch.Tensor | None = None
+
+    def since_last(self, weights: Weights, dtype: str) -> float:
+        """Compares in the engines' dtype, and keeps these for the next time."""
+        total = sum(tensor.numel() for _, tensor in weights)
+        stride = max(1, total // _SAMPLED_ELEMENTS)
+        target: torch.dtype = getattr(torch, dtype)
+        now = torch.cat([tensor.detach().reshape(-1)[::stride].to("cpu", target) for _, tensor in weights])
+        before, self._before = self._before, now
+        if before is None or before.shape != now.shape or before.dtype != now.dtype:
+            return 1.0
+        return float((before != now).float().mean())

@@ -78,7 +78,7 @@ def test_a_life(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
     assert pool.dtype == "float32"
     assert not pool.nccl
     for index in range(2):
-        pool.send(index, Explore(0, GroupKey(0, index), Task("1", id=str(index)), (1,), 1.0))
+        pool.send(index, Explore(0, GroupKey(0, index), 1, Task("1", id=str(index)), (1,), 1.0))
     answers = {index: message.experiences[0].task_id for index, message in heard(pool, Explored, 2)}
     assert answers == {0: "0", 1: "1"}
     assert len(alive(mark)) == 4  # each has a process for its rewards

@@ -19,7 +19,7 @@ from lightning_rft.explorer.fake_engine import FakeEngine
 from lightning_rft.explorer.worker import Explorer, ExplorerSpec
 from lightning_rft.explorer.workflow import Policy, SingleTurn
 
-GROUP = Explore(run=5, key=GroupKey(3, 1), task=Task("1 + 1 =", id="t"), seeds=(7, 8), temperature=1.0)
+GROUP = Explore(run=5, key=GroupKey(3, 1), attempt=1, task=Task("1 + 1 =", id="t"), seeds=(7, 8), temperature=1.0)
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def test_an_error_in_a_step_of_the_engine(tiny_model_path: Path) -> None:
 
 
 def test_a_cancelled_run_is_forgotten_and_others_go_on(tiny_model_path: Path) -> None:
-    other = Explore(run=6, key=GroupKey(0, 0), task=Task("2", id="u"), seeds=(1,), temperature=1.0)
+    other = Explore(run=6, key=GroupKey(0, 0), attempt=1, task=Task("2", id="u"), seeds=(1,), temperature=1.0)
     endless = FakeEngine(mean_tokens=10_000, tokens_per_second=50.0)
     (answer,) = answers(tiny_model_path, GROUP, Cancel(run=5), other, engine=endless, max_new_tokens=40)
     assert isinstance(answer, Explored)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -13,15 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lightning_rft as rft
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey
-from lightning_rft.sync.schedule import Action, Issue, Lease, Publish, Rule, Schedule
+from lightning_rft.sync.schedule import Action, Issue, Lease, Load, Publish, Rule, Schedule
 from lightning_rft.sync.synchronous import Synchronous
-from lightning_rft.testing import Event, drive
+from lightning_rft.testing import Event, check_events, check_strategy, drive
 
 
 @dataclass(frozen=True)
-class OneStepOff:
+class OneStepOff(Rule):
     """A rule as a user would write it: batch b + 1 is explored while b is trained."""
 
     k: int = 1
@@ -38,7 +39,7 @@ class OneStepOff:
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Ahead(Rule):
     """Explores up to ``lead`` batches ahead; negative answers for the first ones, as a user would leave them."""
 
     lead: int
@@ -66,6 +67,10 @@ def started(rule: Rule, *, size: int = 2, explorers: int = 1, **settings: Any) -
 
 def issue(batch: int, slot: int, explorer: int = 0) -> Issue:
     return Issue(GroupKey(batch, slot), explorer)
+
+
+def lease(batch: int, size: int = 2) -> Lease:
+    return Lease(batch, tuple(GroupKey(batch, slot) for slot in range(size)))
 
 
 def all_ready(schedule: Schedule, batch: int, size: int = 2) -> list[Action]:
@@ -100,10 +105,10 @@ def test_lease_needs_every_group_and_someone_who_wants_it():
     schedule, _ = started(Synchronous())
     assert schedule.ready(GroupKey(0, 1)) == []
     assert schedule.wanted(0) == []
-    assert schedule.ready(GroupKey(0, 0)) == [Lease(0)]
+    assert schedule.ready(GroupKey(0, 0)) == [lease(0)]
     schedule, _ = started(Synchronous())
     assert all_ready(schedule, 0) == []
-    assert schedule.wanted(0) == [Lease(0)]
+    assert schedule.wanted(0) == [lease(0)]
 
 
 def test_synchronous_publishes_every_k_and_explores_only_then():
@@ -159,11 +164,11 @@ def test_groups_of_a_dead_explorer_go_to_another_before_new_ones():
     schedule, actions = started(Synchronous(), size=4, explorers=2, capacity=4)
     assert Counter(action.explorer for action in actions if isinstance(action, Issue)) == {0: 2, 1: 2}
     assert schedule.died(1) == [issue(0, 1, 0), issue(0, 3, 0)]
-    assert schedule.joined(1) == []
+    assert schedule.joined(1) == [Load(1, 0)]
     assert schedule.died(0) == []  # nobody has weights
     assert not schedule.push_pending
     assert schedule.loaded(1, 0) == [issue(0, slot, 1) for slot in range(4)]
-    assert all_ready(schedule, 0, 4) + schedule.wanted(0) == [Lease(0)]
+    assert all_ready(schedule, 0, 4) + schedule.wanted(0) == [lease(0, 4)]
 
 
 def test_first_stop_and_capacity_limit_issuing():
@@ -182,7 +187,7 @@ def test_short_batches_are_complete_when_they_are():
     schedule = Schedule(Synchronous(), size=lambda batch: 1 + batch % 2)
     schedule.joined(0)
     assert schedule.loaded(0, 0) + schedule.published(0) == [issue(0, 0)]
-    assert all_ready(schedule, 0, 1) + schedule.wanted(0) == [Lease(0)]
+    assert all_ready(schedule, 0, 1) + schedule.wanted(0) == [lease(0, 1)]
     assert schedule.trained(0) == [Publish(1)]
     assert schedule.loaded(0, 1) + schedule.published(1) == [issue(1, 0), issue(1, 1)]
 
@@ -192,7 +197,7 @@ def test_short_batches_are_complete_when_they_are():
     [
         (lambda schedule: schedule.wanted(1), "batch 1 was asked for with version 0"),
         (lambda schedule: schedule.trained(1), "batch 1 was trained by version 0"),
-        (lambda schedule: schedule.published(1), "version 1 was published while the trainer is at 0"),
+        (lambda schedule: schedule.published(1), "version 1 was published after 0, with the trainer at 0"),
         (lambda schedule: schedule.loaded(0, -1), "explorer 0 went back from version 0 to -1"),
         (lambda schedule: schedule.loaded(0, 1), "explorer 0 loaded version 1, but only 0 exists"),
         (lambda schedule: schedule.ready(GroupKey(3, 0)), "no explorer was asked for it"),
@@ -232,12 +237,25 @@ def test_driver_reports_a_deadlock():
         def publishes_after(self, batch: int) -> bool:
             return False
 
-    with pytest.raises(ScheduleError, match=r"deadlock: 2 of 4 batches .* version 0 was pushed last"):
+    with pytest.raises(ConfigurationError, match=r"Never could never train batch 2: admit\(2\) asks for version 1"):
         drive(Never(), batches=4)
     with pytest.raises(ScheduleError, match="deadlock"):
         drive(Synchronous(), batches=2, deaths=[(1.5, 0)])
     assert drive(Synchronous(), batches=2, deaths=[(1.5, 0)], joins=[(9.0, 0)])[-1].time > 9
 
+
+CIRCUMSTANCES: dict[str, Any] = {
+    "explorers": st.integers(1, 3),
+    "batches": st.integers(1, 12),
+    "sizes": st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    "room": st.none() | st.integers(0, 12),
+    "failure_rate": st.sampled_from([0.0, 0.1, 0.5]),
+    "train_time": st.sampled_from([0.0, 1.0, 20.0]),
+    "push_time": st.sampled_from([0.0, 0.5, 5.0]),
+    "outages": st.lists(st.tuples(st.floats(0, 60), st.integers(0, 2), st.floats(0, 20)), max_size=5),
+    "late": st.lists(st.tuples(st.floats(0, 60), st.integers(0, 4)), max_size=2),
+    "seed": st.integers(0, 2**32),
+}
 
 RULES = st.one_of(
     st.builds(Synchronous, sync_interval=st.sampled_from([1, 2, 4])),
@@ -246,22 +264,9 @@ RULES = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    rule=RULES,
-    explorers=st.integers(1, 3),
-    batches=st.integers(1, 12),
-    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3),
-    room=st.none() | st.integers(0, 12),
-    failure_rate=st.sampled_from([0.0, 0.1, 0.5]),
-    train_time=st.sampled_from([0.0, 1.0, 20.0]),
-    push_time=st.sampled_from([0.0, 0.5, 5.0]),
-    outages=st.lists(st.tuples(st.floats(0, 60), st.integers(0, 2), st.floats(0, 20)), max_size=5),
-    late=st.lists(st.tuples(st.floats(0, 60), st.integers(0, 4)), max_size=2),
-    seed=st.integers(0, 2**32),
-)
-def test_every_run_keeps_the_promises(
+def run(
     rule: Any,
+    *,
     explorers: int,
     batches: int,
     sizes: list[int],
@@ -272,7 +277,7 @@ def test_every_run_keeps_the_promises(
     outages: list[tuple[float, int, float]],
     late: list[tuple[float, int]],
     seed: int,
-):
+) -> tuple[list[Event], Callable[[int], int], int | None]:
     def draw(*about: Any) -> random.Random:
         return random.Random(repr((seed, *about)))
 
@@ -293,7 +298,154 @@ def test_every_run_keeps_the_promises(
         joins=[(when + away, explorer) for when, explorer, away in outages] + late,
         capacity=capacity,
     )
-    check(rule, events, batches, size, capacity)
+    return events, size, capacity
+
+
+@settings(max_examples=300, deadline=None)
+@given(rule=RULES, circumstances=st.fixed_dictionaries(CIRCUMSTANCES))
+def test_every_run_keeps_the_promises(rule: Any, circumstances: dict[str, Any]):
+    events, size, capacity = run(rule, **circumstances)
+    check(rule, events, circumstances["batches"], size, capacity)
+
+
+INTERVALS = st.sampled_from([1, 2, 4])
+
+
+@st.composite
+def shipped(draw: st.DrawFn) -> rft.SyncStrategy:
+    """Any strategy with any options."""
+    make = draw(st.sampled_from([Synchronous, rft.OneStepOffPolicy, *ASYNCHRONOUS]))
+    interval = draw(INTERVALS)
+    if make is Synchronous:
+        return Synchronous(interval)
+    if make is rft.OneStepOffPolicy:
+        return rft.OneStepOffPolicy(interval, in_flight=draw(st.booleans()))
+    return make(
+        interval,
+        max_staleness=interval - 1 + draw(st.integers(0, 4)),
+        overdue=draw(st.sampled_from(["wait", "wait", "drop"])),
+        in_flight=draw(st.booleans()),
+    )
+
+
+ASYNCHRONOUS = [rft.FullyAsynchronous, rft.MultiExplorerAsynchronous]
+
+
+@settings(max_examples=2000, deadline=None)
+@given(rule=shipped(), circumstances=st.fixed_dictionaries(CIRCUMSTANCES))
+def test_every_strategy_keeps_the_rules(rule: rft.SyncStrategy, circumstances: dict[str, Any]):
+    events, size, _ = run(rule, **circumstances)
+    check_events(rule, events, batches=circumstances["batches"], groups_per_batch=size)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_versions_repeat_exactly_in_strategies_that_keep_order(k: int):
+    for rule in (Synchronous(k), rft.OneStepOffPolicy(k)):
+        for seed in range(20):
+            lengths, failures = random.Random(seed), random.Random(seed)
+            events = drive(
+                rule,
+                batches=9,
+                groups_per_batch=3,
+                explorers=1 + seed % 3,
+                duration=lambda group, attempt, lengths=lengths: lengths.paretovariate(1.1),
+                fails=lambda group, attempt, failures=failures: failures.random() < 0.2,
+                train_time=seed % 5,
+            )
+            versions = {event.group: event.version for event in events if event.what == "ready"}
+            assert versions == {GroupKey(b, slot): rule.admit(b) for b in range(9) for slot in range(3)}
+
+
+def long_tailed(overdue: Any) -> tuple[list[float], list[float]]:
+    """How long the answers were that were asked for, and those that were trained."""
+    lengths: dict[tuple[GroupKey, int], float] = {}
+
+    def duration(group: GroupKey, attempt: int) -> float:
+        return lengths.setdefault((group, attempt), random.Random(repr((group, attempt))).paretovariate(1.1))
+
+    rule = rft.FullyAsynchronous(max_staleness=2, overdue=overdue)
+    events = drive(rule, batches=200, groups_per_batch=4, duration=duration, train_time=1.0)
+    attempts = Counter(event.group for event in events if event.what == "issued")
+    last = {event.group: attempts[event.group] - 1 for event in events if event.what == "ready"}
+    asked = [length for (_, attempt), length in lengths.items() if attempt == 0]
+    return asked, [lengths[group, attempt] for group, attempt in last.items() if group is not None]
+
+
+def test_waiting_trains_the_lengths_that_were_asked_for_and_dropping_does_not():
+    asked, trained = long_tailed("wait")
+    assert sorted(trained) == sorted(asked)
+    asked, trained = long_tailed("drop")
+    assert len(trained) == len(asked)
+    assert sum(length > 10 for length in trained) < sum(length > 10 for length in asked) / 2
+
+
+def test_asynchronous_strategies_wait_for_nobody_until_the_bound():
+    times = {"duration": lambda group, attempt: 1.0, "train_time": 2.0, "batches": 10, "push_time": 0.5}
+    # the first version is made loadable and loaded, one rollout, ten steps, the last version
+    end = drive(rft.FullyAsynchronous(max_staleness=2), **times)[-1].time
+    assert end == pytest.approx(2 * 0.5 + 1 + 10 * 2 + 0.5)
+    # the slower side alone decides
+    times |= {"duration": lambda group, attempt: 3.0, "train_time": 1.0}
+    end = drive(rft.FullyAsynchronous(max_staleness=10), **times)[-1].time
+    assert end == pytest.approx(2 * 0.5 + 3.0 + 10 * 1.0 + 0.5)  # all ten are explored at once
+
+
+def test_staggered_explorers_never_stop_as_a_whole():
+    events = drive(
+        rft.MultiExplorerAsynchronous(max_staleness=3), batches=20, groups_per_batch=4, explorers=2, push_time=0.4
+    )
+    check_events(rft.MultiExplorerAsynchronous(max_staleness=3), events, batches=20, groups_per_batch=4)
+    assert {event.explorer for event in events if event.what == "loaded"} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rft.FullyAsynchronous(4, max_staleness=2), r"batch 3 would need version 1, .* at least .* = 3"),
+        (lambda: rft.FullyAsynchronous(overdue="skip"), "overdue='skip': use 'wait' or 'drop'"),
+        (lambda: rft.OneStepOffPolicy(0), "sync_interval=0 must be at least 1"),
+        (lambda: rft.MultiExplorerAsynchronous().check(1), "two or more explorers"),
+        (lambda: rft.CheckpointTransport(keep=0), "keep at least 1"),
+        (lambda: Schedule(TooStale(1), size=lambda batch: 1), r"admit\(2\) is 0: .* staleness of 2 .* max_staleness=1"),
+        (lambda: Schedule(Backwards(1), size=lambda batch: 1), r"must never decrease"),
+    ],
+)
+def test_what_can_never_work_is_refused(make: Callable[[], Any], message: str):
+    with pytest.raises(ConfigurationError, match=message):
+        make()
+
+
+class TooStale(Ahead):
+    def admit(self, batch: int) -> int:
+        return batch - 2
+
+
+class Backwards(Ahead):
+    def admit(self, batch: int) -> int:
+        return batch - batch % 2 if batch < 5 else 3
+
+
+def test_the_conformance_test_finds_what_is_wrong():
+    class Hasty(rft.FullyAsynchronous):
+        """Promises less than it does: as if it had the bound of another."""
+
+        @property
+        def max_staleness(self) -> int:
+            return 1
+
+    check_strategy(rft.FullyAsynchronous(max_staleness=1), runs=50)
+    with pytest.raises(ConfigurationError, match="staleness of 2"):
+        check_strategy(Hasty(max_staleness=2), runs=50)
+
+    events = drive(Synchronous(), batches=3)
+    for broken in (
+        [event for event in events if event.what != "pushed"],
+        [replace(event, version=0) if event.what == "ready" else event for event in events],
+        [replace(event, groups=()) if event.what == "training" else event for event in events],
+        [event for event in events if event.version != 1],
+    ):
+        with pytest.raises(ScheduleError):
+            check_events(Synchronous(), broken, batches=3)
 
 
 def check(rule: Any, events: Sequence[Event], batches: int, size: Callable[[int], int], capacity: int | None) -> None:
@@ -310,6 +462,8 @@ def check(rule: Any, events: Sequence[Event], batches: int, size: Callable[[int]
 
     for event in events:
         group, explorer = event.group, event.explorer
+        if event.what in ("loading", "training"):
+            continue
         if event.what == "joined":
             assert explorer is not None
             loaded[explorer] = -1

@@ -1,0 +1,104 @@
+"""The command line: Lightning's, with this package's module, datamodule and short class paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+import lightning_rft
+from lightning_rft.datamodule import RFTDataModule
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.trainer.module import RFTModule
+
+__all__ = ["RFTCLI", "main"]
+
+# Lightning's own would list every option of the trainer, sixty lines above each message.
+_USAGE = "%(prog)s [--config FILE] [--KEY VALUE ...]"
+
+
+class RFTCLI(LightningCLI):
+    """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning: ``fit`` and ``validate``.
+
+    A config has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the
+    sync strategy is one of ``trainer.callbacks``. What this package exports needs no more than its name as
+    ``class_path``::
+
+        trainer:
+          callbacks:
+            - class_path: Synchronous
+              init_args: {sync_interval: 2}
+
+    It differs from Lightning's in its defaults alone: runs are seeded with 0, the config that is saved beside the logs
+    may replace that of an earlier run, and the module makes its own optimizer (``model.optimizer``).
+
+    Args:
+        model_class: A subclass of :class:`RFTModule`, for settings of your own.
+        datamodule_class: A subclass of :class:`RFTDataModule`.
+        args: What to parse in place of the command line.
+        run: Whether to run the subcommand; if not, there are no subcommands and objects are only made.
+        kwargs: Anything else that ``LightningCLI`` takes; wins over what is set here.
+
+    Raises:
+        SystemExit: With status 2, after a message, if the config cannot be used.
+
+    Example::
+
+        RFTCLI(args=["fit", "--config", "examples/synchronous.yaml", "--trainer.max_steps", "3"])
+    """
+
+    def __init__(
+        self,
+        model_class: type[RFTModule] = RFTModule,
+        datamodule_class: type[RFTDataModule] = RFTDataModule,
+        args: ArgsType = None,
+        run: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        usage = {name: {"usage": _USAGE} for name in self.subcommands()} if run else {"usage": _USAGE}
+        defaults: dict[str, Any] = {
+            "save_config_kwargs": {"overwrite": True},
+            "seed_everything_default": 0,
+            "auto_configure_optimizers": False,
+        }
+        defaults["parser_kwargs"] = usage | kwargs.pop("parser_kwargs", {})
+        # jsonargparse finds a class by its short name only once it is imported
+        for name in lightning_rft.__all__:
+            getattr(lightning_rft, name)
+        super().__init__(model_class, datamodule_class, args=args, run=run, **defaults | kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """What can be run: a test is a validation here, and predictions are an engine's work."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def instantiate_classes(self) -> None:
+        """Makes the objects; a setting that one of them refuses ends the program as a parser's error does."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            self._parser(self.subcommand).error(str(refusal), error)
+
+
+def main(args: ArgsType = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: What to parse in place of the command line.
+
+    Raises:
+        SystemExit: With status 2, after a message, if the config cannot be used.
+    """
+    about = {"prog": "lightning-rft", "description": "Reinforcement fine-tuning of language models."}
+    RFTCLI(args=args, parser_kwargs=about)
+
+
+def _refusal(error: BaseException | None) -> BaseException | None:
+    """What a setting was refused with; jsonargparse wraps an error in its own where an argument has a union type."""
+    while error is not None and not isinstance(error, (ConfigurationError, MisconfigurationException)):
+        error = error.__cause__
+    return error

@@ -1,0 +1,280 @@
+"""Spans as a picture: who did what, in the colours of the four drawings of synchronisation.
+
+First a layout, which is plain data: blocks with what may be written on them. Then it is painted with matplotlib, which
+is imported only for that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_rft.monitor.spans import Interval, Span, position, union
+
+__all__ = ["draw"]
+
+# kind -> fill, edge, name in the legend, letters on its blocks
+_KINDS = {
+    "rollout": ("#FCE8B2", "#D9B24C", "Rollout", "R"),
+    "buffer": ("#A9C8EC", "#5A8FCB", "Buffer", ""),
+    "train": ("#BFE0B4", "#6FAA5F", "Train", "T"),
+    "sync": ("#D8C5EE", "#9873C4", "Sync. weight (NCCL/Gloo)", "S"),
+    "checkpoint": ("#F6B5AC", "#D2695C", "Sync. weight (Checkpoint: C write, c load)", "C"),
+    "wait": ("#FAFAFA", "#D4D4D4", "Waiting", ""),
+}
+_KIND = {"put": "buffer", "load": "sync", "write checkpoint": "checkpoint", "load checkpoint": "checkpoint"}
+_LETTER = {"sync": "S", "load": "S", "write checkpoint": "C", "load checkpoint": "c"}
+_LANES = 4
+_NEAR = 0.002  # of the width of the picture: what is nearer is drawn as one
+
+_DPI = 160
+# inches
+_WIDTH, _ROW, _BUFFER_ROW, _GAP = 12.0, 0.56, 0.28, 0.16
+_TOP, _BOTTOM, _RIGHT, _THIN = 0.4, 0.74, 0.25, 0.01
+_INK, _FAINT = "#333333", "#777777"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle in the row of a track.
+
+    Args:
+        kind: Which colour it has.
+        begin: Seconds.
+        end: Seconds.
+        labels: What may be written on it, best first.
+        low: Lower edge, as a share of the row's height.
+        high: Upper edge, likewise.
+        visible: The parts of it that nothing lies upon; left out, all of it.
+    """
+
+    kind: str
+    begin: float
+    end: float
+    labels: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 1.0
+    visible: tuple[Interval, ...] | None = None
+
+
+def draw(spans: Sequence[Span], path: str | Path, *, title: str = "", batches: int = 8, dropped: int = 0) -> None:
+    """Draws the last batches of a run.
+
+    Args:
+        spans: What was recorded, in any order; at least one.
+        path: The PNG file to write.
+        title: Name of the strategy.
+        batches: How many batches to show, counted back from the last that was trained.
+        dropped: How many spans are missing.
+    """
+    zero = min(span.begin for span in spans)
+    begin, end, note = _window(spans, batches)
+    if dropped:
+        note += f", {dropped} oldest spans dropped"
+    shown = [span for span in spans if span.begin < end and span.end > begin]
+    rows = {
+        track: layout([span for span in shown if span.track == track], (end - begin) * _NEAR)
+        for track in sorted({span.track for span in spans}, key=position)
+    }
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", {"hatch.linewidth": 0.6}]):  # whatever style the user has set
+        _paint(rows, (begin, end), zero, title, note, Path(path))
+
+
+def layout(spans: Sequence[Span], near: float) -> list[Block]:
+    """The blocks of one track, those on top last.
+
+    Args:
+        spans: Of this track.
+        near: Blocks that are nearer than these seconds count as touching.
+    """
+    rollouts = _stack(_batches(spans, near), near)
+    trains = [Block("train", s.begin, s.end, (f"T{s.batch}",)) for s in spans if s.what == "train"]
+    weights = [Block(_KIND.get(s.what, s.what), s.begin, s.end, _weight_labels(s)) for s in spans if s.what in _LETTER]
+    beside = [block for block in weights if any(_overlap(block, train, near) for train in trains)]
+    if beside:  # what another thread does while training goes on has a strip of its own
+        trains = [replace(block, low=0.36) for block in trains]
+        weights = [block if block in beside else replace(block, low=0.36) for block in weights]
+        weights = [replace(block, high=0.28) if block in beside else block for block in weights]
+    waits = [
+        Block("wait", s.begin, s.end, (f"wait for {s.detail}",) if s.detail else ("wait",), low=0.36 if beside else 0.0)
+        for s in spans
+        if s.what == "wait"
+    ]
+    puts = [Block("buffer", s.begin, s.end, (str(s.batch),)) for s in spans if s.what == "put"]
+    # an engine that takes weights computes nothing else, though its rollouts go on afterwards
+    rollouts = [_uncovered(block, weights) for block in rollouts]
+    busy = [*rollouts, *trains, *(block for block in weights if block not in beside)]
+    return [*(_uncovered(block, busy) for block in waits), *puts, *rollouts, *trains, *weights]
+
+
+def _window(spans: Sequence[Span], batches: int) -> tuple[float, float, str]:
+    """The time to show, and in words what that is."""
+    begin, end = min(span.begin for span in spans), max(span.end for span in spans)
+    trains = sorted((span for span in spans if span.what == "train"), key=lambda span: span.end)
+    if len(trains) <= batches:
+        return begin, max(end, begin + 1e-6), f"{len(trains)} batches"
+    return trains[-batches - 1].end, end, f"last {batches} of {len(trains)} batches"
+
+
+def _batches(spans: Iterable[Span], near: float) -> list[Block]:
+    """Rollouts of groups, merged by batch where they touch."""
+    found: dict[int | None, list[Interval]] = {}
+    for span in spans:
+        if span.what == "rollout":
+            found.setdefault(span.batch, []).append((span.begin, span.end))
+    return [
+        Block("rollout", begin, end, (f"R{batch}",))
+        for batch, intervals in found.items()
+        for begin, end in union(intervals, near)
+    ]
+
+
+def _stack(blocks: Iterable[Block], near: float) -> list[Block]:
+    """Blocks that overlap in time, side by side in lanes; what needs more lanes than there are joins the last one."""
+    stacks: list[list[list[Block]]] = []  # of lanes of blocks; stacks do not overlap in time
+    reach = float("-inf")
+    for block in sorted(blocks, key=lambda block: (block.begin, block.labels)):
+        if block.begin >= reach - near:
+            stacks.append([])
+        lanes = stacks[-1]
+        free = next((lane for lane in lanes if block.begin >= lane[-1].end - near), None)
+        if free is not None:
+            free.append(replace(block, begin=max(block.begin, free[-1].end)))
+        elif len(lanes) < _LANES:
+            lanes.append([block])
+        else:
+            last = lanes[-1][-1]
+            label = f"{last.labels[0].partition('–')[0]}–{block.labels[0]}"
+            lanes[-1][-1] = replace(last, end=max(last.end, block.end), labels=(label,))
+        reach = max(reach, block.end)
+    return [
+        replace(block, low=1 - (index + 1) / len(lanes), high=1 - index / len(lanes))
+        for lanes in stacks
+        for index, lane in enumerate(lanes)
+        for block in lane
+    ]
+
+
+def _overlap(one: Block, other: Block, near: float) -> bool:
+    return min(one.end, other.end) - max(one.begin, other.begin) > near
+
+
+def _uncovered(block: Block, others: Iterable[Block]) -> Block:
+    """The block, visible only where no other one lies."""
+    pieces, begin = [], block.begin
+    for first, last in union((other.begin, other.end) for other in others):
+        if last > begin and first < block.end:
+            if first > begin:
+                pieces.append((begin, first))
+            begin = last
+    if begin < block.end:
+        pieces.append((begin, block.end))
+    return replace(block, visible=tuple(pieces))
+
+
+def _weight_labels(span: Span) -> tuple[str, ...]:
+    letter = _LETTER[span.what]
+    return (letter,) if span.version is None else (f"{letter} v{span.version}", letter)
+
+
+class _Canvas:
+    """A figure on which everything is placed in inches, so that text can be measured before it is written."""
+
+    def __init__(self, height: float) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        # no pyplot: there is no window and no global figure
+        self.figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
+        self.renderer = FigureCanvasAgg(self.figure).get_renderer()
+        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH), ylim=(0, height))
+        self.axes.set_axis_off()
+
+    def box(self, left: float, right: float, low: float, high: float, kind: str) -> None:
+        """A rectangle in the colours of a kind."""
+        from matplotlib.patches import Rectangle
+
+        fill, edge, *_ = _KINDS[kind]
+        look: dict[str, Any] = {"hatch": "//////", "linewidth": 0} if kind == "wait" else {"linewidth": 0.8}
+        self.axes.add_patch(Rectangle((left, low), right - left, high - low, facecolor=fill, edgecolor=edge, **look))
+
+    def text(self, x: float, y: float, text: str, size: float = 9, color: str = _INK, **look: Any) -> float:
+        """Writes, vertically centred, and returns the width."""
+        self.axes.text(x, y, text, fontsize=size, color=color, va="center_baseline", **look)
+        return self.width(text, size, look.get("weight", "normal"))
+
+    def width(self, text: str, size: float, weight: str = "normal") -> float:
+        """Inches that a text takes."""
+        from matplotlib.font_manager import FontProperties
+
+        font = FontProperties(size=size, weight=weight)
+        return float(self.renderer.get_text_width_height_descent(text, font, False)[0]) / _DPI
+
+    def label(self, left: float, right: float, low: float, high: float, labels: Sequence[str], kind: str) -> None:
+        """Writes the first of the labels that fits a rectangle, if one does."""
+        for text in labels:
+            for size in (9, 7):
+                fits = self.width(text, size) + 0.08 <= right - left and size * 1.15 / 72 <= high - low
+                if fits:
+                    paper = {"facecolor": _KINDS[kind][0], "edgecolor": "none", "pad": 1.5} if kind == "wait" else None
+                    color = _FAINT if kind == "wait" else _INK
+                    self.text((left + right) / 2, (low + high) / 2, text, size, color, ha="center", bbox=paper)
+                    return
+
+
+def _paint(
+    rows: Mapping[str, Sequence[Block]], window: Interval, zero: float, title: str, note: str, path: Path
+) -> None:
+    tall = {track: _BUFFER_ROW if track == "buffer" else _ROW for track in rows}
+    floor = _BOTTOM + _GAP / 2
+    ceiling = floor + sum(tall.values()) + _GAP * len(rows)
+    canvas = _Canvas(ceiling + _TOP)
+    left = 0.3 + max(canvas.width(track.capitalize(), 10) for track in rows)
+    right = _WIDTH - _RIGHT
+    scale = (right - left) / (window[1] - window[0])
+
+    def place(seconds: float) -> float:
+        return left + (min(max(seconds, window[0]), window[1]) - window[0]) * scale
+
+    canvas.text(left, ceiling + 0.2, title, 12, weight="bold")
+    canvas.text(right, ceiling + 0.2, note, 8, _FAINT, ha="right")
+    _paint_axis(canvas, (left, right), (floor, ceiling), (window[0] - zero, window[1] - zero))
+    low = ceiling
+    for track, blocks in rows.items():
+        low -= tall[track] + _GAP
+        canvas.text(left - 0.12, low + (_GAP + tall[track]) / 2, track.capitalize(), 10, ha="right")
+        for block in blocks:
+            edges = low + _GAP / 2 + block.low * tall[track], low + _GAP / 2 + block.high * tall[track]
+            pieces = [(place(begin), place(end)) for begin, end in block.visible or [(block.begin, block.end)]]
+            for begin, end in pieces:
+                canvas.box(begin, max(end, begin + _THIN), *edges, block.kind)
+            widest = max(pieces, key=lambda piece: piece[1] - piece[0])
+            canvas.label(*widest, *edges, block.labels, block.kind)
+    _paint_legend(canvas, left)
+    canvas.figure.savefig(path)
+
+
+def _paint_axis(canvas: _Canvas, x: Interval, y: Interval, seconds: Interval) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    canvas.axes.plot(x, (y[0], y[0]), color=_FAINT, linewidth=0.8)
+    ticks = MaxNLocator(nbins=10, steps=[1, 2, 5, 10]).tick_values(*seconds)
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    for tick in ticks:
+        if seconds[0] <= tick <= seconds[1]:
+            at = x[0] + (x[1] - x[0]) * (tick - seconds[0]) / (seconds[1] - seconds[0])
+            canvas.axes.plot((at, at), y, color="#EDEDED", linewidth=0.8, zorder=0)
+            canvas.text(at, y[0] - 0.12, f"{tick:.{digits}f} s", 8, _FAINT, ha="center")
+
+
+def _paint_legend(canvas: _Canvas, left: float) -> None:
+    for kind, (_, _, name, letter) in _KINDS.items():
+        canvas.box(left, left + 0.3, 0.16, 0.34, kind)
+        if letter:
+            canvas.text(left + 0.15, 0.25, letter, 8, ha="center")
+        left += 0.38 + canvas.text(left + 0.38, 0.25, name, 8.5) + 0.3

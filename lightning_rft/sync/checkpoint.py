@@ -1,0 +1,200 @@
+"""Weights by checkpoint: safetensors in a folder that both sides see."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lightning_rft.errors import ConfigurationError, TransportError
+from lightning_rft.experience import TensorInfo
+from lightning_rft.sync.transport import Changes, Explorers, Push, Transport, Weights, announce
+
+__all__ = ["CheckpointLink", "CheckpointTransport"]
+
+_FILE = "model.safetensors"
+_SETTING = "CheckpointTransport(timeout_s=...)"
+
+
+class CheckpointTransport(Transport):
+    """Writes a checkpoint and has explorers read it: they need not meet, only see the same folder.
+
+    A checkpoint is written beside its place, synced to disk, and renamed into it, so that whoever finds one finds a
+    whole one; only then is it announced. It names the run that wrote it, and an explorer refuses any other.
+
+    Args:
+        dirpath: Folder for checkpoints, on a disk that every explorer sees; each run makes a folder of its own in it,
+            ``<run>/version-<n>/model.safetensors``, and leaves the last ones there. Left out: ``weights`` in the run's
+            own folder, removed at the end.
+        keep: Most checkpoints to keep, at least 1; an older one goes when no explorer can be reading it.
+        timeout_s: Seconds within which explorers must have loaded one.
+
+    Raises:
+        ConfigurationError: ``keep`` is below 1.
+    """
+
+    kind = "checkpoint"
+
+    def __init__(self, dirpath: str | os.PathLike[str] | None = None, keep: int = 2, timeout_s: float = 120.0) -> None:
+        if keep < 1:
+            raise ConfigurationError(f"CheckpointTransport(keep={keep}): keep at least 1, the one that is loaded")
+        self.dirpath = dirpath
+        self.keep = keep
+        self.timeout_s = timeout_s
+        self._run = ""
+        self._folder: Path | None = None
+        self._written: dict[int, tuple[Path, list[TensorInfo]]] = {}  # by version, the oldest first
+        self._changes = Changes()
+        self._changed = 0.0
+
+    def prepare(self, weights: Weights, version: int, explorers: Explorers) -> None:
+        """Writes ``version``, unless it is there.
+
+        Raises:
+            TransportError: It cannot be written; the message says why.
+        """
+        if version in self._written:
+            return
+        folder = self._opened(explorers.folder) / f"version-{version:08d}"
+        manifest = announce(weights, explorers.dtype)
+        try:
+            _write(folder, weights, manifest, {"run": self._run, "version": str(version)})
+        except OSError as error:
+            raise TransportError(
+                f"checkpoint {folder} cannot be written ({error}): free some space, or set "
+                "CheckpointTransport(dirpath=...) to another disk"
+            ) from error
+        self._written[version] = folder, manifest
+        self._changed = self._changes.since_last(weights, explorers.dtype)
+        # whoever reads, reads the newest: pushes come one after another, and only then is the next one written
+        for old in list(self._written)[: -self.keep]:
+            shutil.rmtree(self._written.pop(old)[0], ignore_errors=True)
+
+    def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> Push:
+        """Writes ``version`` if need be and has explorers load it; see :meth:`Transport.push`."""
+        began = time.monotonic()
+        self.prepare(weights, version, explorers)
+        folder, manifest = self._written[version]
+        members = list(explorers.members() if to is None else to)
+        for explorer in members:
+            explorers.connect(explorer, CheckpointLink(str(folder / _FILE), self._run, version))
+            explorers.load(explorer, manifest, version)
+        explorers.wait_loaded(version, members, self.timeout_s, _SETTING)
+        return Push(time.monotonic() - began, self._changed)
+
+    def close(self) -> None:
+        """Removes the checkpoints, unless they were to be in a folder of the user's."""
+        folder, self._folder = self._folder, None
+        self._written.clear()
+        if folder is not None and self.dirpath is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _opened(self, run_folder: Path) -> Path:
+        if self._folder is None:
+            self._run = uuid.uuid4().hex
+            self._folder = Path(self.dirpath or run_folder / "weights").absolute() / self._run
+        return self._folder
+
+
+def _write(folder: Path, weights: Weights, manifest: Sequence[TensorInfo], metadata: dict[str, str]) -> None:
+    """Writes beside, syncs, renames: the folder is there whole or not at all, whatever happens."""
+    from safetensors.torch import save_file
+
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        # aliases of a tied weight are written each by itself, as they are sent: the file format knows no sharing
+        tensors = {
+            info.name: tensor.detach().to("cpu", getattr(torch, info.dtype)).contiguous()
+            for info, (_, tensor) in zip(manifest, weights, strict=True)
+        }
+        seen: set[int] = set()
+        for name, tensor in tensors.items():
+            if tensor.data_ptr() in seen:
+                tensors[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
+        save_file(tensors, unfinished / _FILE, metadata)
+        for path in (unfinished / _FILE, unfinished):
+            _sync(path)
+        os.rename(unfinished, folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class CheckpointLink:
+    """An invitation to read one checkpoint.
+
+    Args:
+        path: The file.
+        run: The run that must have written it.
+        version: The version that it must be.
+    """
+
+    path: str
+    run: str
+    version: int
+
+    def open(self, member: int) -> CheckpointReceiver:
+        """Makes the reader; each process of an engine reads for itself."""
+        return CheckpointReceiver(self)
+
+
+class CheckpointReceiver:
+    """An explorer's end: reads the file, after checking that it is the right one and whole."""
+
+    def __init__(self, link: CheckpointLink) -> None:
+        self._link = link
+
+    def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the tensors of the checkpoint, mapped into memory.
+
+        Raises:
+            TransportError: The file is torn, of another run or version, or does not hold what was announced. Nothing
+                was yielded then.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        link = self._link
+        try:
+            file = safe_open(link.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise TransportError(f"checkpoint {link.path} is torn or missing ({error}): it was not loaded") from error
+        with file:
+            found = file.metadata() or {}
+            if (found.get("run"), found.get("version")) != (link.run, str(link.version)):
+                raise TransportError(
+                    f"checkpoint {link.path} is version {found.get('version')} of run {found.get('run')}, not version "
+                    f"{link.version} of run {link.run}: it was not loaded. Does another run write to the same folder?"
+                )
+            names = set(file.keys())
+            for info in manifest:
+                held = file.get_slice(info.name) if info.name in names else None
+                if held is None or tuple(held.get_shape()) != info.shape:
+                    shape = None if held is None else tuple(held.get_shape())
+                    raise TransportError(
+                        f"checkpoint {link.path} holds {info.name!r} with shape {shape}, but {info.shape} was "
+                        "announced: it was not loaded"
+                    )
+            for info in manifest:
+                yield info.name, file.get_tensor(info.name)
+
+    def close(self) -> None:
+        """Does nothing: the file is open only while it is read."""

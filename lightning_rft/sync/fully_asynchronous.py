@@ -1,0 +1,75 @@
+"""(c) Fully asynchronous: nobody waits until the staleness bound is reached."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.sync.checkpoint import CheckpointTransport
+from lightning_rft.sync.strategy import SyncStrategy
+from lightning_rft.sync.transport import Transport
+
+__all__ = ["FullyAsynchronous"]
+
+
+class FullyAsynchronous(SyncStrategy):
+    """Explorers explore, the trainer trains, and new weights follow in the background.
+
+    With ``sync_interval=2``::
+
+        explorer  [R0][R1][R2]c[R3][R4]c[R5]      R rollout   c load a checkpoint
+        trainer   ····[T0][T1]C[T2][T3]C[T4]      T train     C write one, in the background
+
+    A group of batch ``b`` may be explored with version ``b - max_staleness`` or newer, and a step trains the groups
+    with the oldest weights first, so no token is staler than ``max_staleness`` batches when it is trained. Taking what
+    finishes first would throw long answers away; a step therefore waits for a group that would be too old after it.
+
+    Args:
+        sync_interval: Batches between two pushes, ``k``.
+        max_staleness: Most batches that a token may lag behind the version that is trained, at least ``k - 1``. The
+            larger, the less anyone waits, and the further off-policy training is.
+        overdue: What a step does about a group that is still explored and would be too old after it: ``"wait"``, or
+            ``"drop"``, which waits for nobody, and trains on fewer long answers than were asked for.
+        transport: How weights travel; left out, by checkpoint.
+        in_flight: Load new weights between two tokens, in mid-generation (each token has its own version); else an
+            explorer first finishes what it works on.
+
+    Raises:
+        ConfigurationError: ``sync_interval`` is below 1, or ``max_staleness`` below ``sync_interval - 1``.
+
+    Example::
+
+        trainer = L.Trainer(max_steps=100, callbacks=[FullyAsynchronous(max_staleness=2)])
+    """
+
+    asynchronous = True
+
+    def __init__(
+        self,
+        sync_interval: int = 1,
+        max_staleness: int = 2,
+        overdue: Literal["wait", "drop"] = "wait",
+        transport: Transport | None = None,
+        in_flight: bool = True,
+    ) -> None:
+        super().__init__(sync_interval=sync_interval, transport=transport or CheckpointTransport())
+        if max_staleness < sync_interval - 1:
+            raise ConfigurationError(
+                f"max_staleness={max_staleness} with sync_interval={sync_interval} can never make progress: batch "
+                f"{sync_interval - 1} would need version {sync_interval - 1 - max_staleness}, but until it is trained "
+                f"there is only version 0. Set max_staleness to at least sync_interval - 1 = {sync_interval - 1}"
+            )
+        if overdue not in ("wait", "drop"):
+            raise ConfigurationError(f"overdue={overdue!r}: use 'wait' or 'drop'")
+        self._max_staleness = max_staleness
+        self.overdue = overdue
+        self.in_flight = in_flight
+
+    @property
+    def max_staleness(self) -> int:
+        """Most batches that a token may lag behind the version that is trained."""
+        return self._max_staleness
+
+    def admit(self, batch: int) -> int:
+        """Batch ``b`` needs weights that are not too old when it is trained."""
+        return max(0, batch - self._max_staleness)

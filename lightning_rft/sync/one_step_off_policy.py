@@ -1,0 +1,47 @@
+"""(b) One-step off-policy: the next batch is explored while this one is trained."""
+
+from __future__ import annotations
+
+from lightning_rft.sync.strategy import SyncStrategy
+from lightning_rft.sync.transport import Transport
+
+__all__ = ["OneStepOffPolicy"]
+
+
+class OneStepOffPolicy(SyncStrategy):
+    """Explorers are one batch ahead: batch ``b + 1`` is explored while ``b`` is trained, and both meet at the sync.
+
+    With ``sync_interval=1``::
+
+        explorer  [R0][R1][S][R2][S][R3][S]      R rollout   T train
+        trainer   ····[T0][S][T1][S][T2][S]      S sync      · waiting
+
+    Batch ``b`` is explored with version ``max(0, floor((b - 1) / k) * k)``, so no token is staler than ``k`` batches.
+    As in synchronous mode, batches are trained in order, and which version samples which batch repeats from run to run.
+
+    Args:
+        sync_interval: Batches between two pushes, ``k`` above.
+        transport: How weights travel. Left out, by collective: NCCL on GPUs, Gloo on CPUs.
+        in_flight: Push as soon as it is due, in the middle of the next batch's generation, instead of waiting for its
+            end: no one waits for the longest answer, but versions no longer repeat from run to run.
+
+    Raises:
+        ConfigurationError: ``sync_interval`` is below 1.
+
+    Example::
+
+        trainer = L.Trainer(max_steps=100, callbacks=[OneStepOffPolicy()])
+    """
+
+    def __init__(self, sync_interval: int = 1, transport: Transport | None = None, in_flight: bool = False) -> None:
+        super().__init__(sync_interval=sync_interval, transport=transport)
+        self.in_flight = in_flight
+
+    @property
+    def max_staleness(self) -> int:
+        """Most batches that a token may lag behind the version that is trained."""
+        return self.sync_interval
+
+    def admit(self, batch: int) -> int:
+        """Batch ``b`` may start with the weights that batch ``b - 1`` is trained from."""
+        return max(0, (batch - 1) // self.sync_interval * self.sync_interval)

@@ -1,0 +1,359 @@
+"""The command line: what a config may say, what overrides it, and what a mistake in it looks like."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+import lightning_rft as rft
+from lightning_rft.cli import RFTCLI, main
+from lightning_rft.tasks import read_jsonl
+from tests.processes import Zygote
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+STRATEGIES = {
+    "synchronous": "Synchronous",
+    "one_step_off_policy": "OneStepOffPolicy",
+    "fully_asynchronous": "FullyAsynchronous",
+    "multi_explorer": "MultiExplorerAsynchronous",
+}
+
+Command = Callable[..., RFTCLI]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model_path: Path) -> dict[str, Any]:
+    """A config as a user would write it, with short class paths."""
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "answer": i + 1}) + "\n" for i in range(4)))
+    return {
+        "model": {
+            "model": str(tiny_model_path),
+            "objective": {"class_path": "GRPO", "init_args": {"clip_high": 0.28}},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
+            "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
+        },
+        "data": {
+            "tasks": str(tasks),
+            "val_tasks": str(tasks),
+            "reward": "lightning_rft.rewards.last_number",
+            "engine": {"class_path": "tests.processes.LightEngine", "init_args": {"mean_tokens": 4}},
+            "tasks_per_step": 1,
+            "samples_per_task": 2,
+            "max_new_tokens": 4,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "callbacks": [
+                {
+                    "class_path": "Synchronous",
+                    "init_args": {
+                        "sync_interval": 1,
+                        "transport": {"class_path": "CollectiveTransport", "init_args": {"timeout_s": 60.0}},
+                    },
+                }
+            ],
+            "default_root_dir": str(tmp_path),
+            "logger": False,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """Runs a subcommand with a config and options, as from a shell."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
+
+    def command(name: str, config: dict[str, Any], *options: str) -> RFTCLI:
+        path = tmp_path / "given.yaml"
+        path.write_text(yaml.safe_dump(config))
+        monkeypatch.setattr(sys, "argv", ["lightning-rft", name, "--config", str(path), *options])
+        return RFTCLI()
+
+    return command
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """What ``--print_config`` prints."""
+
+    def printed(path: Path, *options: str) -> dict[str, Any]:
+        argv = ["lightning-rft", "fit", "--config", str(path), *options, "--print_config"]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0
+        found: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+        return found
+
+    return printed
+
+
+# Runs
+
+
+def test_fit(command: Command, config: dict[str, Any], tmp_path: Path) -> None:
+    config["data"]["engine"] = "TransformersEngine"
+    config["trainer"]["logger"] = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "logs"}}
+    config["trainer"].update(val_check_interval=2, check_val_every_n_epoch=None)
+    cli = command("fit", config)
+
+    assert cli.trainer.global_step == 2
+    assert isinstance(cli.model, rft.RFTModule) and isinstance(cli.datamodule, rft.RFTDataModule)
+    assert cli.model.objective == rft.GRPO(clip_high=0.28)
+    assert isinstance(cli.datamodule.engine, rft.TransformersEngine)
+    assert cli.datamodule.seed == 0  # runs are seeded unless one asks for something else
+    (optimizer,) = cli.trainer.optimizers
+    assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["initial_lr"] == 0.5
+    (scheduler,) = cli.trainer.lr_scheduler_configs
+    assert isinstance(scheduler.scheduler, torch.optim.lr_scheduler.StepLR)
+    (strategy,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, rft.SyncStrategy)]
+    assert isinstance(strategy, rft.Synchronous)
+    assert isinstance(strategy.transport, rft.CollectiveTransport) and strategy.transport.timeout_s == 60.0
+
+    assert isinstance(cli.trainer.logger, CSVLogger)
+    with open(Path(cli.trainer.logger.log_dir) / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["rft/reward"]]) == 2
+    assert len([row for row in rows if row["val/reward"]]) == 1
+
+
+def test_options_override_the_config(command: Command, config: dict[str, Any]) -> None:
+    cli = command("fit", config, "--trainer.max_steps", "1", "--data.tasks_per_step=2", "--seed_everything", "7")
+    assert cli.trainer.global_step == 1
+    assert cli.datamodule.tasks_per_step == 2
+    assert cli.datamodule.seed == 7
+
+
+def test_validate(command: Command, config: dict[str, Any]) -> None:
+    cli = command("validate", config)
+    assert set(cli.trainer.callback_metrics) == {"val/reward", "val/pass@1", "val/version"}
+
+
+def test_the_saved_config_repeats_the_run_in_the_same_folder(
+    command: Command, config: dict[str, Any], tmp_path: Path
+) -> None:
+    command("fit", config)
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved["seed_everything"] == 0
+    command("fit", saved)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == saved
+
+
+def test_a_printed_config_prints_itself(
+    printed: Callable[..., dict[str, Any]], config: dict[str, Any], tmp_path: Path
+) -> None:
+    given, again = tmp_path / "given.yaml", tmp_path / "again.yaml"
+    given.write_text(yaml.safe_dump(config))
+    first = printed(given)
+    assert first["trainer"]["callbacks"][0]["class_path"] == "lightning_rft.Synchronous"
+    assert first["model"]["objective"]["class_path"] == "lightning_rft.GRPO"
+    assert first["data"]["reward"] == "lightning_rft.rewards.last_number"
+    again.write_text(yaml.safe_dump(first))
+    assert printed(again) == first
+
+
+def test_lightnings_own_command_line(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model_path: Path
+) -> None:
+    config["model"]["objective"]["class_path"] = "lightning_rft.GRPO"
+    (strategy,) = config["trainer"]["callbacks"]
+    strategy["class_path"] = "lightning_rft.Synchronous"
+    strategy["init_args"]["transport"]["class_path"] = "lightning_rft.CollectiveTransport"
+    path = tmp_path / "given.yaml"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys, "argv", ["script.py", "fit", "--config", str(path)])
+    cli = LightningCLI(rft.RFTModule, rft.RFTDataModule, seed_everything_default=0)
+    assert cli.trainer.global_step == 2
+    assert isinstance(cli.trainer.optimizers[0], torch.optim.SGD)
+
+
+def test_objects_without_a_run(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["notebook"])
+
+    class Mine(rft.RFTDataModule):
+        pass
+
+    cli = RFTCLI(datamodule_class=Mine, args=config, run=False, seed_everything_default=False)
+    assert isinstance(cli.datamodule, Mine)
+    assert cli.trainer.max_steps == 2
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.nope", "1"], "--data.nope"),
+        (["--data.explorers", "many"], '"data.explorers"'),
+        (["--trainer.callbacks", "Synchronus"], "Synchronus"),
+        (["--data.engine", "NoEngine"], "NoEngine"),
+        (["--data.reward", "lightning_rft.rewards.no_such"], "no_such"),
+        # what the parser cannot know
+        (["--data.temperature", "0"], "error: temperature=0.0 must be above 0"),
+        (["--data.tasks", "nowhere.jsonl"], "error: tasks cannot be read from nowhere.jsonl"),
+        (["--model.model", "./nowhere"], "error: model='./nowhere' is no folder"),
+        (["--model.objective.clip_low", "2"], "error: clip_low=2.0 must be above 0 and at most 1"),
+        (["--trainer.callbacks.sync_interval", "0"], "error: sync_interval=0 must be at least 1"),
+        (["--trainer.limit_train_batches", "1.5"], "error: You have passed invalid value 1.5 for limit_train_batches"),
+    ],
+)
+def test_a_mistake_ends_with_a_short_message(
+    command: Command, config: dict[str, Any], capfd: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        command("fit", config, *options)
+    said = capfd.readouterr().err
+    assert end.value.code == 2
+    assert message in said
+    assert "Traceback" not in said
+    assert len(said.splitlines()) <= 20, said
+
+
+def test_an_unknown_key_in_a_file(command: Command, config: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    config["data"]["task_per_step"] = 3
+    with pytest.raises(SystemExit) as end:
+        command("fit", config)
+    assert end.value.code == 2
+    assert "task_per_step" in capfd.readouterr().err
+
+
+def test_other_subcommands_are_refused(
+    command: Command, config: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        command("test", config)
+    assert end.value.code == 2
+    assert "fit" in capfd.readouterr().err
+
+
+def test_a_run_needs_a_strategy(command: Command, config: dict[str, Any]) -> None:
+    config["trainer"]["callbacks"] = []
+    with pytest.raises(rft.ConfigurationError, match=r"needs exactly one sync strategy, but has none"):
+        command("fit", config)
+
+
+# Processes of their own
+
+
+def test_help_is_quick_to_say_what_there_is() -> None:
+    script = "import runpy, sys; sys.argv[1:] = ['--help']\n"
+    script += "try: runpy.run_module('lightning_rft', run_name='__main__')\n"
+    script += "finally: print('vllm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "fit" in done.stdout and "validate" in done.stdout
+    assert "predict" not in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_sigterm(zygote: Zygote, config: dict[str, Any], tmp_path: Path, tiny_model_path: Path) -> None:
+    """Exits with 143, and finds the reward in a file of the current folder."""
+    (tmp_path / "here.py").write_text(
+        "from tests.processes import touch\n"
+        "def reward(completion, task):\n"
+        "    touch('rewarded')\n"
+        "    return float(len(completion) % 2)\n"
+    )
+    config["data"]["reward"] = "here.reward"
+    config["trainer"]["max_steps"] = 10**6
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(config))
+    script = zygote.start(
+        """
+        import sys
+        from lightning_rft.__main__ import main
+        sys.argv += ["fit", "--config", "given.yaml"]
+        main()
+        """,
+        tmp_path,
+        tiny_model_path,
+    )
+    try:
+        script.wait_for("rewarded")
+        script.signal(15)
+        assert script.wait() == 143, script.stderr
+        script.gone()
+    finally:
+        script.kill()
+
+
+@pytest.mark.xfail(strict=True, reason="jsonargparse executes the TYPE_CHECKING block of vllm_engine.py")
+def test_a_config_with_vllm_does_not_import_it(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> None:
+    """It is the explorers' to import: it takes seconds, and a gigabyte."""
+    script = zygote.start(
+        f"""
+        import sys
+        from lightning_rft.__main__ import main
+        class Watch:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == "vllm":
+                    print("vllm was asked for", file=sys.stderr)
+        sys.meta_path.insert(0, Watch)
+        sys.argv += ["fit", "--config", {str(EXAMPLES / "synchronous.yaml")!r}, "--print_config"]
+        main()
+        """,
+        tmp_path,
+        tiny_model_path,
+    )
+    assert script.wait() == 0, script.stderr
+    assert "vllm was asked for" not in script.stderr
+
+
+# The examples
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_examples_differ_in_the_strategy_alone(name: str, printed: Callable[..., dict[str, Any]]) -> None:
+    found, other = printed(EXAMPLES / f"{name}.yaml"), printed(EXAMPLES / "synchronous.yaml")
+    (callback,) = found["trainer"].pop("callbacks")
+    assert callback["class_path"] == f"lightning_rft.{STRATEGIES[name]}"
+    other["trainer"].pop("callbacks")
+    assert found["trainer"]["logger"]["init_args"].pop("name") == name
+    other["trainer"]["logger"]["init_args"].pop("name")
+    assert found["data"].pop("explorers") == (2 if name == "multi_explorer" else 1)
+    other["data"].pop("explorers")
+    assert found == other
+
+
+def test_examples_say_how_to_run_them() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(STRATEGIES)
+    for name in STRATEGIES:
+        assert f"make train CONFIG=examples/{name}.yaml" in (EXAMPLES / f"{name}.yaml").read_text()
+
+
+def test_examples_tasks() -> None:
+    train, held_out = (read_jsonl(EXAMPLES / "sums" / f"{name}.jsonl") for name in ("train", "held_out"))
+    asked = [task.prompt[0]["content"] for task in [*train, *held_out]]  # type: ignore[index]
+    assert len(set(asked)) == len(asked)
+    assert (len(train), len(held_out)) == (84, 100)
+    for question, task in zip(asked, [*train, *held_out], strict=True):
+        first, second = question.removeprefix("What is ").split("?")[0].split("+")
+        assert int(task.answer) == int(first) + int(second)
