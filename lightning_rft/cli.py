@@ -30,7 +30,7 @@ class RFTCLI(LightningCLI):
             - class_path: Synchronous
               init_args: {sync_interval: 2}
 
-    It differs from Lightning's in its defaults alone: runs are seeded with 0, the config that is saved beside the logs
+    Its defaults differ from Lightning's: runs are seeded with 0, the config that is saved beside the logs
     may replace that of an earlier run, and the module makes its own optimizer (``model.optimizer``).
 
     Args:

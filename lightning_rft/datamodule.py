@@ -35,7 +35,8 @@ from lightning_rft.trainer.module import RFTModule, check_model, context_length
 
 __all__ = ["RFTDataModule"]
 
-Tasks = str | Path | Iterable[Task | Mapping[str, Any] | str]
+# Lists first: jsonargparse takes the first type that fits, and a str fits everything when a config is saved.
+Tasks = Iterable[Task | Mapping[str, Any] | str] | str | Path
 
 _MEASURED_PROMPTS = 512
 _PROMPT_ROOM = 128

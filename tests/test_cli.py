@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_seed_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "1")  # so that it is removed again once seed_everything has set it
+        del os.environ[name]
 
 
 @pytest.fixture
@@ -87,8 +95,6 @@ def config(tmp_path: Path, tiny_model_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """Runs a subcommand with a config and options, as from a shell."""
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
 
     def command(name: str, config: dict[str, Any], *options: str) -> RFTCLI:
         path = tmp_path / "given.yaml"
@@ -304,7 +310,6 @@ def test_sigterm(zygote: Zygote, config: dict[str, Any], tmp_path: Path, tiny_mo
         script.kill()
 
 
-@pytest.mark.xfail(strict=True, reason="jsonargparse executes the TYPE_CHECKING block of vllm_engine.py")
 def test_a_config_with_vllm_does_not_import_it(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> None:
     """It is the explorers' to import: it takes seconds, and a gigabyte."""
     script = zygote.start(
@@ -341,6 +346,11 @@ def test_examples_differ_in_the_strategy_alone(name: str, printed: Callable[...,
     assert found["data"].pop("explorers") == (2 if name == "multi_explorer" else 1)
     other["data"].pop("explorers")
     assert found == other
+
+
+def test_an_option_changes_the_strategy(printed: Callable[..., dict[str, Any]]) -> None:
+    callback = printed(EXAMPLES / "synchronous.yaml", "--trainer.callbacks=FullyAsynchronous")["trainer"]["callbacks"]
+    assert callback["class_path"] == "lightning_rft.FullyAsynchronous"
 
 
 def test_examples_say_how_to_run_them() -> None:

@@ -1,7 +1,7 @@
 """The engine of production: vLLM (``vllm>=0.30``), its engine core in the explorer's own process."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: to resolve annotations that are text, jsonargparse would execute the
+# block below, and with it import vLLM into the trainer.
 import importlib.util
 import os
 import sys
@@ -220,11 +220,11 @@ class VLLMEngine(Engine):
             engine.engine_core.shutdown()
 
     @property
-    def _alive(self) -> LLMEngine:
+    def _alive(self) -> "LLMEngine":
         assert self._engine is not None, "the engine was not started"
         return self._engine
 
-    def _step(self) -> tuple[list[Completion], list[RequestOutput]]:
+    def _step(self) -> tuple[list[Completion], "list[RequestOutput]"]:
         """Completions that finished, and outputs of requests that :meth:`add` does not know."""
         finished, others = [], []
         for output in self._alive.step():
@@ -257,7 +257,7 @@ class _Sampled:
         return Completion(request_id, tuple(self.token_ids), tuple(self.logprobs), tuple(self.versions), finish_reason)
 
 
-def _keep_small(config: VllmConfig) -> None:
+def _keep_small(config: "VllmConfig") -> None:
     """Limits the KV cache to what all sequences at once can fill: memory that is never used takes time to get, too."""
     import torch
 

@@ -26,8 +26,9 @@ _KINDS = {
     "wait": ("#FAFAFA", "#D4D4D4", "Waiting", ""),
 }
 _KIND = {"put": "buffer", "load": "sync", "write checkpoint": "checkpoint", "load checkpoint": "checkpoint"}
-_LETTER = {"sync": "S", "load": "S", "write checkpoint": "C", "load checkpoint": "c"}
+_TRANSFERS = {"sync": "S", "load": "S", "write checkpoint": "C", "load checkpoint": "c"}
 _LANES = 4
+_STRIP = 0.36  # of a row's height: what background work has, with the gap above it
 _NEAR = 0.002  # of the width of the picture: what is nearer is drawn as one
 
 _DPI = 160
@@ -48,6 +49,7 @@ class Block:
         labels: What may be written on it, best first.
         low: Lower edge, as a share of the row's height.
         high: Upper edge, likewise.
+        ticks: Moments to mark on it.
         visible: The parts of it that nothing lies upon; left out, all of it.
     """
 
@@ -57,6 +59,7 @@ class Block:
     labels: tuple[str, ...] = ()
     low: float = 0.0
     high: float = 1.0
+    ticks: tuple[float, ...] = ()
     visible: tuple[Interval, ...] | None = None
 
 
@@ -70,17 +73,17 @@ def draw(spans: Sequence[Span], path: str | Path, *, title: str = "", batches: i
         batches: How many batches to show, counted back from the last that was trained.
         dropped: How many spans are missing.
     """
+    import matplotlib.style
+
     zero = min(span.begin for span in spans)
     begin, end, note = _window(spans, batches)
     if dropped:
-        note += f", {dropped} oldest spans dropped"
+        note += f" · the {dropped} oldest spans were dropped"
     shown = [span for span in spans if span.begin < end and span.end > begin]
     rows = {
         track: layout([span for span in shown if span.track == track], (end - begin) * _NEAR)
         for track in sorted({span.track for span in spans}, key=position)
     }
-    import matplotlib.style
-
     with matplotlib.style.context(["default", {"hatch.linewidth": 0.6}]):  # whatever style the user has set
         _paint(rows, (begin, end), zero, title, note, Path(path))
 
@@ -92,53 +95,60 @@ def layout(spans: Sequence[Span], near: float) -> list[Block]:
         spans: Of this track.
         near: Blocks that are nearer than these seconds count as touching.
     """
-    rollouts = _stack(_batches(spans, near), near)
-    trains = [Block("train", s.begin, s.end, (f"T{s.batch}",)) for s in spans if s.what == "train"]
-    weights = [Block(_KIND.get(s.what, s.what), s.begin, s.end, _weight_labels(s)) for s in spans if s.what in _LETTER]
-    beside = [block for block in weights if any(_overlap(block, train, near) for train in trains)]
-    if beside:  # what another thread does while training goes on has a strip of its own
-        trains = [replace(block, low=0.36) for block in trains]
-        weights = [block if block in beside else replace(block, low=0.36) for block in weights]
-        weights = [replace(block, high=0.28) if block in beside else block for block in weights]
-    waits = [
-        Block("wait", s.begin, s.end, (f"wait for {s.detail}",) if s.detail else ("wait",), low=0.36 if beside else 0.0)
-        for s in spans
-        if s.what == "wait"
+    rollouts = _stack(_by_batch("rollout", spans, near), near)
+    puts = _stack(_by_batch("put", spans, math.inf), near)
+    trains = [Block("train", span.begin, span.end, _labels(span)) for span in spans if span.what == "train"]
+    weights = [
+        Block(_KIND.get(span.what, span.what), span.begin, span.end, _labels(span))
+        for span in spans
+        if span.what in _TRANSFERS
     ]
-    puts = [Block("buffer", s.begin, s.end, (str(s.batch),)) for s in spans if s.what == "put"]
-    # an engine that takes weights computes nothing else, though its rollouts go on afterwards
-    rollouts = [_uncovered(block, weights) for block in rollouts]
-    busy = [*rollouts, *trains, *(block for block in weights if block not in beside)]
-    return [*(_uncovered(block, busy) for block in waits), *puts, *rollouts, *trains, *weights]
+    waits = [Block("wait", span.begin, span.end, (span.cause,)) for span in spans if span.what == "wait"]
+    if any(_overlap(block, train) > near for block in weights for train in trains):
+        # another thread moves weights while training goes on: it has a strip of its own
+        weights = [replace(block, high=_STRIP - 0.08) for block in weights]
+        trains = [replace(block, low=_STRIP) for block in trains]
+        waits = [replace(block, low=_STRIP, visible=_uncovered(block, trains, near)) for block in waits]
+    else:
+        # an engine that takes weights computes nothing else, though its rollouts go on afterwards
+        rollouts = [replace(block, visible=_uncovered(block, weights, 0.0)) for block in rollouts]
+        busy = [*rollouts, *trains, *weights]
+        waits = [replace(block, visible=_uncovered(block, busy, near)) for block in waits]
+    return [*waits, *puts, *rollouts, *trains, *weights]
 
 
 def _window(spans: Sequence[Span], batches: int) -> tuple[float, float, str]:
     """The time to show, and in words what that is."""
     begin, end = min(span.begin for span in spans), max(span.end for span in spans)
-    trains = sorted((span for span in spans if span.what == "train"), key=lambda span: span.end)
-    if len(trains) <= batches:
-        return begin, max(end, begin + 1e-6), f"{len(trains)} batches"
-    return trains[-batches - 1].end, end, f"last {batches} of {len(trains)} batches"
+    trained = sorted(span.end for span in spans if span.what == "train")
+    if len(trained) > batches:
+        return trained[-batches - 1], end, f"the last {batches} of {len(trained)} batches"
+    return begin, max(end, begin + 0.01), f"{len(trained)} batch{'es' * (len(trained) != 1)}"
 
 
-def _batches(spans: Iterable[Span], near: float) -> list[Block]:
-    """Rollouts of groups, merged by batch where they touch."""
-    found: dict[int | None, list[Interval]] = {}
-    for span in spans:
-        if span.what == "rollout":
-            found.setdefault(span.batch, []).append((span.begin, span.end))
+def _by_batch(what: str, spans: Iterable[Span], near: float) -> list[Block]:
+    """What is done for groups, merged by batch where it touches."""
+    batches: dict[tuple[str, ...], list[Span]] = {}
+    for span in sorted((span for span in spans if span.what == what), key=lambda span: span.batch or 0):
+        batches.setdefault(_labels(span), []).append(span)
     return [
-        Block("rollout", begin, end, (f"R{batch}",))
-        for batch, intervals in found.items()
-        for begin, end in union(intervals, near)
+        Block(
+            _KIND.get(what, what),
+            begin,
+            end,
+            labels,
+            ticks=tuple(span.end for span in members if what == "put"),
+        )
+        for labels, members in batches.items()
+        for begin, end in union(((span.begin, span.end) for span in members), near)
     ]
 
 
 def _stack(blocks: Iterable[Block], near: float) -> list[Block]:
-    """Blocks that overlap in time, side by side in lanes; what needs more lanes than there are joins the last one."""
+    """Blocks that overlap in time, one above the other; what needs more lanes than there are joins the last one."""
     stacks: list[list[list[Block]]] = []  # of lanes of blocks; stacks do not overlap in time
-    reach = float("-inf")
-    for block in sorted(blocks, key=lambda block: (block.begin, block.labels)):
+    reach = -math.inf
+    for block in sorted(blocks, key=lambda block: block.begin):
         if block.begin >= reach - near:
             stacks.append([])
         lanes = stacks[-1]
@@ -149,8 +159,9 @@ def _stack(blocks: Iterable[Block], near: float) -> list[Block]:
             lanes.append([block])
         else:
             last = lanes[-1][-1]
-            label = f"{last.labels[0].partition('–')[0]}–{block.labels[0]}"
-            lanes[-1][-1] = replace(last, end=max(last.end, block.end), labels=(label,))
+            label = f"{last.labels[0].partition('–')[0]}–{block.labels[0].lstrip('R')}"
+            end = max(last.end, block.end)
+            lanes[-1][-1] = replace(last, end=end, labels=(label,), ticks=last.ticks + block.ticks)
         reach = max(reach, block.end)
     return [
         replace(block, low=1 - (index + 1) / len(lanes), high=1 - index / len(lanes))
@@ -160,26 +171,26 @@ def _stack(blocks: Iterable[Block], near: float) -> list[Block]:
     ]
 
 
-def _overlap(one: Block, other: Block, near: float) -> bool:
-    return min(one.end, other.end) - max(one.begin, other.begin) > near
+def _overlap(one: Block, other: Block) -> float:
+    return min(one.end, other.end) - max(one.begin, other.begin)
 
 
-def _uncovered(block: Block, others: Iterable[Block]) -> Block:
-    """The block, visible only where no other one lies."""
+def _uncovered(block: Block, others: Iterable[Block], shortest: float) -> tuple[Interval, ...]:
+    """The parts of a block on which no other one lies, but for the shortest."""
     pieces, begin = [], block.begin
-    for first, last in union((other.begin, other.end) for other in others):
-        if last > begin and first < block.end:
-            if first > begin:
-                pieces.append((begin, first))
-            begin = last
-    if begin < block.end:
-        pieces.append((begin, block.end))
-    return replace(block, visible=tuple(pieces))
+    for first, last in union((other.begin, other.end) for other in others if _overlap(block, other) > 0):
+        pieces.append((begin, first))
+        begin = last
+    pieces.append((begin, block.end))
+    return tuple((begin, end) for begin, end in pieces if end - begin > shortest)
 
 
-def _weight_labels(span: Span) -> tuple[str, ...]:
-    letter = _LETTER[span.what]
-    return (letter,) if span.version is None else (f"{letter} v{span.version}", letter)
+def _labels(span: Span) -> tuple[str, ...]:
+    if span.what in _TRANSFERS:
+        letter = _TRANSFERS[span.what]
+        return (letter,) if span.version is None else (f"{letter} v{span.version}", letter)
+    letter = {"rollout": "R", "train": "T"}.get(span.what, "")
+    return (letter if span.batch is None else f"{letter}{span.batch}",)
 
 
 class _Canvas:
@@ -202,6 +213,10 @@ class _Canvas:
         fill, edge, *_ = _KINDS[kind]
         look: dict[str, Any] = {"hatch": "//////", "linewidth": 0} if kind == "wait" else {"linewidth": 0.8}
         self.axes.add_patch(Rectangle((left, low), right - left, high - low, facecolor=fill, edgecolor=edge, **look))
+
+    def line(self, x: Interval, y: Interval, color: str, order: float = 1.0) -> None:
+        """A thin line."""
+        self.axes.plot(x, y, color=color, linewidth=0.8, zorder=order, solid_capstyle="butt")
 
     def text(self, x: float, y: float, text: str, size: float = 9, color: str = _INK, **look: Any) -> float:
         """Writes, vertically centred, and returns the width."""
@@ -250,11 +265,15 @@ def _paint(
         canvas.text(left - 0.12, low + (_GAP + tall[track]) / 2, track.capitalize(), 10, ha="right")
         for block in blocks:
             edges = low + _GAP / 2 + block.low * tall[track], low + _GAP / 2 + block.high * tall[track]
-            pieces = [(place(begin), place(end)) for begin, end in block.visible or [(block.begin, block.end)]]
+            visible = [(block.begin, block.end)] if block.visible is None else block.visible
+            pieces = [(place(begin), place(end)) for begin, end in visible]
             for begin, end in pieces:
                 canvas.box(begin, max(end, begin + _THIN), *edges, block.kind)
-            widest = max(pieces, key=lambda piece: piece[1] - piece[0])
-            canvas.label(*widest, *edges, block.labels, block.kind)
+            for tick in block.ticks:
+                canvas.line((place(tick),) * 2, (edges[0], edges[0] + (edges[1] - edges[0]) / 4), _KINDS[block.kind][1])
+            if pieces:
+                widest = max(pieces, key=lambda piece: piece[1] - piece[0])
+                canvas.label(*widest, *edges, block.labels, block.kind)
     _paint_legend(canvas, left)
     canvas.figure.savefig(path)
 
@@ -262,13 +281,13 @@ def _paint(
 def _paint_axis(canvas: _Canvas, x: Interval, y: Interval, seconds: Interval) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    canvas.axes.plot(x, (y[0], y[0]), color=_FAINT, linewidth=0.8)
+    canvas.line(x, (y[0], y[0]), _FAINT)
     ticks = MaxNLocator(nbins=10, steps=[1, 2, 5, 10]).tick_values(*seconds)
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     for tick in ticks:
         if seconds[0] <= tick <= seconds[1]:
             at = x[0] + (x[1] - x[0]) * (tick - seconds[0]) / (seconds[1] - seconds[0])
-            canvas.axes.plot((at, at), y, color="#EDEDED", linewidth=0.8, zorder=0)
+            canvas.line((at, at), y, "#EDEDED", 0.0)
             canvas.text(at, y[0] - 0.12, f"{tick:.{digits}f} s", 8, _FAINT, ha="center")
 
 

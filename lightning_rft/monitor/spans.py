@@ -59,8 +59,8 @@ def idle(spans: Iterable[Span], begin: float, end: float) -> dict[str, dict[str,
         of several groups, counts once. Causes of one track may overlap.
 
     Example:
-        >>> spans = [Span("trainer", "train", 1.0, 3.0, batch=0), Span("trainer", "wait", 3.0, 9.0, detail="experience")]
-        >>> idle(spans, 0.0, 5.0)
+        >>> train, wait = Span("trainer", "train", 1.0, 3.0), Span("trainer", "wait", 3.0, 9.0, detail="experience")
+        >>> idle([train, wait], 0.0, 5.0)
         {'trainer': {'train': 2.0, 'wait for experience': 2.0}}
     """
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}

@@ -71,7 +71,7 @@ class TimelineCallback(Callback):
 
     @property
     def spans(self) -> list[Span]:
-        """What was recorded since ``fit`` began, in the order in which it ended."""
+        """What was recorded since ``fit`` began and not dropped, in the order in which it came."""
         with self._lock:
             return list(self._spans)
 
@@ -116,13 +116,16 @@ class TimelineCallback(Callback):
                     self._hooks.append(optimizer.register_step_post_hook(self._on_step))
 
     def _on_step(self, *_: Any) -> None:
+        if torch.cuda.is_initialized():
+            # The step is only queued. What is waited for is this thread's stream: others may be sending weights.
+            torch.cuda.current_stream().synchronize()
         self._stepped = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Notes when the first micro-batch of a batch begins."""
-        if self._began is None:
+        if self._observers is not None and self._began is None:
             self._began, self._stepped = time.monotonic(), None
 
     def on_train_batch_end(

@@ -62,11 +62,13 @@ def one_step_off_policy(batches: int = 6) -> Story:
     story.wait("trainer", "experience", now, now + 2.0)
     now += 2.0
     for batch in range(batches):
-        explored, trained = now + story.random.uniform(1.4, 2.4), now + story.random.uniform(1.2, 1.8)
+        explored, trained = now + story.random.uniform(1.0, 2.4), now + story.random.uniform(1.2, 2.0)
         if batch + 1 < batches:
             story.rollout(0, batch + 1, now, explored)
+        else:
+            explored = now
         story.train(batch, now, trained)
-        story.wait("trainer", "experience", trained, explored)
+        story.wait("trainer", "push", trained, explored)
         story.wait("explorer 0", "weights", explored, trained)
         now = max(explored, trained)
         story.sync(batch + 1, now, now + 0.45)
