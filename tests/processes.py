@@ -148,7 +148,9 @@ class Script:
         return self.status is not None
 
 
-def fit(module: type | None = None, callbacks: tuple[Any, ...] = (), **settings: Any) -> Any:
+def fit(
+    module: type | None = None, callbacks: tuple[Any, ...] = (), strategy: str = "Synchronous", **settings: Any
+) -> Any:
     """Trains the tiny model for three steps in the current folder, and returns the trainer. For scripts."""
     import lightning as L
     import torch
@@ -170,7 +172,7 @@ def fit(module: type | None = None, callbacks: tuple[Any, ...] = (), **settings:
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
-        callbacks=[*callbacks, rft.Synchronous()],
+        callbacks=[*callbacks, getattr(rft, strategy)()],
         default_root_dir=os.getcwd(),
         logger=False,
         enable_checkpointing=False,

@@ -239,21 +239,70 @@ def training(start: Start) -> Script:
     return script
 
 
-@pytest.mark.parametrize("when", [starting, exploring, training])
+def pushing(start: Start) -> Script:
+    """An asynchronous run in whose background an explorer loads, for a minute, while the trainer waits."""
+    script = start("""
+        import time
+        from tests.processes import LightEngine, fit, touch
+        class Engine(LightEngine):
+            def load(self, manifest, version):
+                if version > 0:
+                    touch("pushing")
+                    time.sleep(60)
+                super().load(manifest, version)
+        tasks = [f"1 + {index} =" for index in range(9)]
+        fit(engine=Engine(), strategy="FullyAsynchronous", tasks=tasks)
+    """)
+    script.wait_for("pushing")
+    return script
+
+
+def test_explorer_that_dies_in_a_push_in_the_background(start: Start) -> None:
+    script = pushing(start)
+    (explorer,) = script.children("lightning_rft.explorer.worker")
+    os.kill(explorer, signal.SIGKILL)
+    assert script.wait() == 1
+    assert "ExplorerError: explorer 0 ended with status -9" in script.stderr
+
+
+def test_exception_in_training_while_a_push_is_in_the_background(start: Start) -> None:
+    script = start("""
+        from lightning_rft import RFTModule
+        from tests.processes import LightEngine, fit, touch, until
+        class Engine(LightEngine):
+            def load(self, manifest, version):
+                if version > 0:
+                    touch("pushing")
+                    until(lambda: False, "the end")
+                super().load(manifest, version)
+        class Module(RFTModule):
+            def training_step(self, batch, batch_idx):
+                if batch_idx == 1:
+                    import pathlib
+                    until(lambda: pathlib.Path("pushing").exists(), "a push")
+                    raise ZeroDivisionError("in the second step")
+                return super().training_step(batch, batch_idx)
+        fit(Module, engine=Engine(), strategy="FullyAsynchronous")
+    """)
+    assert script.wait(timeout_s=30) == 1
+    assert script.stderr.endswith("ZeroDivisionError: in the second step\n")
+
+
+@pytest.mark.parametrize("when", [starting, exploring, training, pushing])
 def test_ctrl_c(start: Start, when: Callable[[Start], Script]) -> None:
     script = when(start)
     script.signal(signal.SIGINT, group=True)
     assert script.wait(timeout_s=30) == 1
 
 
-@pytest.mark.parametrize("when", [starting, exploring, training])
+@pytest.mark.parametrize("when", [starting, exploring, training, pushing])
 def test_sigterm(start: Start, when: Callable[[Start], Script]) -> None:
     script = when(start)
     script.signal(signal.SIGTERM)
     assert script.wait(timeout_s=30) == 143
 
 
-@pytest.mark.parametrize("when", [starting, exploring])
+@pytest.mark.parametrize("when", [starting, exploring, pushing])
 def test_sigkill(start: Start, when: Callable[[Start], Script]) -> None:
     script = when(start)
     script.signal(signal.SIGKILL)

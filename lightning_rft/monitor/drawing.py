@@ -1,18 +1,17 @@
 """Spans as a picture: who did what, in the colours of the four drawings of synchronisation.
 
-First a layout, which is plain data: blocks with what may be written on them. Then it is painted with matplotlib, which
-is imported only for that.
+matplotlib is imported only when something is drawn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_rft.monitor.spans import Interval, Span, position, union
+from lightning_rft.monitor.layout import Block, layout
+from lightning_rft.monitor.spans import Interval, Span, position
 
 __all__ = ["draw"]
 
@@ -25,10 +24,6 @@ _KINDS = {
     "checkpoint": ("#F6B5AC", "#D2695C", "Sync. weight (Checkpoint: C write, c load)", "C"),
     "wait": ("#FAFAFA", "#D4D4D4", "Waiting", ""),
 }
-_KIND = {"put": "buffer", "load": "sync", "write checkpoint": "checkpoint", "load checkpoint": "checkpoint"}
-_TRANSFERS = {"sync": "S", "load": "S", "write checkpoint": "C", "load checkpoint": "c"}
-_LANES = 4
-_STRIP = 0.36  # of a row's height: what background work has, with the gap above it
 _NEAR = 0.002  # of the width of the picture: what is nearer is drawn as one
 
 _DPI = 160
@@ -36,31 +31,6 @@ _DPI = 160
 _WIDTH, _ROW, _BUFFER_ROW, _GAP = 12.0, 0.56, 0.28, 0.16
 _TOP, _BOTTOM, _RIGHT, _THIN = 0.4, 0.74, 0.25, 0.01
 _INK, _FAINT = "#333333", "#777777"
-
-
-@dataclass(frozen=True)
-class Block:
-    """A rectangle in the row of a track.
-
-    Args:
-        kind: Which colour it has.
-        begin: Seconds.
-        end: Seconds.
-        labels: What may be written on it, best first.
-        low: Lower edge, as a share of the row's height.
-        high: Upper edge, likewise.
-        ticks: Moments to mark on it.
-        visible: The parts of it that nothing lies upon; left out, all of it.
-    """
-
-    kind: str
-    begin: float
-    end: float
-    labels: tuple[str, ...] = ()
-    low: float = 0.0
-    high: float = 1.0
-    ticks: tuple[float, ...] = ()
-    visible: tuple[Interval, ...] | None = None
 
 
 def draw(spans: Sequence[Span], path: str | Path, *, title: str = "", batches: int = 8, dropped: int = 0) -> None:
@@ -88,35 +58,6 @@ def draw(spans: Sequence[Span], path: str | Path, *, title: str = "", batches: i
         _paint(rows, (begin, end), zero, title, note, Path(path))
 
 
-def layout(spans: Sequence[Span], near: float) -> list[Block]:
-    """The blocks of one track, those on top last.
-
-    Args:
-        spans: Of this track.
-        near: Blocks that are nearer than these seconds count as touching.
-    """
-    rollouts = _stack(_by_batch("rollout", spans, near), near)
-    puts = _stack(_by_batch("put", spans, math.inf), near)
-    trains = [Block("train", span.begin, span.end, _labels(span)) for span in spans if span.what == "train"]
-    weights = [
-        Block(_KIND.get(span.what, span.what), span.begin, span.end, _labels(span))
-        for span in spans
-        if span.what in _TRANSFERS
-    ]
-    waits = [Block("wait", span.begin, span.end, (span.cause,)) for span in spans if span.what == "wait"]
-    if any(_overlap(block, train) > near for block in weights for train in trains):
-        # another thread moves weights while training goes on: it has a strip of its own
-        weights = [replace(block, high=_STRIP - 0.08) for block in weights]
-        trains = [replace(block, low=_STRIP) for block in trains]
-        waits = [replace(block, low=_STRIP, visible=_uncovered(block, trains, near)) for block in waits]
-    else:
-        # an engine that takes weights computes nothing else, though its rollouts go on afterwards
-        rollouts = [replace(block, visible=_uncovered(block, weights, 0.0)) for block in rollouts]
-        busy = [*rollouts, *trains, *weights]
-        waits = [replace(block, visible=_uncovered(block, busy, near)) for block in waits]
-    return [*waits, *puts, *rollouts, *trains, *weights]
-
-
 def _window(spans: Sequence[Span], batches: int) -> tuple[float, float, str]:
     """The time to show, and in words what that is."""
     begin, end = min(span.begin for span in spans), max(span.end for span in spans)
@@ -124,73 +65,6 @@ def _window(spans: Sequence[Span], batches: int) -> tuple[float, float, str]:
     if len(trained) > batches:
         return trained[-batches - 1], end, f"the last {batches} of {len(trained)} batches"
     return begin, max(end, begin + 0.01), f"{len(trained)} batch{'es' * (len(trained) != 1)}"
-
-
-def _by_batch(what: str, spans: Iterable[Span], near: float) -> list[Block]:
-    """What is done for groups, merged by batch where it touches."""
-    batches: dict[tuple[str, ...], list[Span]] = {}
-    for span in sorted((span for span in spans if span.what == what), key=lambda span: span.batch or 0):
-        batches.setdefault(_labels(span), []).append(span)
-    return [
-        Block(
-            _KIND.get(what, what),
-            begin,
-            end,
-            labels,
-            ticks=tuple(span.end for span in members if what == "put"),
-        )
-        for labels, members in batches.items()
-        for begin, end in union(((span.begin, span.end) for span in members), near)
-    ]
-
-
-def _stack(blocks: Iterable[Block], near: float) -> list[Block]:
-    """Blocks that overlap in time, one above the other; what needs more lanes than there are joins the last one."""
-    stacks: list[list[list[Block]]] = []  # of lanes of blocks; stacks do not overlap in time
-    reach = -math.inf
-    for block in sorted(blocks, key=lambda block: block.begin):
-        if block.begin >= reach - near:
-            stacks.append([])
-        lanes = stacks[-1]
-        free = next((lane for lane in lanes if block.begin >= lane[-1].end - near), None)
-        if free is not None:
-            free.append(replace(block, begin=max(block.begin, free[-1].end)))
-        elif len(lanes) < _LANES:
-            lanes.append([block])
-        else:
-            last = lanes[-1][-1]
-            label = f"{last.labels[0].partition('–')[0]}–{block.labels[0].lstrip('R')}"
-            end = max(last.end, block.end)
-            lanes[-1][-1] = replace(last, end=end, labels=(label,), ticks=last.ticks + block.ticks)
-        reach = max(reach, block.end)
-    return [
-        replace(block, low=1 - (index + 1) / len(lanes), high=1 - index / len(lanes))
-        for lanes in stacks
-        for index, lane in enumerate(lanes)
-        for block in lane
-    ]
-
-
-def _overlap(one: Block, other: Block) -> float:
-    return min(one.end, other.end) - max(one.begin, other.begin)
-
-
-def _uncovered(block: Block, others: Iterable[Block], shortest: float) -> tuple[Interval, ...]:
-    """The parts of a block on which no other one lies, but for the shortest."""
-    pieces, begin = [], block.begin
-    for first, last in union((other.begin, other.end) for other in others if _overlap(block, other) > 0):
-        pieces.append((begin, first))
-        begin = last
-    pieces.append((begin, block.end))
-    return tuple((begin, end) for begin, end in pieces if end - begin > shortest)
-
-
-def _labels(span: Span) -> tuple[str, ...]:
-    if span.what in _TRANSFERS:
-        letter = _TRANSFERS[span.what]
-        return (letter,) if span.version is None else (f"{letter} v{span.version}", letter)
-    letter = {"rollout": "R", "train": "T"}.get(span.what, "")
-    return (letter if span.batch is None else f"{letter}{span.batch}",)
 
 
 class _Canvas:

@@ -1,0 +1,131 @@
+"""What is to be drawn of a run, as plain data: for every track blocks, and what may be written on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from lightning_rft.monitor.spans import Interval, Span, union
+
+__all__ = ["Block", "layout"]
+
+_KIND = {"put": "buffer", "load": "sync", "write checkpoint": "checkpoint", "load checkpoint": "checkpoint"}
+_TRANSFERS = {"sync": "S", "load": "S", "write checkpoint": "C", "load checkpoint": "c"}
+_LANES = 4
+_STRIP = 0.36  # of a row's height: what background work has, with the gap above it
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle in the row of a track.
+
+    Args:
+        kind: Which colour it has.
+        begin: Seconds.
+        end: Seconds.
+        labels: What may be written on it, best first.
+        low: Lower edge, as a share of the row's height.
+        high: Upper edge, likewise.
+        ticks: Moments to mark on it.
+        visible: The parts of it that nothing lies upon; left out, all of it.
+    """
+
+    kind: str
+    begin: float
+    end: float
+    labels: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 1.0
+    ticks: tuple[float, ...] = ()
+    visible: tuple[Interval, ...] | None = None
+
+
+def layout(spans: Sequence[Span], near: float) -> list[Block]:
+    """The blocks of one track, those on top last.
+
+    Args:
+        spans: Of this track.
+        near: Blocks that are nearer than these seconds count as touching.
+    """
+    rollouts = _stack(_by_batch("rollout", spans, near), near)
+    puts = _stack(_by_batch("put", spans, math.inf), near)
+    trains = [Block("train", span.begin, span.end, _labels(span)) for span in spans if span.what == "train"]
+    weights = [
+        Block(_KIND.get(span.what, span.what), span.begin, span.end, _labels(span))
+        for span in spans
+        if span.what in _TRANSFERS
+    ]
+    waits = [Block("wait", span.begin, span.end, (span.cause,)) for span in spans if span.what == "wait"]
+    if any(_overlap(block, train) > near for block in weights for train in trains):
+        # another thread moves weights while training goes on: it has a strip of its own
+        weights = [replace(block, high=_STRIP - 0.08) for block in weights]
+        trains = [replace(block, low=_STRIP) for block in trains]
+        waits = [replace(block, low=_STRIP, visible=_uncovered(block, trains, near)) for block in waits]
+    else:
+        # an engine that takes weights computes nothing else, though its rollouts go on afterwards
+        rollouts = [replace(block, visible=_uncovered(block, weights, 0.0)) for block in rollouts]
+        busy = [*rollouts, *trains, *weights]
+        waits = [replace(block, visible=_uncovered(block, busy, near)) for block in waits]
+    return [*waits, *puts, *rollouts, *trains, *weights]
+
+
+def _by_batch(what: str, spans: Iterable[Span], near: float) -> list[Block]:
+    """What is done for groups, merged by batch where it touches."""
+    batches: dict[tuple[str, ...], list[Span]] = {}
+    for span in sorted((span for span in spans if span.what == what), key=lambda span: span.batch or 0):
+        batches.setdefault(_labels(span), []).append(span)
+    return [
+        Block(_KIND.get(what, what), begin, end, labels, ticks=tuple(s.end for s in members if what == "put"))
+        for labels, members in batches.items()
+        for begin, end in union(((span.begin, span.end) for span in members), near)
+    ]
+
+
+def _stack(blocks: Iterable[Block], near: float) -> list[Block]:
+    """Blocks that overlap in time, one above the other; what needs more lanes than there are joins the last one."""
+    stacks: list[list[list[Block]]] = []  # of lanes of blocks; stacks do not overlap in time
+    reach = -math.inf
+    for block in sorted(blocks, key=lambda block: block.begin):
+        if block.begin >= reach - near:
+            stacks.append([])
+        lanes = stacks[-1]
+        free = next((lane for lane in lanes if block.begin >= lane[-1].end - near), None)
+        if free is not None:
+            free.append(replace(block, begin=max(block.begin, free[-1].end)))
+        elif len(lanes) < _LANES:
+            lanes.append([block])
+        else:
+            last = lanes[-1][-1]
+            label = f"{last.labels[0].partition('–')[0]}–{block.labels[0].lstrip('R')}"
+            end = max(last.end, block.end)
+            lanes[-1][-1] = replace(last, end=end, labels=(label,), ticks=last.ticks + block.ticks)
+        reach = max(reach, block.end)
+    return [
+        replace(block, low=1 - (index + 1) / len(lanes), high=1 - index / len(lanes))
+        for lanes in stacks
+        for index, lane in enumerate(lanes)
+        for block in lane
+    ]
+
+
+def _overlap(one: Block, other: Block) -> float:
+    return min(one.end, other.end) - max(one.begin, other.begin)
+
+
+def _uncovered(block: Block, others: Iterable[Block], shortest: float) -> tuple[Interval, ...]:
+    """The parts of a block on which no other one lies, but for the shortest."""
+    pieces, begin = [], block.begin
+    for first, last in union((other.begin, other.end) for other in others if _overlap(block, other) > 0):
+        pieces.append((begin, first))
+        begin = last
+    pieces.append((begin, block.end))
+    return tuple((begin, end) for begin, end in pieces if end - begin > shortest)
+
+
+def _labels(span: Span) -> tuple[str, ...]:
+    if span.what in _TRANSFERS:
+        letter = _TRANSFERS[span.what]
+        return (letter,) if span.version is None else (f"{letter} v{span.version}", letter)
+    letter = {"rollout": "R", "train": "T"}.get(span.what, "")
+    return (letter if span.batch is None else f"{letter}{span.batch}",)
