@@ -293,19 +293,24 @@ class Schedule:
 
     def _issues(self) -> list[Action]:
         issues: list[Action] = []
-        resting = self._resting()
+        resting, soon = self._resting(), self._soon()
         for group, floor in self._candidates():
             # A version counts once it is pushed: else the first explorer to load it would be given everything.
-            able = [
+            able = {
                 index
                 for index, member in self._explorers.items()
                 if floor <= member.loaded <= self.published_version and index not in resting
-            ]
-            if not able:
+            }
+            # For the same reason the one with most room is waited for if it is about to load.
+            explorer = min(
+                able | soon,
+                key=lambda index: (len(self._explorers[index].groups), index not in able, index),
+                default=-1,
+            )
+            if explorer not in able:
                 if group in self._again:
                     continue  # it needs weights that are new for its batch, which others may not
                 break  # admit never decreases, so no later group can be admitted either
-            explorer = min(able, key=lambda index: (len(self._explorers[index].groups), index))
             member = self._explorers[explorer]
             if self._again.pop(group, None) is None:
                 batch, slot = group
@@ -349,6 +354,14 @@ class Schedule:
                 member.loading = True
                 loads.append(Load(index, self.published_version))
         return loads
+
+    def _soon(self) -> set[int]:
+        """Explorers that load, or will as soon as it is their turn."""
+        return {
+            index
+            for index, member in self._explorers.items()
+            if member.loading or (member.loaded < self.published_version and (self.rule.in_flight or not member.groups))
+        }
 
     def _resting(self) -> set[int]:
         """Explorers that get no work: they load, or first finish what they have."""

@@ -398,6 +398,19 @@ def test_staggered_explorers_never_stop_as_a_whole():
     assert {event.explorer for event in events if event.what == "loaded"} == {0, 1}
 
 
+@pytest.mark.parametrize("make", ASYNCHRONOUS)
+@pytest.mark.parametrize("in_flight", [True, False])
+@pytest.mark.parametrize("train_time", [0.3, 3.0])
+def test_the_first_to_load_does_not_take_all_the_work(make: Any, in_flight: bool, train_time: float):
+    rule = make(in_flight=in_flight)
+    times = {"duration": lambda group, attempt: 0.7 + 0.1 * group.slot, "train_time": train_time, "push_time": 0.2}
+    events = drive(rule, batches=40, groups_per_batch=4, explorers=2, **times)
+    share = Counter(event.explorer for event in events if event.what == "issued")
+    assert min(share.values()) >= 60  # of 160
+    alone = drive(rft.FullyAsynchronous(), batches=40, groups_per_batch=4, explorers=1, **times)
+    assert events[-1].time <= alone[-1].time * 1.05  # what waits for another explorer's load costs next to nothing
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
