@@ -97,7 +97,7 @@ class Coordinator:
     def start(self) -> None:
         """Starts to listen."""
         for explorer in self._pool.members():  # those that an earlier run has started
-            self._carry_out(self._schedule.joined(explorer))
+            self._join(explorer)
         self._thread.start()
 
     def close(self) -> None:
@@ -287,6 +287,10 @@ class Coordinator:
                 self._drop(action.group, action.explorer)
         self._look()
 
+    def _join(self, explorer: int) -> None:
+        room = max(1, self._pool.max_num_seqs(explorer) // self._samples_per_task)
+        self._carry_out(self._schedule.joined(explorer, room))
+
     def _issue(self, key: GroupKey, explorer: int) -> None:
         task = self._plan.task(key)
         self._ledger.issue(key, task.id, self._plan.epoch(key.batch), explorer)
@@ -369,7 +373,7 @@ class Coordinator:
         now = time.monotonic()
         track = f"explorer {explorer}"
         if isinstance(message, Started):
-            self._carry_out(self._schedule.joined(explorer))
+            self._join(explorer)
         elif isinstance(message, Loaded):
             self._loaded[explorer] = message.version
             _, began = self._loading.pop(explorer)

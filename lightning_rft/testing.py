@@ -162,6 +162,7 @@ def drive(
     deaths: Sequence[tuple[float, int]] = (),
     joins: Sequence[tuple[float, int]] = (),
     capacity: int | None = None,
+    room: int | None = None,
 ) -> list[Event]:
     """Runs the real schedule of a strategy with a fake clock: no process, no tensor, no waiting.
 
@@ -181,6 +182,7 @@ def drive(
         deaths: When which explorer dies; moot for one that is not there.
         joins: When which explorer comes, or comes back; moot for one that is there.
         capacity: Most groups that may be issued and not yet trained.
+        room: Most groups that one explorer works on at the same time.
 
     Returns:
         What happened, in order.
@@ -286,7 +288,7 @@ def drive(
             loaded[explorer] = -1
             lives[explorer] += 1
             note("joined", -1, explorer=explorer)
-            carry_out(schedule.joined(explorer))
+            carry_out(schedule.joined(explorer, room))
 
     def die(explorer: int) -> None:
         if explorer in loaded:
@@ -430,5 +432,6 @@ def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
             deaths=deaths,
             joins=joins,
             capacity=random.choice([None, size, 2 * size]),
+            room=random.choice([None, 1, 3]),
         )
         check_events(rule, events, batches=batches, groups_per_batch=groups)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ TASKS = [f"{index} + 1 =" for index in range(10)]
 STEPS = 8  # of 4, 4 and 2 groups in turn: two epochs and most of a third
 
 STRATEGIES = {
+    "a": (rft.Synchronous, {}),
     "a, k=2": (rft.Synchronous, {"sync_interval": 2}),
     "b": (rft.OneStepOffPolicy, {}),
     "b, in flight": (rft.OneStepOffPolicy, {"in_flight": True}),
@@ -96,10 +99,8 @@ def test_every_strategy_with_every_transport(
 ) -> None:
     make, settings = STRATEGIES[name]
     strategy = make(transport=TRANSPORTS[transport](), **settings)
-    spans: list[Span] = []
-    data.observers.append(spans.append)
-    trainer = fit(strategy, data, tiny_model_path, tmp_path)
-    data.observers.remove(spans.append)
+    timeline = rft.TimelineCallback()
+    trainer = fit(strategy, data, tiny_model_path, tmp_path, callbacks=[timeline, strategy])
     assert trainer.global_step == STEPS
 
     # every task once per epoch; groups of batches that will not be are not begun
@@ -115,17 +116,38 @@ def test_every_strategy_with_every_transport(
         if not strategy.in_flight:
             assert all(version == strategy.admit(batch) for _, _, batch, _, version in rows)
 
-    # what everyone did, for the timeline
-    tracks = {span.track for span in spans}
-    assert {"trainer", "buffer", "explorer 0", "explorer 1"} <= tracks
+    check_timeline(strategy, timeline.spans, transport)
+    assert json.loads((tmp_path / "rft" / "timeline.json").read_text())["traceEvents"]
+    assert (tmp_path / "rft" / "timeline.png").stat().st_size > 10_000
+
+
+def check_timeline(strategy: rft.SyncStrategy, spans: Sequence[Span], transport: str) -> None:
+    """What everyone did is what the strategy's drawing says."""
+    assert {span.track for span in spans} == {"trainer", "buffer", "explorer 0", "explorer 1"}
     assert all(span.begin <= span.end for span in spans)
-    kinds = {span.what for span in spans}
-    assert {"rollout", "put", "wait"} <= kinds
-    assert ("load checkpoint" in kinds) == (transport == "checkpoint")
-    assert ("load" in kinds) == (transport == "collective")
+    of: dict[str, list[Span]] = {}
+    for span in sorted(spans, key=lambda span: span.begin):
+        of.setdefault(span.what, []).append(span)
+    assert [train.batch for train in of["train"]] == list(range(STEPS))
+    assert len(of["rollout"]) == len(of["put"]) == 28
+    loads = of["load checkpoint" if transport == "checkpoint" else "load"]
+    assert ("write checkpoint" in of) == (transport == "checkpoint")
+    ends = {train.batch: train.end for train in of["train"]}
+    if isinstance(strategy, rft.Synchronous) and strategy.sync_interval == 1:
+        assert not any(overlap(rollout, train) for rollout in of["rollout"] for train in of["train"])
+    if isinstance(strategy, rft.OneStepOffPolicy):
+        ahead = [(r, t) for r in of["rollout"] for t in of["train"] if r.batch == t.batch + 1 and overlap(r, t)]
+        assert ahead
+        assert all(r.begin >= ends[r.batch - 2] for r in of["rollout"] if r.batch >= 2)
+    if strategy.asynchronous:
+        waits = [span for span in spans if span.track == "trainer" and span.what in ("wait", "sync")]
+        assert {span.detail for span in waits} <= {"experience"}  # never for a push
     if strategy.staggered:
-        loads = sorted((span.begin, span.end) for span in spans if span.what.startswith("load"))
-        assert all(end <= begin for (_, end), (begin, _) in zip(loads, loads[1:], strict=False))
+        assert not any(overlap(one, other) for one, other in pairwise(loads))  # never all of them
+
+
+def overlap(one: Span, other: Span) -> bool:
+    return one.begin < other.end and other.begin < one.end
 
 
 def test_validation_uses_what_is_loaded_and_the_last_version_arrives(
@@ -194,7 +216,7 @@ def test_what_is_too_stale_is_dropped_counted_and_explored_again(
 
 
 def test_an_engine_that_never_computes_with_new_weights_ends_the_run(tiny_model_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(rft.ScheduleError, match="version 0 for batch 3 again and again, .* staleness of 0"):
+    with pytest.raises(rft.ScheduleError, match=r"version 0 for batch 3 again and again, .* staleness of 0"):
         fit(rft.Synchronous(), make_data(engine=liar(always=True), explorers=1), tiny_model_path, tmp_path)
 
 
@@ -213,7 +235,7 @@ def test_a_torn_checkpoint_ends_the_run(
     strategy: type[rft.SyncStrategy], tiny_model_path: Path, tmp_path: Path
 ) -> None:
     data = make_data(explorers=1)
-    with pytest.raises(rft.TransportError, match="torn or missing .* not loaded"):
+    with pytest.raises(rft.TransportError, match=r"torn or missing .* not loaded"):
         fit(strategy(transport=Torn()), data, tiny_model_path, tmp_path)
     assert not data._pool.running
 

@@ -92,6 +92,7 @@ class Started:
     dtype: str
     world_size: int
     nccl: bool
+    max_num_seqs: int
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ class Engine(ABC):
     dtype: str = "float32"
     #: Whether :meth:`connect` takes an NCCL link; decided by :meth:`start`.
     nccl: bool = False
+    #: Most requests that run at once; more would wait inside the engine, and get no newer weights meanwhile.
+    max_num_seqs: int = 64
     #: Weight-holding processes inside this engine (tensor times pipeline parallel size).
     world_size: int = 1
 

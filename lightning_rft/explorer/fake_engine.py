@@ -43,6 +43,7 @@ class FakeEngine(Engine):
             ``None``: as fast as possible.
         mean_tokens: Mean length of a completion before the cut, in tokens.
         vocab_size: Token ids are below it; every token has the log-prob ``-log(vocab_size)``.
+        max_num_seqs: Most requests that run at once; others wait in order of arrival.
 
     Attributes:
         loaded: blake2b hex digest of each tensor's bytes at the last :meth:`load`, by name.
@@ -59,11 +60,13 @@ class FakeEngine(Engine):
         tokens_per_second: float | None = None,
         mean_tokens: int = 8,
         vocab_size: int = 64,
+        max_num_seqs: int = 64,
     ) -> None:
         self.model = model
         self.tokens_per_second = tokens_per_second
         self.mean_tokens = mean_tokens
         self.vocab_size = vocab_size
+        self.max_num_seqs = max_num_seqs
         self.loaded: dict[str, str] = {}
         self.version = -1
         self._running: list[_Running] = []
@@ -75,7 +78,7 @@ class FakeEngine(Engine):
             raise ConfigurationError(
                 f"FakeEngine(tokens_per_second={self.tokens_per_second}): must be positive, or None for no wait."
             )
-        for name in ("mean_tokens", "vocab_size"):
+        for name in ("mean_tokens", "vocab_size", "max_num_seqs"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"FakeEngine({name}={getattr(self, name)}): must be at least 1.")
 
@@ -108,21 +111,21 @@ class FakeEngine(Engine):
         self._running = [item for item in self._running if item.request.id not in gone]
 
     def step(self) -> list[Completion]:
-        """Gives every request one token and returns those that are complete."""
+        """Gives every running request one token and returns those that are complete."""
         if not self._running:
             return []
         if self.tokens_per_second is not None:
             # The one sleep that is no waiting for something: the time that computing would take is what is simulated.
             time.sleep(1.0 / self.tokens_per_second)
         finished, unfinished = [], []
-        for item in self._running:
+        for item in self._running[: self.max_num_seqs]:
             item.token_ids.append(item.rng.randrange(self.vocab_size))
             item.versions.append(self.version)
             if len(item.token_ids) < min(item.length, item.request.max_new_tokens):
                 unfinished.append(item)
             else:
                 finished.append(self._complete(item))
-        self._running = unfinished
+        self._running = unfinished + self._running[self.max_num_seqs :]
         return finished
 
     @property

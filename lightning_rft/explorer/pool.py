@@ -169,6 +169,10 @@ class ExplorerPool:
         """Whether every engine takes an NCCL link: NCCL refuses two members on one GPU."""
         return self._nccl and all(started.nccl for started in self._started.values())
 
+    def max_num_seqs(self, explorer: int) -> int:
+        """Most samples that an explorer's engine runs at once."""
+        return self._started[explorer].max_num_seqs
+
     def members(self) -> dict[int, int]:
         """Explorer index -> number of processes inside it that hold weights; those whose engine is up."""
         return {index: started.world_size for index, started in sorted(self._started.items())}

@@ -66,7 +66,7 @@ class TransformersEngine(Engine):
         self.model = model
         self.dtype = dtype
         self.device = device
-        self.max_batch_size = max_batch_size
+        self.max_batch_size = self.max_num_seqs = max_batch_size
         self.version = -1
         self._queued: deque[_Running] = deque()
         self._running: list[_Running] = []  # row i of the batch is _running[i]

@@ -94,7 +94,8 @@ class Explorer:
         self._tokenizer = await asyncio.to_thread(_tokenizer, spec.model)
         gc.freeze()  # what was imported and loaded stays: never to be searched again
         gc.enable()
-        self._channel.send(Started(spec.engine.dtype, spec.engine.world_size, spec.engine.nccl))
+        engine = spec.engine
+        self._channel.send(Started(engine.dtype, engine.world_size, engine.nccl, engine.max_num_seqs))
         while (message := await _next(inbox)) is not None:
             await self._handle(message)
 

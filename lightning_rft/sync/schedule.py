@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
@@ -100,9 +101,15 @@ Action = Issue | Lease | Publish | Load | Drop
 class _Explorer:
     """What the schedule knows of one explorer."""
 
+    most: float = inf
     loaded: int = -1
     loading: bool = False
     groups: set[GroupKey] = field(default_factory=set)
+
+    @property
+    def room(self) -> float:
+        """How many more groups it could work on."""
+        return self.most - len(self.groups)
 
 
 class Schedule:
@@ -169,9 +176,15 @@ class Schedule:
 
     # Events
 
-    def joined(self, explorer: int) -> list[Action]:
-        """An explorer is up; it gets work once it has loaded a version."""
-        self._explorers[explorer] = _Explorer()
+    def joined(self, explorer: int, room: int | None = None) -> list[Action]:
+        """An explorer is up; it gets work once it has loaded a version.
+
+        Args:
+            explorer: Its index.
+            room: Most groups that it works on at the same time; ``None`` for any number. What it has no room for is
+                not issued yet, and may be explored by others, or with newer weights.
+        """
+        self._explorers[explorer] = _Explorer(inf if room is None else room)
         return self._actions()
 
     def died(self, explorer: int) -> list[Action]:
@@ -299,18 +312,14 @@ class Schedule:
             able = {
                 index
                 for index, member in self._explorers.items()
-                if floor <= member.loaded <= self.published_version and index not in resting
+                if floor <= member.loaded <= self.published_version and index not in resting and member.room > 0
             }
             # For the same reason the one with most room is waited for if it is about to load.
-            explorer = min(
-                able | soon,
-                key=lambda index: (len(self._explorers[index].groups), index not in able, index),
-                default=-1,
-            )
+            explorer = min(able | soon, key=lambda index: (*self._busy(index), index not in able, index), default=-1)
             if explorer not in able:
                 if group in self._again:
                     continue  # it needs weights that are new for its batch, which others may not
-                break  # admit never decreases, so no later group can be admitted either
+                break  # admit never decreases, so no later group can be issued either
             member = self._explorers[explorer]
             if self._again.pop(group, None) is None:
                 batch, slot = group
@@ -355,12 +364,21 @@ class Schedule:
                 loads.append(Load(index, self.published_version))
         return loads
 
+    def _busy(self, explorer: int) -> tuple[float, int]:
+        """Sorts explorers, the one with most room first."""
+        member = self._explorers[explorer]
+        return -member.room, len(member.groups)
+
     def _soon(self) -> set[int]:
         """Explorers that load, or will as soon as it is their turn."""
         return {
             index
             for index, member in self._explorers.items()
-            if member.loading or (member.loaded < self.published_version and (self.rule.in_flight or not member.groups))
+            if member.room > 0
+            and (
+                member.loading
+                or (member.loaded < self.published_version and (self.rule.in_flight or not member.groups))
+            )
         }
 
     def _resting(self) -> set[int]:

@@ -53,7 +53,7 @@ def answers(model: Path, *messages: Any, replies: int = 1, **changes: Any) -> li
             inbox: asyncio.Queue[Any] = asyncio.Queue()
             serving = asyncio.ensure_future(explorer.serve(inbox))
             try:
-                assert await asyncio.to_thread(ours.receive, 30) == Started("float32", 1, False)
+                assert await asyncio.to_thread(ours.receive, 30) == Started("float32", 1, False, 64)
                 for message in messages:
                     inbox.put_nowait(message)
                 received = [await asyncio.to_thread(ours.receive, 30) for _ in range(replies)]
