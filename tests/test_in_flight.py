@@ -1,0 +1,48 @@
+"""Weights that change in mid-generation: every token is of the version that it says, to 1e-4 in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+import lightning_rft as rft
+from tests.versions import run
+
+STEPS = 6
+SAME, OTHER = 1e-4, 1e-2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data() -> Iterator[rft.RFTDataModule]:
+    with rft.RFTDataModule(
+        tasks=[f"{index} + 1 =" for index in range(3 * STEPS)],
+        reward=lambda completion, task: float(sum(map(ord, completion)) % 7),
+        engine=rft.TransformersEngine(dtype="float32", device="cpu"),
+        tasks_per_step=3,
+        samples_per_task=3,
+        max_new_tokens=60,
+    ) as data:
+        yield data
+
+
+@pytest.mark.parametrize("in_flight", [True, False])
+@pytest.mark.parametrize("strategy", [rft.OneStepOffPolicy, rft.FullyAsynchronous])
+def test_versions_are_exact_across_a_swap(
+    strategy: type[rft.SyncStrategy], in_flight: bool, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    _, gaps = run(strategy(in_flight=in_flight), data, tiny_model_path, tmp_path, steps=STEPS)
+    assert max(gaps.own) <= SAME
+    assert median(gaps.other) > OTHER, "one version more must show"
+    assert bool(gaps.mixed) == in_flight, f"{gaps.mixed} turns of more than one version"
