@@ -1,6 +1,8 @@
 # Every target first makes .venv complete, which takes no time when it is. ARGS goes to the command that is run:
 #   make test ARGS="-k ledger"
 .DEFAULT_GOAL := help
+# two at a time, a file of tests in one process: many wait for processes to start
+PARALLEL := -n 2 --dist loadfile
 MODEL := runs/models/SmolLM2-135M-Instruct
 CONFIG := examples/synchronous.yaml
 .PHONY: help install model demo train test test-quick check format clean
@@ -31,10 +33,10 @@ train: model
 	.venv/bin/python -m lightning_rft fit --config $(CONFIG) $(ARGS)
 
 test: install
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 test-quick: install
-	.venv/bin/python -m pytest -m "not vllm" $(ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) -m "not vllm" $(ARGS)
 
 check: install
 	.venv/bin/ruff check .

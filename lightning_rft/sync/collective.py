@@ -98,7 +98,8 @@ class CollectiveTransport(Transport):
         on_gpu = all(tensor.is_cuda for _, tensor in tensors)
         if self.backend == "nccl" and not (on_gpu and explorers.nccl):
             raise ConfigurationError(
-                "CollectiveTransport(backend='nccl') needs the trainer and a vLLM engine on GPUs: use backend='auto'"
+                "CollectiveTransport(backend='nccl') needs the trainer and a vLLM engine on GPUs, and a strategy that "
+                "waits for pushes (asynchronous ones push from a snapshot in the CPU's memory): use backend='auto'"
             )
         if self.backend == "nccl" or (self.backend == "auto" and on_gpu and explorers.nccl):
             from lightning_rft.sync.nccl import NCCLSender
