@@ -23,7 +23,7 @@ from benchmarks.overlap import restless, seconds_per_step, spans
 from lightning_rft.testing import tiny_model
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, GROUPS, SAMPLES, TOKENS = 40, 4, 4, 20
+STEPS, GROUPS, SAMPLES, TOKENS = 16, 4, 4, 20
 SPEEDS = {"fast": 100.0, "slow": 25.0}  # tokens per second of each running request
 
 
