@@ -20,7 +20,7 @@ from lightning_rft.experience import Group, GroupKey, Task, TensorInfo
 from lightning_rft.explorer.connection import Cancel, Explore, Explored, Failed, Loaded, Started
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.monitor.idle import Idle
-from lightning_rft.monitor.timeline import Span
+from lightning_rft.monitor.spans import Span
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Schedule
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.tasks import TaskPlan

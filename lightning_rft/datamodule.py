@@ -25,7 +25,7 @@ from lightning_rft.explorer.vllm_engine import VLLMEngine
 from lightning_rft.explorer.worker import ExplorerSpec
 from lightning_rft.explorer.workflow import SingleTurn, Workflow, encode_prompt
 from lightning_rft.hardware import gpus_for_explorers
-from lightning_rft.monitor.timeline import Span
+from lightning_rft.monitor.spans import Span
 from lightning_rft.rewards import check_reward
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy

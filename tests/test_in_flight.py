@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-import torch
 
 import lightning_rft as rft
 from tests.versions import run
@@ -16,12 +15,7 @@ STEPS = 6
 SAME, OTHER = 1e-4, 1e-2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

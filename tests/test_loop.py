@@ -28,12 +28,7 @@ SIZES = [4, 4, 2]  # groups of the batches of an epoch
 VAL_TASKS = [rft.Task(f"{index} + 2 =", answer=1.0 if index < 8 else 0.5) for index in range(10)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_data(**changes: Any) -> rft.RFTDataModule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Interval", "Span", "idle", "position", "union"]
+__all__ = ["Interval", "Span", "position", "union"]
 
 Interval = tuple[float, float]
 
@@ -44,34 +44,6 @@ class Span:
         if self.batch is not None:
             return f"{self.cause} {self.batch}"
         return self.cause if self.version is None else f"{self.cause} v{self.version}"
-
-
-def idle(spans: Iterable[Span], begin: float, end: float) -> dict[str, dict[str, float]]:
-    """Where the time between ``begin`` and ``end`` went.
-
-    Args:
-        spans: What was recorded, in any order.
-        begin: Seconds of :func:`time.monotonic`.
-        end: Likewise.
-
-    Returns:
-        Track -> cause (see :attr:`Span.cause`) -> seconds. What one track does several times at once, such as rollouts
-        of several groups, counts once. Causes of one track may overlap.
-
-    Example:
-        >>> train, wait = Span("trainer", "train", 1.0, 3.0), Span("trainer", "wait", 3.0, 9.0, detail="experience")
-        >>> idle([train, wait], 0.0, 5.0)
-        {'trainer': {'train': 2.0, 'wait for experience': 2.0}}
-    """
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for span in spans:
-        if span.begin < end and span.end > begin:
-            interval = max(begin, span.begin), min(end, span.end)
-            found.setdefault(span.track, {}).setdefault(span.cause, []).append(interval)
-    return {
-        track: {cause: sum(last - first for first, last in union(intervals)) for cause, intervals in causes.items()}
-        for track, causes in found.items()
-    }
 
 
 def union(intervals: Iterable[Interval], gap: float = 0.0) -> list[Interval]:

@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.monitor.drawing import draw
-from lightning_rft.monitor.spans import Span, idle
+from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.trace import trace
 
-__all__ = ["Span", "TimelineCallback", "idle"]
+__all__ = ["TimelineCallback"]
 
 _log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ The base class owns *when hooks fire*; a strategy answers two questions, :meth:`
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_rft.errors import ConfigurationError, ScheduleError
+from lightning_rft.errors import ConfigurationError, DeadlineError, ScheduleError
 from lightning_rft.sync.collective import CollectiveTransport
 from lightning_rft.sync.publisher import Publisher, Pushed, snapshot
 from lightning_rft.sync.schedule import Rule
@@ -167,7 +168,8 @@ class SyncStrategy(Callback, Rule):
             exception.code = _SIGTERM_STATUS
         if self._run is not None:
             self._run.failed(exception)  # so that a push in the background does not go on
-        self._end()
+        with contextlib.suppress(DeadlineError):  # raised here, it would keep the data module from ending explorers
+            self._end()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leaves the transport's group."""

@@ -24,7 +24,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.monitor import drawing, timeline
 from lightning_rft.monitor.drawing import draw
 from lightning_rft.monitor.layout import layout
-from lightning_rft.monitor.spans import Span, idle
+from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.timeline import TimelineCallback
 from lightning_rft.monitor.trace import trace
 from lightning_rft.trainer.loader import MicroBatch
@@ -51,24 +51,6 @@ def test_spans_come_from_many_threads_at_once() -> None:
     assert tracks == {f"explorer {index}": 500 for index in range(4)}
     for track in tracks:
         assert [span.batch for span in callback.spans if span.track == track] == list(range(500))
-
-
-def test_idle_counts_what_is_done_at_once_only_once() -> None:
-    spans = [
-        Span("explorer 0", "rollout", 0.0, 3.0, batch=0),
-        Span("explorer 0", "rollout", 1.0, 4.0, batch=1),
-        Span("explorer 0", "rollout", 6.0, 20.0, batch=2),
-        Span("explorer 0", "wait", 4.0, 6.0, detail="weights"),
-        Span("trainer", "wait", 0.0, 3.0, detail="experience"),
-        Span("trainer", "wait", 4.0, 5.0, detail="push"),
-        Span("trainer", "train", 3.0, 4.0, batch=0),
-        Span("buffer", "put", 30.0, 31.0, batch=0),
-    ]
-    assert idle(spans, 0.5, 10.0) == {
-        "explorer 0": {"rollout": 7.5, "wait for weights": 2.0},
-        "trainer": {"wait for experience": 2.5, "wait for push": 1.0, "train": 1.0},
-    }
-    assert idle([], 0.0, 1.0) == {}
 
 
 @pytest.mark.parametrize("settings", [{"max_spans": 0}, {"png_batches": 0}])
