@@ -60,9 +60,9 @@ class PinnedVLLM(rft.VLLMEngine):
         return super().environment(1)
 
     def start(self, model: str, *, max_model_len: int, seed: int) -> None:
-        """Takes its core."""
-        pin(EXPLORER_CORE)
+        """Takes its core, once the engine is up: OpenMP puts its threads where the process began."""
         super().start(model, max_model_len=max_model_len, seed=seed)
+        pin(EXPLORER_CORE)
 
 
 class Sleeps(rft.RFTModule):
@@ -86,7 +86,7 @@ def pin(*cores: int) -> None:
 
 def restless(completion: str, task: rft.Task) -> float:
     """A reward that differs within every group, so that every step trains."""
-    return float(sum(map(ord, completion)) % 7)
+    return float(sum(map(ord, completion)) % 101)
 
 
 def spans(strategy: rft.SyncStrategy, module: rft.RFTModule, data: rft.RFTDataModule, steps: int) -> list[Span]:
@@ -190,8 +190,8 @@ def vllm(steps: int, repeats: int) -> tuple[dict[str, float], float]:
             reward=restless,
             engine=engine,
             tasks_per_step=1,
-            samples_per_task=4,
-            max_new_tokens=48,
+            samples_per_task=5,
+            max_new_tokens=52,
         )
 
     with make_data(PinnedVLLM()) as data:
@@ -217,7 +217,7 @@ def main() -> None:
     results: dict[str, Any] = {"fake": fake(0.4, 16, arguments.repeats)}
     figures = {f"fake_{name}": results["fake"][name] for name in ("one_step", "fully_async")}
     if not arguments.fake:
-        results["vllm"], both = vllm(10, max(1, arguments.repeats - 1))
+        results["vllm"], both = vllm(8, max(1, arguments.repeats - 1))
         results["vllm_synchronous_with_both_cores_s_per_step"] = both
         figures |= {f"vllm_{name}": results["vllm"][name] for name in ("one_step", "fully_async")}
     results = figures | results

@@ -1,9 +1,10 @@
 """All sync strategies with both transports on the demo's task: what they learn, and who waits for whom.
 
     python -m benchmarks.strategies                        # four strategies, two transports, three seeds: an hour
+    python -m benchmarks.strategies --seeds 1 2            # in parts: seeds that are there already stay
     python -m benchmarks.strategies --only c --steps 6     # a look
 
-Writes ``benchmarks/results/strategies.json``, and the timelines of the first seed beside it.
+Writes ``benchmarks/results/strategies.json``, and every run's timeline into its own log folder.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def run(
         "strategy": STRATEGIES[name][0],
         "transport": transport,
         "seed": seed,
+        "steps": steps,
         "reward_first": statistics.fmean(reward[:part]),
         "reward_last": statistics.fmean(reward[-part:]),
         "reward": reward,
@@ -112,7 +114,7 @@ def run(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The means over the seeds, as Markdown."""
+    """Rewards as means over the seeds, times as medians, which other work on the machine disturbs less; Markdown."""
     lines = [
         "| strategy | transport | reward, first steps | change ± standard error | s/step | trainer idle |"
         " explorers idle | loading | trainer held by sync, s | staleness mean (max) |",
@@ -124,13 +126,16 @@ def table(results: list[dict[str, Any]]) -> str:
         def mean(name: str, rows: list[dict[str, Any]] = rows) -> float:
             return statistics.fmean(row[name] for row in rows)
 
+        def median(name: str, rows: list[dict[str, Any]] = rows) -> float:
+            return statistics.median(row[name] for row in rows)
+
         changes = [row["reward_last"] - row["reward_first"] for row in rows]
         error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else float("nan")
         lines.append(
             f"| {strategy} | {transport} | {mean('reward_first'):.2f} |"
             f" {statistics.fmean(changes):+.2f} ± {error:.2f} |"
-            f" {mean('seconds_per_step'):.1f} | {mean('trainer_idle'):.0%} | {mean('explorer_idle'):.0%} |"
-            f" {mean('explorer_load'):.0%} | {mean('sync_s'):.2f} | {mean('staleness_mean'):.1f}"
+            f" {median('seconds_per_step'):.1f} | {median('trainer_idle'):.0%} | {median('explorer_idle'):.0%} |"
+            f" {median('explorer_load'):.0%} | {median('sync_s'):.2f} | {mean('staleness_mean'):.1f}"
             f" ({max(row['staleness_max'] for row in rows):.0f}) |"
         )
     return "\n".join(lines)
@@ -142,12 +147,16 @@ def main() -> None:
     parser.add_argument("--only", default="abcd", help="letters of the strategies")
     parser.add_argument("--transports", nargs="+", default=list(TRANSPORTS), choices=list(TRANSPORTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("runs/strategies"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     model = smollm2(Path("runs/models/SmolLM2-135M-Instruct"))
-    results: list[dict[str, Any]] = []
+    path = RESULTS / "strategies.json"
+    kept = json.loads(path.read_text()) if path.exists() else []
+    results: list[dict[str, Any]] = [
+        row for row in kept if row["steps"] == arguments.steps and row["seed"] not in arguments.seeds
+    ]
     for seed in arguments.seeds:
         train, _ = sums(seed)
         for explorers in (1, 2):
@@ -168,7 +177,7 @@ def main() -> None:
                     for transport in arguments.transports:
                         results.append(run(name, transport, seed, arguments.steps, data, model, arguments.out))
                         RESULTS.mkdir(exist_ok=True)
-                        (RESULTS / "strategies.json").write_text(json.dumps(results, indent=1) + "\n")
+                        path.write_text(json.dumps(results, indent=1) + "\n")
                         print(table(results[-1:]).splitlines()[-1], flush=True)
     print("\n" + table(results))
 

@@ -1,12 +1,13 @@
 """One run of the loop: it drives the schedule with what explorers, trainer and transport report.
 
 A thread listens to the explorers. It and the trainer's thread share one lock; whatever the schedule answers is carried
-out at once by whoever told it. An error on the listening thread reaches the trainer at its next call or wait.
+out at once by whoever told it. An error on the listening thread reaches the trainer at its next call or wait. What an
+explorer that died, or hung and was ended, had been asked for is asked of another.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 import time
 from collections import Counter
@@ -15,21 +16,35 @@ from pathlib import Path
 from typing import Any
 
 from lightning_rft.buffer.ledger import Ledger
-from lightning_rft.errors import DeadlineError, ExplorerError, ScheduleError
+from lightning_rft.errors import DeadlineError, LinkError, ScheduleError
 from lightning_rft.experience import Group, GroupKey, Task, TensorInfo
-from lightning_rft.explorer.connection import Cancel, Explore, Explored, Failed, Loaded, Started
-from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.explorer.connection import (
+    Advanced,
+    Cancel,
+    Explore,
+    Explored,
+    Loaded,
+    LoadFailed,
+    Started,
+)
+from lightning_rft.explorer.pool import Died, ExplorerPool
+from lightning_rft.explorer.tolerance import Tolerance
+from lightning_rft.explorer.watch import Watch
 from lightning_rft.monitor.idle import Idle
 from lightning_rft.monitor.spans import Span
+from lightning_rft.quiz import Quiz
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Schedule
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.tasks import TaskPlan
+from lightning_rft.tasks import TaskCursor
 
 __all__ = ["Coordinator"]
 
+_log = logging.getLogger(__name__)
+
 _POLL_S = 0.2
+_GRACE_S = 30.0  # for a hung explorer to be ended before its silence ends a wait
 _REFUSALS = 3  # of one group: by then it is not chance
-_VALIDATION = -1  # the batch index of validation's groups, which no schedule knows
+_DEATHS = 2  # of explorers with the same group: it may be what kills them
 
 
 class Coordinator:
@@ -37,13 +52,15 @@ class Coordinator:
 
     Args:
         schedule: Decides what is explored when.
-        plan: Which task belongs where.
+        cursor: Which task belongs where.
         pool: The explorers, started.
         ledger: The buffer.
         incarnation: Number of this run in the ledger; explorers' answers carry it.
         samples_per_task: Samples of a group.
+        min_samples: With fewer that succeeded, a group has failed, and another task takes its place.
+        tolerance: How many samples may fail.
         temperature: Softmax temperature of training samples.
-        progress_timeout_s: Seconds without any news from the explorers after which a wait is given up.
+        progress_timeout_s: Seconds without progress after which an explorer that has work is ended.
         check_interrupt: Called during every wait; raises to end it.
         folder: The run's own folder.
         strategy: Loads weights where the schedule says so.
@@ -54,11 +71,13 @@ class Coordinator:
         self,
         *,
         schedule: Schedule,
-        plan: TaskPlan,
+        cursor: TaskCursor,
         pool: ExplorerPool,
         ledger: Ledger,
         incarnation: int,
         samples_per_task: int,
+        min_samples: int,
+        tolerance: Tolerance,
         temperature: float,
         progress_timeout_s: float,
         check_interrupt: Callable[[], None],
@@ -67,11 +86,13 @@ class Coordinator:
         observers: Sequence[Callable[[Span], None]],
     ) -> None:
         self._schedule = schedule
-        self._plan = plan
+        self._cursor = cursor
         self._pool = pool
         self._ledger = ledger
         self._incarnation = incarnation
         self._samples_per_task = samples_per_task
+        self._min_samples = min_samples
+        self._tolerance = tolerance
         self._temperature = temperature
         self._progress_timeout_s = progress_timeout_s
         self._check_interrupt = check_interrupt
@@ -84,13 +105,19 @@ class Coordinator:
         self._leased: list[Group] | None = None
         self._due = False
         self._loaded: dict[int, int] = {}
+        self._broken: set[int] = set()  # whose last load broke off
+        self._late: set[int] = set()  # who came up between two pushes of a strategy that waits for them
+        self._served: set[int] = set()  # of those, to whom the trainer is bringing them
+        self._watch = Watch(progress_timeout_s)
+        self._deaths: Counter[GroupKey] = Counter()
+        self._dropped = self._failed = 0
+        self._restarts = pool.restarts
         self._attempts: Counter[GroupKey] = Counter()
         self._refusals: Counter[GroupKey] = Counter()
         self._asked: dict[GroupKey, tuple[int, float]] = {}  # what is explored: by whom, since when
         self._loading: dict[int, tuple[int, float]] = {}  # who loads which version, since when
         self._idle = Idle()
-        self._dropped = 0
-        self._validation: dict[int, Group | None] = {}
+        self._quiz = Quiz((), run=incarnation, samples=0, temperature=0.0)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="coordinator", daemon=True)
 
@@ -109,8 +136,7 @@ class Coordinator:
             self._thread.join(10 * _POLL_S)
         with self._news:
             for explorer in self._pool.members():
-                with contextlib.suppress(ExplorerError):  # one that is gone has nothing to forget
-                    self._pool.send(explorer, Cancel(self._incarnation))
+                self._pool.send(explorer, Cancel(self._incarnation))
             if self._leased is not None:
                 self._ledger.release()
 
@@ -127,7 +153,7 @@ class Coordinator:
         began = time.monotonic()
         self._tell(lambda: self._schedule.wanted(batch))
         while True:
-            self._wait(lambda: self._leased is not None, f"batch {batch} of experience", "rollout_timeout_s")
+            self._wait_served(lambda: self._leased is not None, f"batch {batch} of experience")
             if not self._refuse_stale(batch):
                 break
         self._idle.trainer("experience", time.monotonic() - began)
@@ -145,7 +171,10 @@ class Coordinator:
     def trained(self, batch: int) -> None:
         """Tells that a batch is part of the weights."""
         with self._news:
-            self._ledger.trained()
+            assert self._leased is not None
+            self._ledger.trained(batch)
+            for group in self._leased:
+                self._cursor.done(group.key)
             self._leased = None
         self._tell(lambda: self._schedule.trained(batch))
 
@@ -153,7 +182,7 @@ class Coordinator:
         """Whether a push is due now, waiting first for what older weights must still explore."""
         if self._schedule.push_pending:
             began = time.monotonic()
-            self._wait(lambda: self._due, "the groups that belong to the old weights", "rollout_timeout_s")
+            self._wait_served(lambda: self._due, "the groups that belong to the old weights")
             self._idle.trainer("push", time.monotonic() - began)
             self.observe("trainer", "wait", began, version=self.version, detail="push")
         with self._news:
@@ -163,6 +192,23 @@ class Coordinator:
     def published(self, version: int) -> None:
         """Tells that a version was pushed."""
         self._tell(lambda: self._schedule.published(version))
+
+    def late(self, explorer: int) -> None:
+        """Notes that an explorer needs weights before the next push: the trainer brings them when it waits."""
+        self._late.add(explorer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, for a checkpoint: plain values."""
+        with self._news:
+            progress = self._schedule.progress
+            return {
+                "version": progress.version,
+                "behind": sorted(map(list, progress.behind)),
+                "ahead": sorted(map(list, progress.ahead)),
+                "cursor": self._cursor.state_dict(),
+                "incarnation": self._incarnation,
+                "buffer": self._ledger.id,
+            }
 
     # What the transport asks
 
@@ -187,28 +233,57 @@ class Coordinator:
     def load(self, explorer: int, manifest: Sequence[TensorInfo], version: int) -> None:
         """Asks an explorer to receive a version."""
         with self._news:
+            now = time.monotonic()
             self._loaded.pop(explorer, None)
-            self._loading[explorer] = version, time.monotonic()
+            self._broken.discard(explorer)
+            if explorer in self._pool.members():
+                self._loading[explorer] = version, now
+                self._watch.asked(explorer, now)
             self._look()
         self._pool.load(explorer, manifest, version)
 
     def wait_ready(self) -> None:
         """Returns when every explorer's engine is up; the pool has the deadline."""
-        self._wait(lambda: self._pool.ready, "the explorers to start", None)
+        self._wait(lambda: self._pool.ready, "the explorers to start")
 
     def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float, setting: str) -> None:
-        """Returns when each of ``explorers`` computes with ``version``."""
-        self._wait(
-            lambda: all(self._loaded.get(explorer) == version for explorer in explorers),
-            f"version {version} to be loaded",
-            setting,
-            timeout_s,
-        )
+        """Returns when each of ``explorers`` that is alive computes with ``version``; see ``Explorers``."""
+
+        def missing() -> list[int]:
+            members = self._pool.members()
+            return [index for index in explorers if index in members and self._loaded.get(index) != version]
+
+        def broken() -> list[int]:
+            return [index for index in missing() if index in self._broken]
+
+        deadline = time.monotonic() + timeout_s
+        what = f"version {version} to be loaded"
+        self._wait(lambda: not missing() or bool(broken()) or time.monotonic() > deadline, what)
+        if broken():
+            raise LinkError(f"the weight transport broke off for explorers {broken()}")
+        self.end(missing(), f"did not load version {version} in time: raise {setting}, or see its log")
+
+    def end(self, explorers: Sequence[int], blame: str) -> None:
+        """Ends explorers that are of no use; others are started for them. Returns when they are gone."""
+        for explorer in explorers:
+            self._pool.kill(explorer, blame)
+        self._wait(lambda: not self._pool.members().keys() & set(explorers), "explorers to end", _GRACE_S)
+
+    def settle(self, explorers: Sequence[int], timeout_s: float) -> None:
+        """Returns when none of ``explorers`` is in the middle of a load; one that is stuck in it is ended."""
+
+        def stuck() -> list[int]:
+            return [index for index in explorers if index in self._loading]
+
+        deadline = time.monotonic() + timeout_s
+        self._wait(lambda: not stuck() or time.monotonic() > deadline, "loads that broke off")
+        self.end(stuck(), "was stuck in a load that broke off")
 
     def raise_failures(self) -> None:
-        """Raises what failed in an explorer, if anything did."""
+        """Raises what ends the run, if something does."""
         if self._error is not None:
             raise self._error
+        self._check_interrupt()
 
     def failed(self, error: BaseException) -> None:
         """Ends every wait with what went wrong elsewhere; the first error counts."""
@@ -234,10 +309,16 @@ class Coordinator:
                 observer(span)
 
     def metrics(self) -> dict[str, float]:
-        """What explorers did since the last call, in seconds (their mean), and how many groups were dropped so far."""
+        """What explorers did since the last call, in seconds (their mean), and what went wrong so far."""
         with self._news:
             self._look()
-            return self._idle.metrics() | {"rft/dropped_groups": float(self._dropped)}
+            return self._idle.metrics() | {
+                "rft/dropped_groups": float(self._dropped),
+                "rft/failed_groups": float(self._failed),
+                "rft/failed_samples": float(self._tolerance.failed),
+                "rft/retried_samples": float(self._tolerance.retried),
+                "rft/explorer_restarts": float(self._pool.restarts - self._restarts),
+            }
 
     def summary(self) -> str:
         """One line about who waited for whom, and what to change."""
@@ -251,20 +332,13 @@ class Coordinator:
         """Has tasks answered beside the schedule, with whatever version is loaded."""
         self.raise_failures()
         with self._news:
-            self._validation = dict.fromkeys(range(len(tasks)))
-            explorers = list(self._pool.members())
-            for index, task in enumerate(tasks):
-                key = GroupKey(_VALIDATION, index)
-                seeds = tuple(range(samples))
-                message = Explore(self._incarnation, key, 0, task, seeds, temperature)
-                self._pool.send(explorers[index % len(explorers)], message)
+            self._quiz = Quiz(tasks, run=self._incarnation, samples=samples, temperature=temperature)
+            self._ask()
 
     def explored(self, index: int) -> Group:
-        """Waits for the answers to one of the tasks of :meth:`explore`."""
-        self._wait(lambda: self._validation[index] is not None, f"validation task {index}", "rollout_timeout_s")
-        group = self._validation[index]
-        assert group is not None
-        return group
+        """Waits for the answers to one of the tasks of :meth:`explore`; without those that failed after every retry."""
+        self._wait_served(lambda: index in self._quiz.answers, f"validation task {index}")
+        return self._quiz.answers[index]
 
     # How
 
@@ -292,11 +366,12 @@ class Coordinator:
         self._carry_out(self._schedule.joined(explorer, room))
 
     def _issue(self, key: GroupKey, explorer: int) -> None:
-        task = self._plan.task(key)
-        self._ledger.issue(key, task.id, self._plan.epoch(key.batch), explorer)
-        seeds = tuple(self._plan.sample_seed(key, sample) for sample in range(self._samples_per_task))
+        task = self._cursor.task(key)
+        self._ledger.issue(key, task.id, self._cursor.epoch(key), explorer)
+        seeds = tuple(self._cursor.sample_seed(key, sample) for sample in range(self._samples_per_task))
         self._attempts[key] += 1
         self._asked[key] = explorer, time.monotonic()
+        self._watch.asked(explorer, time.monotonic())
         message = Explore(self._incarnation, key, self._attempts[key], task, seeds, self._temperature)
         self._pool.send(explorer, message)
 
@@ -306,6 +381,7 @@ class Coordinator:
         if explorer is not None:
             self._attempts[key] += 1  # an answer that is on its way is too late
             self._asked.pop(key)
+            self._watch.answered(explorer, time.monotonic())
             self._pool.send(explorer, Cancel(self._incarnation, key))
 
     def _refuse_stale(self, batch: int) -> bool:
@@ -339,31 +415,54 @@ class Coordinator:
             if ended is not None and ended[0] in ("weights", "room"):
                 self.observe(f"explorer {explorer}", "wait", ended[1], detail=ended[0])
 
-    def _wait(self, done: Callable[[], bool], what: str, setting: str | None, timeout_s: float | None = None) -> None:
-        """Waits until ``done``, for ``timeout_s`` in all or else as long as there is news from the explorers."""
+    def _wait_served(self, done: Callable[[], bool], what: str) -> None:
+        """Waits on the trainer's thread, as long as explorers come further; brings weights to those that come up."""
+        self._last_news = time.monotonic()  # an idle stretch before this wait is nobody's fault
+        limit = self._watch.timeout_s + _GRACE_S
+        while True:
+            with self._news:
+                late, self._late = self._late & self._pool.members().keys(), set()
+            if late:
+                self._served = late
+                self._strategy.bring(sorted(late))
+                self._served = set()
+            self._wait(lambda: done() or bool(self._late) or time.monotonic() - self._last_news > limit, what)
+            if done():
+                return
+            if not self._late:
+                raise DeadlineError(
+                    f"waited {time.monotonic() - self._last_news:.0f} s for {what} without any news from the "
+                    f"explorers: raise rollout_timeout_s, now {self._watch.timeout_s:g}, or see their logs"
+                )
+
+    def _wait(self, done: Callable[[], bool], what: str, timeout_s: float | None = None) -> None:
+        """Waits until ``done``, which itself sees to it that this happens in time unless ``timeout_s`` is given."""
         began = time.monotonic()
         with self._news:
-            self._last_news = began  # an idle stretch before this wait is nobody's fault
             while not done():
                 self.raise_failures()
-                self._check_interrupt()
                 self._news.wait(_POLL_S)
-                waited = time.monotonic() - (self._last_news if timeout_s is None else began)
-                limit = self._progress_timeout_s if timeout_s is None else timeout_s
-                if setting is not None and waited > limit:
-                    raise DeadlineError(
-                        f"waited {waited:.0f} s for {what}: raise {setting}, now {limit:g}, or see the logs"
-                    )
+                if timeout_s is not None and time.monotonic() - began > timeout_s:
+                    raise DeadlineError(f"waited {timeout_s:.0f} s for {what}: see the explorers' logs")
             self.raise_failures()
 
     def _listen(self) -> None:
         try:
             while not self._closing.is_set():
-                for explorer, message in self._pool.poll(_POLL_S):
-                    with self._news:
-                        self._last_news = time.monotonic()
+                messages = self._pool.poll(_POLL_S)
+                now = time.monotonic()
+                with self._news:
+                    for explorer, message in messages:
                         self._handle(explorer, message)
+                    if messages or self._pool.starting:
+                        self._last_news = now
                         self._news.notify_all()
+                    hung = self._watch.overdue(now)
+                for explorer in hung:
+                    self._pool.kill(
+                        explorer,
+                        f"had work but made no progress for rollout_timeout_s={self._watch.timeout_s:g} seconds",
+                    )
         except BaseException as error:
             with self._news:
                 self._error = error
@@ -371,31 +470,77 @@ class Coordinator:
 
     def _handle(self, explorer: int, message: Any) -> None:
         now = time.monotonic()
-        track = f"explorer {explorer}"
         if isinstance(message, Started):
             self._join(explorer)
+        elif isinstance(message, Died):
+            self._lost(explorer, message.error)
+        elif isinstance(message, Advanced):
+            self._watch.advanced(explorer, now)
         elif isinstance(message, Loaded):
+            self._watch.answered(explorer, now)
             self._loaded[explorer] = message.version
             _, began = self._loading.pop(explorer)
-            self.observe(track, "load checkpoint" if self._by_checkpoint else "load", began, message.version)
-            self._carry_out(self._schedule.loaded(explorer, message.version))
+            what = "load checkpoint" if self._strategy.transport.kind == "checkpoint" else "load"
+            self.observe(f"explorer {explorer}", what, began, message.version)
+            self._late.discard(explorer)
+            self._carry_out(self._schedule.loaded(explorer, message.version, alone=explorer in self._served))
+            self._ask()
+        elif isinstance(message, LoadFailed):
+            self._watch.answered(explorer, now)
+            self._loading.pop(explorer)
+            self._broken.add(explorer)
         elif isinstance(message, Explored) and message.run == self._incarnation:
-            group = Group(message.key, message.experiences[0].task_id, message.experiences)
-            if message.key.batch == _VALIDATION:
-                self._validation[message.key.slot] = group
-            elif message.attempt == self._attempts[message.key]:
-                _, began = self._asked.pop(message.key)
-                self.observe(track, "rollout", began, group.oldest_version, message.key.batch)
-                self._ledger.ready(group)
-                self.observe("buffer", "put", now, group.oldest_version, message.key.batch)
-                self._carry_out(self._schedule.ready(message.key, group.oldest_version))
-        elif isinstance(message, Failed) and message.run == self._incarnation:
-            if message.key is None or message.key.batch == _VALIDATION:
-                raise message.failure.unpack(track)
-            if message.attempt == self._attempts[message.key]:
-                self._ledger.failed(message.key, message.failure.text)
-                raise message.failure.unpack(track)
+            self._explored(explorer, message)
 
-    @property
-    def _by_checkpoint(self) -> bool:
-        return self._strategy.transport.kind == "checkpoint"
+    def _explored(self, explorer: int, message: Explored) -> None:
+        now, key = time.monotonic(), message.key
+        of_schedule = not Quiz.owns(message)
+        if of_schedule and message.attempt != self._attempts[key]:
+            return  # given up meanwhile
+        self._watch.answered(explorer, now)
+        self._tolerance.take(message, f"explorer {explorer}")
+        if not of_schedule:
+            self._quiz.answered(message)
+            return
+        group = Group(key, message.task_id, message.experiences)
+        version = group.oldest_version if group.experiences else None
+        _, began = self._asked.pop(key)
+        self.observe(f"explorer {explorer}", "rollout", began, version, key.batch)
+        if len(group.experiences) < self._min_samples:
+            self._fail(key, message.failures[0].text)
+            self._carry_out(self._schedule.failed(key))
+        else:
+            self._deaths.pop(key, None)
+            self._ledger.ready(group)
+            self.observe("buffer", "put", now, version, key.batch)
+            self._carry_out(self._schedule.ready(key, version))
+
+    def _ask(self) -> None:
+        able = [explorer for explorer in self._pool.members() if explorer in self._loaded]
+        self._quiz.ask(able, self._pool, self._watch)
+
+    def _fail(self, key: GroupKey, why: str) -> None:
+        """Ends a group's task as failed; the next task takes its place in the batch."""
+        self._failed += 1
+        self._deaths.pop(key, None)
+        _log.warning("task %r failed and is replaced: %s", self._cursor.task(key).id, why.strip().splitlines()[-1])
+        self._ledger.failed(key, why, step=self._schedule.version)
+        self._cursor.replace(key)
+
+    def _lost(self, explorer: int, error: Exception) -> None:
+        """Has others do what an explorer that died was at."""
+        _log.warning("another explorer is started, since %s", error)
+        self._watch.gone(explorer)
+        self._idle.gone(explorer, time.monotonic())
+        self._loading.pop(explorer, None)
+        self._loaded.pop(explorer, None)
+        self._late.discard(explorer)
+        for key in [key for key, (who, _) in self._asked.items() if who == explorer]:
+            del self._asked[key]
+            self._deaths[key] += 1
+            if self._deaths[key] >= _DEATHS:
+                self._fail(key, f"{_DEATHS} explorers died with it, the last: {error}")
+        self._quiz.gone(explorer)
+        if explorer in self._schedule.explorers:
+            self._carry_out(self._schedule.died(explorer))
+        self._ask()

@@ -13,14 +13,16 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import Self
 
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.coordinator import Coordinator
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import Task
+from lightning_rft.experience import GroupKey, Progress, Task
 from lightning_rft.explorer.engine import Engine
 from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.explorer.tolerance import Tolerance
 from lightning_rft.explorer.vllm_engine import VLLMEngine
 from lightning_rft.explorer.worker import ExplorerSpec
 from lightning_rft.explorer.workflow import SingleTurn, Workflow, encode_prompt
@@ -29,9 +31,10 @@ from lightning_rft.monitor.spans import Span
 from lightning_rft.rewards import check_reward
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.tasks import TaskPlan, as_tasks, read_jsonl
+from lightning_rft.tasks import TaskCursor, TaskPlan, as_tasks, read_jsonl
 from lightning_rft.trainer.loader import ExperienceLoader, ValidationLoader
 from lightning_rft.trainer.module import RFTModule, check_model, context_length
+from lightning_rft.trainer.rng import restore_rng, rng_state
 
 __all__ = ["RFTDataModule"]
 
@@ -66,14 +69,21 @@ class RFTDataModule(L.LightningDataModule):
         shuffle: Whether every epoch has an order of its own.
         seed: Seeds order and sampling; left out, the one of ``seed_everything``, else 0.
         steps_per_epoch: Batches of an epoch; needed when ``tasks`` has no length.
-        buffer: File of the buffer, or ``":memory:"``; left out, ``rft/buffer.sqlite`` in the trainer's log folder.
+        buffer: File of the buffer, or ``":memory:"``; left out, ``rft/buffer.sqlite`` in the trainer's log folder, or
+            when a run is resumed the file that it had.
         buffer_capacity: Most groups that may be explored ahead of training; left out, what the strategy admits.
         max_model_len: Most tokens of prompt and answer together; left out, what the prompts need, or with a workflow
             of your own the model's context.
         retries: How often a sample is tried again when its reward or workflow raised.
+        min_samples: A group in which fewer samples succeed has failed, and another task takes its place; left out, half
+            of ``samples_per_task``, and 2 where advantages are relative to the group.
+        max_error_rate: Share of the samples of the last two batches that may fail; more end the run with the first
+            error.
         reward_timeout_s: Seconds that one reward may take.
+        sample_timeout_s: Seconds that one sample may take, reward included.
         start_timeout_s: Seconds within which engines must be ready.
-        rollout_timeout_s: Seconds without any news from the explorers after which a run is given up.
+        rollout_timeout_s: Seconds without progress (no engine step, no reward) after which an explorer that has work is
+            ended, and another started.
 
     Raises:
         ConfigurationError: A setting cannot work; the message names it.
@@ -98,7 +108,10 @@ class RFTDataModule(L.LightningDataModule):
         buffer_capacity: int | None = None,
         max_model_len: int | None = None,
         retries: int = 2,
+        min_samples: int | None = None,
+        max_error_rate: float = 0.3,
         reward_timeout_s: float = 60.0,
+        sample_timeout_s: float = 600.0,
         start_timeout_s: float = 600.0,
         rollout_timeout_s: float = 600.0,
     ) -> None:
@@ -120,6 +133,12 @@ class RFTDataModule(L.LightningDataModule):
                 f"buffer_capacity={buffer_capacity} is below one batch of tasks_per_step={tasks_per_step} groups, so "
                 f"no batch could ever be completed: set buffer_capacity to at least {tasks_per_step}"
             )
+        if min_samples is not None and not 1 <= min_samples <= samples_per_task:
+            raise ConfigurationError(f"min_samples={min_samples} must be 1 to samples_per_task={samples_per_task}")
+        self.tasks_per_step = tasks_per_step
+        self.samples_per_task = samples_per_task
+        self.max_error_rate = max_error_rate
+        self._new_tolerance()  # checks it
         check_reward(reward)
         self.tasks = _read(tasks, "tasks", steps_per_epoch and steps_per_epoch * tasks_per_step)
         self.val_tasks = [] if val_tasks is None else _read(val_tasks, "val_tasks", None)
@@ -133,8 +152,6 @@ class RFTDataModule(L.LightningDataModule):
         self.engine = self._pool.engine
         self.explorers = self._pool.count
         self.workflow = workflow or SingleTurn()
-        self.tasks_per_step = tasks_per_step
-        self.samples_per_task = samples_per_task
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.shuffle = shuffle
@@ -144,14 +161,19 @@ class RFTDataModule(L.LightningDataModule):
         self.buffer_capacity = buffer_capacity
         self.max_model_len = max_model_len
         self.retries = retries
+        self.min_samples = min_samples
         self.reward_timeout_s = reward_timeout_s
+        self.sample_timeout_s = sample_timeout_s
         self.start_timeout_s = start_timeout_s
         self.rollout_timeout_s = rollout_timeout_s
         #: Called with every :class:`~lightning_rft.monitor.timeline.Span` of a run.
         self.observers: list[Callable[[Span], None]] = []
         self._run: Coordinator | None = None
         self._ledger: Ledger | None = None
+        self._path: str | Path = ""
         self._held = False
+        self._restored: dict[str, Any] = {}  # from a checkpoint, until the run that resumes it begins
+        self._last: dict[str, Any] = {}  # for a checkpoint that is saved after the run
 
     # What is started here is stopped here, on every path
 
@@ -188,6 +210,7 @@ class RFTDataModule(L.LightningDataModule):
                 seed=self.seed,
                 retries=self.retries,
                 reward_timeout_s=self.reward_timeout_s,
+                sample_timeout_s=self.sample_timeout_s,
             )
             self._pool.start(spec, self.start_timeout_s, self._folder, self._gpus())
         module.temperature = self.temperature
@@ -195,31 +218,45 @@ class RFTDataModule(L.LightningDataModule):
     def begin(self, strategy: SyncStrategy) -> Coordinator:
         """Starts the run of this ``fit`` or ``validate`` under a strategy; called by the strategy, once."""
         assert self._pool.assigned, "begin before setup"
-        trainer = self._trainer
-        items = self._items
-        plan = TaskPlan(
-            tasks=self.tasks,
-            tasks_per_step=self.tasks_per_step,
-            batches_per_epoch=max(1, -(-items // trainer.accumulate_grad_batches)),
-            shuffle=self.shuffle,
-            seed=self.seed,
-            first_batch=trainer.global_step,
-            first_epoch=trainer.current_epoch,
+        trainer, items = self._trainer, self._items
+        saved = self._restored if trainer.state.fn == TrainerFn.FITTING else {}
+        self._restored, self._last = {}, {}
+        if saved and saved["samples_per_task"] != self.samples_per_task:
+            raise ConfigurationError(
+                f"samples_per_task is {self.samples_per_task}, but {saved['samples_per_task']} in the checkpoint: set "
+                "it as it was, or start a new run without ckpt_path"
+            )
+        progress = _progress(saved, trainer.global_step)
+        cursor = TaskCursor(
+            TaskPlan(
+                tasks=self.tasks,
+                tasks_per_step=self.tasks_per_step,
+                batches_per_epoch=max(1, -(-items // trainer.accumulate_grad_batches)),
+                shuffle=self.shuffle,
+                seed=self.seed,
+                first_batch=trainer.global_step,
+                first_epoch=trainer.current_epoch,
+            ),
+            saved.get("cursor"),
         )
-        self._ledger = Ledger.open(self._folder / "buffer.sqlite" if self.buffer is None else self.buffer)
+        self._ledger, incarnation, ready = self._open(saved, progress, cursor, strategy.max_staleness)
         self._run = Coordinator(
             schedule=Schedule(
                 strategy,
-                size=plan.size,
-                first=trainer.global_step,
-                stop=self._stop_batch(plan.batches_per_epoch if items else 0),
+                size=cursor.plan.size,
+                first=progress.version,
+                stop=self._stop_batch(cursor.plan.batches_per_epoch if items else 0),
                 capacity=self.buffer_capacity,
+                progress=progress,
+                ready=ready,
             ),
-            plan=plan,
+            cursor=cursor,
             pool=self._pool,
             ledger=self._ledger,
-            incarnation=self._ledger.begin_incarnation(),
+            incarnation=incarnation,
             samples_per_task=self.samples_per_task,
+            min_samples=self._min_samples,
+            tolerance=self._new_tolerance(),
             temperature=self.temperature,
             progress_timeout_s=self.rollout_timeout_s,
             check_interrupt=self._check_interrupt,
@@ -228,7 +265,50 @@ class RFTDataModule(L.LightningDataModule):
             observers=self.observers,
         )
         self._run.start()
+        if saved:
+            restore_rng(saved["rng"])
         return self._run
+
+    def _open(
+        self, saved: Mapping[str, Any], progress: Progress, cursor: TaskCursor, max_staleness: int
+    ) -> tuple[Ledger, int, dict[GroupKey, int]]:
+        """The buffer of a new run, or of the one that is resumed with what of it can still be used."""
+        path = self.buffer
+        if path is None:
+            before = saved.get("path")  # a resumed trainer may log to another folder
+            path = before if before and Path(before).exists() else self._folder / "buffer.sqlite"
+        self._path = path
+        ledger = Ledger.open(path)
+        resumed = None
+        if saved and ledger.id == saved["buffer"]:
+            resumed = ledger.resume(
+                saved["incarnation"],
+                progress,
+                oldest=progress.version - max_staleness,
+                expected=lambda key: (cursor.task(key).id, cursor.epoch(key)),
+            )
+        if resumed is not None:
+            return ledger, *resumed
+        if saved:
+            rank_zero_warn(
+                f"the buffer {str(path)!r} is not the one that the checkpoint was saved with, or was written on from "
+                "another checkpoint since: what it held and was not trained is explored again"
+            )
+        return ledger, ledger.begin(progress.version), {}
+
+    # What a checkpoint holds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands: tasks, buffer, and the generators of random numbers."""
+        return self._state() | {"rng": rng_state()} if self._run is not None else self._last
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps what a checkpoint holds for the run that resumes it."""
+        self._restored = state_dict
+
+    def _state(self) -> dict[str, Any]:
+        path = None if self._path == ":memory:" else str(Path(self._path).absolute())
+        return self._active.state_dict() | {"path": path, "samples_per_task": self.samples_per_task}
 
     def teardown(self, stage: str) -> None:
         """Ends the run, and the explorers unless they are held by ``with``."""
@@ -301,6 +381,16 @@ class RFTDataModule(L.LightningDataModule):
     @property
     def _folder(self) -> Path:
         return Path(self._trainer.log_dir or self._trainer.default_root_dir) / "rft"
+
+    def _new_tolerance(self) -> Tolerance:
+        return Tolerance(self.max_error_rate, 2 * self.tasks_per_step * self.samples_per_task)
+
+    @property
+    def _min_samples(self) -> int:
+        if self.min_samples is not None:
+            return self.min_samples
+        needed = 2 if self._trainer.lightning_module.objective.needs_group else 1  # type: ignore[union-attr]
+        return min(self.samples_per_task, max(needed, -(-self.samples_per_task // 2)))
 
     @property
     def _items(self) -> int:
@@ -391,10 +481,12 @@ class RFTDataModule(L.LightningDataModule):
             raise SIGTERMException  # Lightning only looks after a batch, and there may never be one
 
     def _end_run(self) -> None:
+        saved = self.state_dict() if self._run is not None else {}
         run, self._run = self._run, None
         ledger, self._ledger = self._ledger, None
         try:
             if run is not None:
+                self._last = saved
                 run.close()
         finally:
             if ledger is not None:
@@ -405,6 +497,19 @@ class RFTDataModule(L.LightningDataModule):
             self._end_run()
         finally:
             self._pool.stop()
+
+
+def _progress(saved: Mapping[str, Any], global_step: int) -> Progress:
+    """Which groups are part of the weights that training goes on with."""
+    if not saved:
+        return Progress(global_step)
+    if saved["version"] != global_step:
+        raise ConfigurationError(
+            f"ckpt_path was saved at global_step={global_step}, but with {saved['version']} batches trained: it was "
+            "written in the middle of a step, or global_step was changed since. Use an earlier checkpoint"
+        )
+    behind, ahead = (frozenset(GroupKey(*key) for key in saved[name]) for name in ("behind", "ahead"))
+    return Progress(global_step, behind, ahead)
 
 
 def _read(tasks: Tasks, setting: str, at_most: int | None) -> list[Task]:

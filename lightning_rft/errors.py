@@ -4,8 +4,10 @@ __all__ = [
     "ConfigurationError",
     "DeadlineError",
     "ExplorerError",
+    "LinkError",
     "RFTError",
     "ScheduleError",
+    "StorageError",
     "TransportError",
 ]
 
@@ -22,12 +24,20 @@ class ScheduleError(RFTError, RuntimeError):
     """Order, version or staleness is not what the strategy promises: training on would be silently wrong."""
 
 
+class StorageError(RFTError, OSError):
+    """The buffer's file cannot be read or written: a full disk, or a file that something has damaged."""
+
+
 class ExplorerError(RFTError, RuntimeError):
     """An explorer process died or failed; the message carries its traceback and the last lines of its log."""
 
 
 class TransportError(RFTError, RuntimeError):
     """Weights did not reach an engine whole."""
+
+
+class LinkError(TransportError):
+    """A weight transport broke off because one of its members is gone; those that are left can try again."""
 
 
 class DeadlineError(RFTError, TimeoutError):

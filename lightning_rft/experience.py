@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["Experience", "Group", "GroupKey", "Task", "TensorInfo", "Turn"]
+__all__ = ["Experience", "Group", "GroupKey", "Progress", "Task", "TensorInfo", "Turn"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ class Experience:
         """The oldest policy version that any token was sampled with."""
         return min(version for turn in self.turns for version in turn.versions)
 
+    @property
+    def newest_version(self) -> int:
+        """The newest policy version that any token was sampled with."""
+        return max(version for turn in self.turns for version in turn.versions)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -112,6 +117,33 @@ class Group:
     def oldest_version(self) -> int:
         """The oldest policy version that any token was sampled with."""
         return min(experience.oldest_version for experience in self.experiences)
+
+    @property
+    def newest_version(self) -> int:
+        """The newest policy version that any token was sampled with."""
+        return max(experience.newest_version for experience in self.experiences)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Which groups are part of the weights: all of the batches before ``version`` but ``behind``, and also ``ahead``.
+
+    Asynchronous strategies train groups out of order, so a few of earlier batches may be left and a few of later ones
+    be done; in the others both are empty.
+
+    Args:
+        version: Batches trained.
+        behind: Groups of batches before ``version`` that are not trained.
+        ahead: Groups of batches from ``version`` on that are.
+    """
+
+    version: int
+    behind: frozenset[GroupKey] = frozenset()
+    ahead: frozenset[GroupKey] = frozenset()
+
+    def trained(self, key: GroupKey) -> bool:
+        """Whether a group is part of the weights."""
+        return key in self.ahead or (key.batch < self.version and key not in self.behind)
 
 
 class TensorInfo(NamedTuple):

@@ -149,7 +149,14 @@ class Script:
 
 
 def fit(
-    module: type | None = None, callbacks: tuple[Any, ...] = (), strategy: str = "Synchronous", **settings: Any
+    module: type | None = None,
+    callbacks: tuple[Any, ...] = (),
+    strategy: str = "Synchronous",
+    engine: Any = None,
+    explorer_count: int = 1,
+    max_restarts: int = 0,
+    transport: Any = None,
+    **settings: Any,
 ) -> Any:
     """Trains the tiny model for three steps in the current folder, and returns the trainer. For scripts."""
     import lightning as L
@@ -161,7 +168,7 @@ def fit(
     defaults: dict[str, Any] = {
         "tasks": ["1 + 1 =", "1 + 2 =", "1 + 3 ="],
         "reward": lambda completion, task: float(len(completion) % 3),
-        "engine": LightEngine(),
+        "explorers": rft.ExplorerPool(engine or LightEngine(), explorer_count, max_restarts=max_restarts),
         "tasks_per_step": 1,
         "samples_per_task": 2,
         "max_new_tokens": 8,
@@ -172,7 +179,7 @@ def fit(
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
-        callbacks=[*callbacks, getattr(rft, strategy)()],
+        callbacks=[*callbacks, getattr(rft, strategy)(transport=transport)],
         default_root_dir=os.getcwd(),
         logger=False,
         enable_checkpointing=False,

@@ -208,10 +208,7 @@ def check_buffer(run: Run, shares: list[list[int]], k: int, incarnation: int = 1
     rows = run.sql(
         f"SELECT batch, step, count(*), min(oldest_version) FROM groups {mine} GROUP BY batch ORDER BY batch"
     )
-    assert rows == [
-        (batch, step, size, max(first, batch // k * k))
-        for step, (batch, size) in enumerate(enumerate(sizes, start=first))
-    ]
+    assert rows == [(batch, batch, size, max(first, batch // k * k)) for batch, size in enumerate(sizes, start=first)]
     for (epoch,) in run.sql(f"SELECT DISTINCT epoch FROM groups {mine}"):
         tasks = Counter(task for (task,) in run.sql(f"SELECT task_id FROM groups {mine} AND epoch = {epoch}"))
         assert max(tasks.values()) == 1
@@ -334,7 +331,7 @@ def test_two_explorers_share_the_work_and_end_with_fit(tiny_model_path: Path, tm
 
 
 def explorers(data: rft.RFTDataModule) -> list[int]:
-    return [process.pid for process in data._pool._processes]
+    return [data._pool.pid(explorer) for explorer in data._pool.members()]
 
 
 def alive(pid: int) -> bool:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Task
-from lightning_rft.tasks import TaskPlan, as_tasks, read_jsonl, reasoning_gym_tasks
+from lightning_rft.tasks import TaskCursor, TaskPlan, as_tasks, read_jsonl, reasoning_gym_tasks
 
 ROOT = Path(__file__).parents[1]
 CHAT = [{"role": "user", "content": "hi"}]
@@ -127,11 +129,16 @@ def make_plan(n: int, tasks_per_step: int, limit: int | None = None, shuffle: bo
     return TaskPlan(tasks, tasks_per_step, batches, shuffle, rest.pop("seed", 0), **rest)
 
 
+def keys_of(plan: TaskPlan, batches: range) -> list[GroupKey]:
+    return [GroupKey(batch, slot) for batch in batches for slot in range(plan.size(batch))]
+
+
 def epoch_ids(plan: TaskPlan, epoch: int) -> list[str]:
+    cursor = TaskCursor(plan)
     start = plan.first_batch + (epoch - plan.first_epoch) * plan.batches_per_epoch
-    batches = range(start, start + plan.batches_per_epoch)
-    assert {plan.epoch(batch) for batch in batches} == {epoch}
-    return [plan.task(GroupKey(batch, slot)).id for batch in batches for slot in range(plan.size(batch))]
+    keys = keys_of(plan, range(start, start + plan.batches_per_epoch))
+    assert {cursor.epoch(key) for key in keys} == {epoch}
+    return [cursor.task(key).id for key in keys]
 
 
 @given(
@@ -157,7 +164,7 @@ def test_every_task_once_an_epoch(
     assert plan.size(last + 1) == sizes[0]
     for batch, slot in ((last, sizes[-1]), (first_batch, -1), (first_batch - 1, 0)):
         with pytest.raises(ScheduleError, match="is not planned"):
-            plan.task(GroupKey(batch, slot))
+            TaskCursor(plan).task(GroupKey(batch, slot))
 
 
 @given(n=st.integers(2, 30), tasks_per_step=st.integers(1, 6), epoch=st.integers(0, 5), data=st.data())
@@ -168,10 +175,11 @@ def test_a_limit_cuts_each_epoch_and_changes_no_order(n: int, tasks_per_step: in
 
 
 def test_a_plan_that_starts_later_goes_on_alike() -> None:
-    plan, later = make_plan(10, 4), make_plan(10, 4, first_batch=6, first_epoch=2)
-    for key in (GroupKey(batch, slot) for batch in range(6, 15) for slot in range(plan.size(batch))):
-        assert plan.task(key) == later.task(key)
-        assert plan.sample_seed(key, 3) == later.sample_seed(key, 3)
+    plan = make_plan(10, 4)
+    cursor, later = TaskCursor(plan), TaskCursor(make_plan(10, 4, first_batch=6, first_epoch=2))
+    for key in keys_of(plan, range(6, 15)):
+        assert cursor.task(key) == later.task(key)
+        assert cursor.sample_seed(key, 3) == later.sample_seed(key, 3)
 
 
 def test_orders_depend_on_seed_and_epoch() -> None:
@@ -184,27 +192,28 @@ def test_orders_and_seeds_are_pinned() -> None:
     plan = make_plan(10, 4, seed=1234)
     assert epoch_ids(plan, 0) == list("0759843216")
     assert epoch_ids(plan, 1) == list("0124675398")
-    assert [plan.sample_seed(GroupKey(0, 0), sample) for sample in range(3)] == [1732714404, 1899769844, 1695554884]
+    cursor = TaskCursor(plan)
+    assert [cursor.sample_seed(GroupKey(0, 0), sample) for sample in range(3)] == [1732714404, 1899769844, 1695554884]
 
 
 def test_orders_and_seeds_are_those_of_another_process() -> None:
     code = (
         "from lightning_rft.tasks import *; from lightning_rft.experience import GroupKey\n"
-        "p = TaskPlan(as_tasks(['x'] * 9), 9, 1, True, 5)\n"
+        "p = TaskCursor(TaskPlan(as_tasks(['x'] * 9), 9, 1, True, 5))\n"
         "print([(p.task(GroupKey(3, i)).id, p.sample_seed(GroupKey(3, i), 1)) for i in range(9)])"
     )
     environment = {"PYTHONHASHSEED": "77", "PYTHONPATH": str(ROOT)}
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    plan = TaskPlan(as_tasks(["x"] * 9), 9, 1, True, 5)
-    here = [(plan.task(GroupKey(3, i)).id, plan.sample_seed(GroupKey(3, i), 1)) for i in range(9)]
+    cursor = TaskCursor(TaskPlan(as_tasks(["x"] * 9), 9, 1, True, 5))
+    here = [(cursor.task(GroupKey(3, i)).id, cursor.sample_seed(GroupKey(3, i), 1)) for i in range(9)]
     assert output.stdout.strip() == str(here)
 
 
 def test_sample_seeds_differ_and_fit_31_bits() -> None:
-    plans = [make_plan(6, 2, seed=seed) for seed in range(3)]
+    cursors = [TaskCursor(make_plan(6, 2, seed=seed)) for seed in range(3)]
     seeds = [
-        plan.sample_seed(GroupKey(batch, slot), sample)
-        for plan in plans
+        cursor.sample_seed(GroupKey(batch, slot), sample)
+        for cursor in cursors
         for batch in range(6)
         for slot in range(2)
         for sample in range(8)
@@ -214,7 +223,7 @@ def test_sample_seeds_differ_and_fit_31_bits() -> None:
 
 
 def test_sample_seed_follows_the_task_not_its_place() -> None:
-    by_four, by_one = make_plan(8, 4), make_plan(8, 1)
+    by_four, by_one = TaskCursor(make_plan(8, 4)), TaskCursor(make_plan(8, 1))
     assert by_four.task(GroupKey(1, 2)) == by_one.task(GroupKey(6, 0))
     assert by_four.sample_seed(GroupKey(1, 2), 5) == by_one.sample_seed(GroupKey(6, 0), 5)
 
@@ -238,3 +247,101 @@ def test_at_most_two_orders_are_kept() -> None:
 def test_plans_that_cannot_work(arguments: Any, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         TaskPlan(*arguments)
+
+
+# The cursor
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    n=st.integers(1, 12),
+    tasks_per_step=st.integers(1, 5),
+    shuffle=st.booleans(),
+    first_batch=st.integers(0, 3),
+    seed=st.integers(0, 2**32),
+    failing=st.sampled_from([0.0, 0.2, 0.6]),
+)
+def test_each_task_once_an_epoch_through_replacements_and_resumes(
+    n: int, tasks_per_step: int, shuffle: bool, first_batch: int, seed: int, failing: float
+) -> None:
+    plan = make_plan(n, tasks_per_step, None, shuffle, first_batch=first_batch, first_epoch=2)
+    cursor, randomness = TaskCursor(plan), Random(seed)
+    answered: dict[GroupKey, tuple[int, str]] = {}
+    ended: list[tuple[int, str]] = []
+    running: list[GroupKey] = []
+    keys = keys_of(plan, range(first_batch, first_batch + 3 * plan.batches_per_epoch))
+    waiting = list(keys)
+    while waiting or running:
+        if waiting and (not running or randomness.random() < 0.5):
+            # the schedule issues in order; who asks for a later one first, as a resume does, changes nothing
+            if randomness.random() < 0.2:
+                cursor.task(randomness.choice(waiting[:3]))
+            running.append(waiting.pop(0))
+            continue
+        key = randomness.choice(running)
+        ended.append((cursor.epoch(key), cursor.task(key).id))
+        if randomness.random() < failing:
+            before = cursor.task(key)
+            cursor.replace(key)
+            assert cursor.task(key) != before or cursor.epoch(key) > ended[-1][0]
+        else:
+            running.remove(key)
+            cursor.done(key)
+            answered[key] = ended[-1]
+            with pytest.raises(ScheduleError, match="is done"):
+                cursor.task(key)
+        if randomness.random() < 0.2:
+            state = cursor.state_dict()
+            elsewhere = make_plan(n, tasks_per_step, None, shuffle, first_batch=9, first_epoch=9)
+            cursor = TaskCursor(elsewhere, json.loads(json.dumps(state)))
+            assert cursor.state_dict() == state
+            assert len(state["positions"]) <= len(running) + 3
+
+    assert len(set(ended)) == len(ended)  # each once
+    stream = [(epoch, task.id) for epoch, task in map(plan.at, range(len(ended)))]
+    assert sorted(ended) == sorted(stream)  # and none left out
+    assert failing or stream == [answered[key] for key in keys]
+
+
+def test_a_replacement_shifts_what_comes_later_by_one() -> None:
+    cursor = TaskCursor(make_plan(5, 2, shuffle=False))
+    assert cursor.task(GroupKey(0, 1)).id == "1"
+    seed = cursor.sample_seed(GroupKey(0, 1), 0)
+    cursor.replace(GroupKey(0, 1))
+    assert cursor.sample_seed(GroupKey(0, 1), 0) != seed
+    later = keys_of(cursor.plan, range(6))
+    assert [cursor.task(key).id for key in later] == ["0", "2", "3", "4", "0", "1", "2", "3", "4", "0"]
+    assert [cursor.epoch(key) for key in later] == [0, 0, 0, 0, 1, 1, 1, 1, 1, 2]
+
+
+def test_a_limit_leaves_the_same_tasks_out_of_the_stream() -> None:
+    plan = make_plan(7, 2, 2)
+    assert [task.id for _, task in map(plan.at, range(8))] == epoch_ids(plan, 0) + epoch_ids(plan, 1)
+
+
+def test_what_a_cursor_refuses() -> None:
+    cursor = TaskCursor(make_plan(5, 2))
+    with pytest.raises(ScheduleError, match="it has no task"):
+        cursor.done(GroupKey(0, 0))
+    with pytest.raises(ScheduleError, match=r"\(2, 1\) is not planned: batch 2 has 1 groups"):
+        cursor.replace(GroupKey(2, 1))
+    cursor.task(GroupKey(0, 1))
+    cursor.done(GroupKey(0, 1))
+    with pytest.raises(ScheduleError, match=r"\(0, 1\) is done"):
+        cursor.replace(GroupKey(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (make_plan(6, 2, 2), "tasks is '6 tasks .*, but '5 tasks .* in the checkpoint: .* without ckpt_path"),
+        (make_plan(5, 3, 2), "tasks_per_step is 3, but 2 in the checkpoint"),
+        (make_plan(5, 2, 3), "batches_per_epoch .*limit_train_batches.* is 3, but 2 in"),
+        (make_plan(5, 2, 2, False), "shuffle is False, but True"),
+        (make_plan(5, 2, 2, seed=4), "seed is 4, but 0"),
+        (TaskPlan(as_tasks([Task("p", id=name) for name in "01243"]), 2, 2, True, 0), "ids of digest"),
+    ],
+)
+def test_a_cursor_goes_on_only_with_the_same_settings(other: TaskPlan, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        TaskCursor(other, TaskCursor(make_plan(5, 2, 2)).state_dict())

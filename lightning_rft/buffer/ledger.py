@@ -4,137 +4,84 @@ One file tells what became of each group, in a form that any SQLite reader can q
 
     sqlite3 buffer.sqlite "SELECT state, count(*) FROM groups GROUP BY state"
 
-The file is in write-ahead mode with ``synchronous=NORMAL``: a change that returned survives the death of the process,
-while a power cut may cost the last moments, but never the file.
+or :func:`~lightning_rft.buffer.rows.read_buffer` reads whole. It is in write-ahead mode with ``synchronous=NORMAL``: a
+change that returned survives the death of the process, while a power cut may cost the last moments, but never the file.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import sqlite3
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from enum import Enum
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from lightning_rft.errors import ConfigurationError, ScheduleError
-from lightning_rft.experience import Experience, Group, GroupKey
+from lightning_rft.buffer.codec import COLUMNS, from_row, to_row
+from lightning_rft.buffer.file import File
+from lightning_rft.buffer.history import ROUND, apply, current, unsettled
+from lightning_rft.buffer.lineage import ENDED, Round, settle
+from lightning_rft.buffer.schema import State
+from lightning_rft.errors import ScheduleError
+from lightning_rft.experience import Group, GroupKey, Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Ledger", "State"]
 
-FORMAT_VERSION = 1
-APPLICATION_ID = 0x52465442  # "RFTB": tells our files from those of other programs that also count versions from 1
-
-
-class State(str, Enum):
-    """Where a group stands; ``trained``, ``filtered``, ``dropped`` and ``failed`` end it unless it is issued again."""
-
-    ISSUED = "issued"
-    READY = "ready"
-    LEASED = "leased"
-    TRAINED = "trained"
-    FILTERED = "filtered"
-    DROPPED = "dropped"
-    FAILED = "failed"
-
-
-# Blobs sit in an ordinary table, last in the row: WITHOUT ROWID suits small rows only, and readers of the other
-# columns then never touch the pages of a blob. `step` counts the trained batches of an incarnation from 0.
-_SCHEMA = f"""
-CREATE TABLE incarnations (number INTEGER PRIMARY KEY, started REAL NOT NULL);
-CREATE TABLE groups (
-    incarnation INTEGER NOT NULL REFERENCES incarnations (number),
-    batch INTEGER NOT NULL,
-    slot INTEGER NOT NULL,
-    epoch INTEGER NOT NULL,
-    task_id TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ({", ".join(repr(state.value) for state in State)})),
-    explorer INTEGER NOT NULL,
-    attempts INTEGER NOT NULL DEFAULT 1,
-    oldest_version INTEGER,
-    error TEXT,
-    step INTEGER,
-    PRIMARY KEY (incarnation, batch, slot)
-) WITHOUT ROWID;
-CREATE INDEX groups_leased ON groups (incarnation) WHERE state = 'leased';
-CREATE INDEX groups_by_step ON groups (incarnation, step) WHERE step IS NOT NULL;
-CREATE TABLE experiences (
-    incarnation INTEGER NOT NULL,
-    batch INTEGER NOT NULL,
-    slot INTEGER NOT NULL,
-    sample INTEGER NOT NULL,
-    reward REAL NOT NULL,
-    num_tokens INTEGER NOT NULL,
-    oldest_version INTEGER NOT NULL,
-    finish_reason TEXT NOT NULL,
-    blob BLOB NOT NULL,
-    PRIMARY KEY (incarnation, batch, slot, sample)
-);
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {FORMAT_VERSION};
-"""
-
 
 class Ledger:
-    """Every group of a run and its experiences. Made by :meth:`open`.
+    """Every group of the runs in a file, and their experiences. Made by :meth:`open`.
+
+    A file holds runs, and a run has incarnations: it begins with one, and each time that it is resumed it gets another.
+    All methods act on the run that was begun or resumed last.
 
     Each method is one transaction: it happens whole or, if it raises, not at all. Threads may share a ledger if the
-    caller lets in one at a time; a second process cannot open the file.
+    caller lets in one at a time; a second process cannot open the file to write. Every method raises
+    :class:`~lightning_rft.errors.StorageError` if the disk fails.
 
     Example:
         >>> with Ledger.open(":memory:") as ledger:
-        ...     ledger.begin_incarnation()
+        ...     ledger.begin()
         ...     ledger.issue(GroupKey(batch=0, slot=0), task_id="7", epoch=0, explorer=0)
         ...     ledger.counts()[State.ISSUED]
         1
         1
     """
 
-    def __init__(self, connection: sqlite3.Connection, resources: ExitStack) -> None:
-        self._connection = connection
-        self._resources = resources
-        self._incarnation: int = connection.execute("SELECT coalesce(max(number), 0) FROM incarnations").fetchone()[0]
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Experience)
+    def __init__(self, file: File) -> None:
+        self._file = file
+        latest = file.ask("SELECT run, number FROM incarnations ORDER BY number DESC LIMIT 1")
+        self._run, self._incarnation = latest[0] if latest else (0, 0)
+        self._unleased: dict[GroupKey, Group] = {}  # what the file holds too, so that a lease need not unpack it
 
     @classmethod
     def open(cls, path: str | Path) -> Ledger:
-        """Open the file, or create it and its folder; hold it until :meth:`close`.
+        """Opens the file, or creates it and its folder; holds it until :meth:`close`.
 
         Args:
             path: The file, or ``":memory:"`` for a ledger that dies with the process.
 
         Raises:
-            ConfigurationError: Another run holds the file, it is no ledger or one of another format, or it cannot be
-                opened at all.
+            ConfigurationError: Another run holds the file, it is no buffer or one of another format, it is on a
+                network filesystem, or it cannot be opened at all.
+            StorageError: The disk is full or broken, or the file is damaged.
         """
-        with ExitStack() as resources:
-            if str(path) != ":memory:":
-                _lock(Path(path), resources)
-            try:
-                # Autocommit: transactions begin and end where this file says so, not where sqlite3 guesses.
-                connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-                resources.callback(connection.close)
-                _prepare(connection, path)
-            except sqlite3.DatabaseError as error:
-                raise ConfigurationError(
-                    f"buffer {str(path)!r} cannot be opened as a SQLite file ({error}): set `buffer` to the path of "
-                    "a new file or of an earlier run's buffer"
-                ) from error
-            return cls(connection, resources.pop_all())
+        file = File(path)
+        try:
+            return cls(file)
+        except BaseException:
+            file.close()
+            raise
+
+    @property
+    def id(self) -> str:
+        """The file's own random name, by which a checkpoint knows it again wherever it lies."""
+        return self._file.id
 
     def close(self) -> None:
-        """Close the file and let other runs open it. Closing twice is harmless."""
-        self._resources.close()
+        """Closes the file and lets other runs open it. Closing twice is harmless."""
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -144,240 +91,238 @@ class Ledger:
     ) -> None:
         self.close()
 
-    def begin_incarnation(self) -> int:
-        """Start the next incarnation of the run: 1 for a fresh file. All other methods act on the latest.
+    # Runs
 
-        Groups that older incarnations left issued, ready or leased are marked dropped; their experiences stay.
+    def begin(self, version: int = 0) -> int:
+        """Begins a run whose policy starts with this version. Older runs stay as they are.
+
+        Returns:
+            The number of its first incarnation; these count from 1 over the whole file.
         """
-        with self._transaction():
-            number = self._incarnation + 1
-            self._connection.execute("INSERT INTO incarnations VALUES (?, ?)", (number, time.time()))
-            self._connection.execute(
-                "UPDATE groups SET state = 'dropped' WHERE incarnation < ? AND state IN ('issued', 'ready', 'leased')",
-                (number,),
-            )
-        self._incarnation = number
+        with self._file.transaction() as file:
+            run = file.execute("SELECT coalesce(max(run), 0) + 1 FROM incarnations").fetchone()[0]
+            number = self._incarnate(run, version)
+        self._run, self._incarnation = run, number
+        self._unleased.clear()
         return number
 
-    def issue(self, key: GroupKey, task_id: str, epoch: int, explorer: int) -> None:
-        """Note that an explorer was given a group: a new one, or again one that is issued, dropped or failed.
+    def resume(
+        self,
+        incarnation: int,
+        progress: Progress,
+        *,
+        oldest: int,
+        expected: Callable[[GroupKey], tuple[str, int] | None],
+    ) -> tuple[int, dict[GroupKey, int]] | None:
+        """Goes on with the run of an incarnation from a checkpoint.
 
-        Each further issue counts as one more attempt and forgets what the one before left behind.
+        Groups that are part of the checkpoint's weights are trained. Of the others, those whose stored experience can
+        still be used are ready, and the rest dropped, to be issued again. Tasks that failed or were filtered after the
+        checkpoint have not.
+
+        Args:
+            incarnation: The one that wrote the checkpoint.
+            progress: What the checkpoint's weights were trained with.
+            oldest: The oldest version that a token may have. None may be newer than the checkpoint's.
+            expected: The task id and epoch that the run will now explore under a key, None if none is known; what is
+                stored for another task is not used. It must not call the ledger.
+
+        Returns:
+            The number of the new incarnation, and the oldest version of every group that is ready. None, and nothing is
+            changed, if the file has another history than the checkpoint: it knows no such incarnation, or that one or
+            what followed it went on from elsewhere.
+        """
+        version = progress.version
+        with self._file.transaction() as file:
+            row = file.execute("SELECT run, version FROM incarnations WHERE number = ?", incarnation).fetchone()
+            if row is None or row[1] > version:
+                return None
+            run: int = row[0]
+            # One that later went on from before the checkpoint has lived another life since.
+            later = "SELECT count(*) FROM incarnations WHERE run = ? AND number > ? AND version < ?"
+            if file.execute(later, run, incarnation, version).fetchone()[0]:
+                return None
+            changes = list(settle(unsettled(file, run, progress), incarnation, progress, oldest, expected))
+            for change in changes:
+                apply(file, run, change)
+            number = self._incarnate(run, version)
+        self._run, self._incarnation = run, number
+        self._unleased.clear()
+        return number, {c.key: c.oldest_version for c in changes if c.oldest_version is not None}
+
+    # Groups
+
+    def issue(self, key: GroupKey, task_id: str, epoch: int, explorer: int) -> None:
+        """Notes that an explorer was given a group: a new one or one that is issued, dropped, filtered or failed.
+
+        A further issue of what is issued or dropped counts as one more attempt and forgets what the one before left
+        behind. After a filtered or failed task another one begins the next round of the slot.
 
         Raises:
-            ScheduleError: The group is ready, leased, trained or filtered, or no incarnation has begun.
+            ScheduleError: The group is ready, leased or trained, this very task of it has ended, or no run has begun.
         """
-        if not self._incarnation:
-            raise ScheduleError(f"group {tuple(key)} cannot be issued: call begin_incarnation first")
-        with self._transaction():
-            old = self._check(key, State.ISSUED, None, State.ISSUED, State.DROPPED, State.FAILED)
-            if old is None:
-                self._connection.execute(
-                    "INSERT INTO groups (incarnation, batch, slot, epoch, task_id, state, explorer)"
-                    " VALUES (?, ?, ?, ?, ?, 'issued', ?)",
-                    (self._incarnation, *key, epoch, task_id, explorer),
+        if not self._run:
+            raise ScheduleError(f"group {tuple(key)} cannot be issued: call begin or resume first")
+        with self._file.transaction() as file:
+            current = self._current(key)
+            if current is None or (current.state in ENDED and current.task != (task_id, epoch)):
+                round = 0 if current is None else current.round + 1
+                file.execute(
+                    "INSERT INTO groups (run, batch, slot, round, epoch, task_id, state, explorer, incarnation)"
+                    " VALUES (?, ?, ?, ?, ?, ?, 'issued', ?, ?)",
+                    *(self._run, *key, round, epoch, task_id, explorer, self._incarnation),
                 )
                 return
-            self._connection.execute(
+            self._check(key, current, State.ISSUED, State.ISSUED, State.DROPPED)
+            at = (self._run, *key, current.round)
+            file.execute(
                 "UPDATE groups SET state = 'issued', epoch = ?, task_id = ?, explorer = ?, attempts = attempts + 1,"
-                " oldest_version = NULL, error = NULL WHERE incarnation = ? AND batch = ? AND slot = ?",
-                (epoch, task_id, explorer, self._incarnation, *key),
+                f" incarnation = ?, oldest_version = NULL, newest_version = NULL WHERE {ROUND}",
+                *(epoch, task_id, explorer, self._incarnation, *at),
             )
-            self._connection.execute(
-                "DELETE FROM experiences WHERE incarnation = ? AND batch = ? AND slot = ?", (self._incarnation, *key)
-            )
+            file.execute(f"DELETE FROM experiences WHERE {ROUND}", *at)
 
     def ready(self, group: Group) -> None:
-        """Store a group that an explorer finished.
+        """Stores a group that an explorer finished.
 
         Raises:
-            ScheduleError: The group is not issued, was issued for another task, or has no experiences.
+            ScheduleError: The group is not issued, was issued for another task, has no experiences, or one of them is
+                of another task or has no tokens.
         """
-        key = group.key
+        key, task_id = group.key, group.task_id
         if not group.experiences:
             raise ScheduleError(f"group {tuple(key)} cannot be ready: it has no experiences")
-        versions = [experience.oldest_version for experience in group.experiences]  # walks every token: once
-        rows = [
-            (
-                self._incarnation,
-                *key,
-                experience.sample,
-                experience.reward,
-                experience.num_tokens,
-                version,
-                experience.turns[-1].finish_reason,
-                self._encoder.encode(experience),
-            )
-            for experience, version in zip(group.experiences, versions, strict=True)
-        ]
-        with self._transaction():
-            self._check(key, State.READY, State.ISSUED)
-            # A late answer to the task that this group had before it was issued again must not pass as the new one's.
-            changed = self._connection.execute(
-                "UPDATE groups SET state = 'ready', oldest_version = ?"
-                " WHERE incarnation = ? AND batch = ? AND slot = ? AND task_id = ?",
-                (min(versions), self._incarnation, *key, group.task_id),
-            ).rowcount
-            if not changed:
+        for experience in group.experiences:
+            if experience.task_id != task_id or not experience.num_tokens:
                 raise ScheduleError(
-                    f"group {tuple(key)} cannot be ready: issued for another task than {group.task_id!r}"
+                    f"group {tuple(key)} of task {task_id!r} cannot be ready: its sample {experience.sample} has "
+                    f"{experience.num_tokens} tokens for task {experience.task_id!r}"
                 )
-            self._connection.executemany("INSERT INTO experiences VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        rows = [to_row(experience) for experience in group.experiences]
+        with self._file.transaction() as file:
+            current = self._check(key, self._current(key), State.READY, State.ISSUED)
+            # A late answer to the task that this group had before it was issued again must not pass as the new one's.
+            if current.task[0] != task_id:
+                raise ScheduleError(f"group {tuple(key)} cannot be ready: issued for another task than {task_id!r}")
+            at = (self._run, *key, current.round)
+            file.insert("experiences", [at + row for row in rows])
+            file.execute(
+                "UPDATE groups SET state = 'ready', (oldest_version, newest_version) = (SELECT min(oldest_version),"
+                f" max(newest_version) FROM experiences WHERE {ROUND}) WHERE {ROUND}",
+                *at,
+                *at,
+            )
+        self._unleased[key] = group
 
     def lease(self, keys: Sequence[GroupKey]) -> list[Group]:
-        """Take ready groups, in the order of ``keys``, experiences in sample order.
+        """Takes ready groups, in the order of ``keys``, experiences in the order in which they were stored.
 
         Raises:
             ScheduleError: One of them is not ready.
         """
-        with self._transaction():
+        with self._file.transaction():
             groups = []
             for key in keys:
-                self._check(key, State.LEASED, State.READY)
-                rows = self._connection.execute(
-                    "SELECT task_id, blob FROM groups JOIN experiences USING (incarnation, batch, slot)"
-                    " WHERE incarnation = ? AND batch = ? AND slot = ? ORDER BY sample",
-                    (self._incarnation, *key),
-                ).fetchall()
-                self._set(key, State.LEASED)
-                groups.append(Group(key, rows[0][0], tuple(self._decoder.decode(blob) for _, blob in rows)))
-            return groups
+                current = self._change(key, State.LEASED, State.READY)
+                groups.append(self._unleased.get(key) or self._stored(key, current))
+        for key in keys:
+            self._unleased.pop(key, None)
+        return groups
 
     def release(self) -> None:
-        """Give back what is leased: it is ready again. Nothing leased is fine."""
-        with self._transaction():
-            self._move(State.LEASED, State.READY)
+        """Gives back what is leased: it is ready again. Nothing leased is fine."""
+        with self._file.transaction() as file:
+            file.execute("UPDATE groups SET state = 'ready' WHERE run = ? AND state = 'leased'", self._run)
 
-    def trained(self) -> None:
-        """Note that what is leased went into the next gradient step. Its experiences stay.
+    def trained(self, step: int) -> None:
+        """Notes that what is leased was trained as batch ``step``. Its experiences stay.
 
         Raises:
             ScheduleError: Nothing is leased.
         """
-        with self._transaction():
-            (step,) = self._connection.execute(
-                "SELECT coalesce(max(step), -1) + 1 FROM groups WHERE incarnation = ? AND step IS NOT NULL",
-                (self._incarnation,),
-            ).fetchone()
-            if not self._move(State.LEASED, State.TRAINED, step):
-                raise ScheduleError("a batch cannot go to trained: no group is leased")
+        change = "UPDATE groups SET state = 'trained', step = ? WHERE run = ? AND state = 'leased'"
+        with self._file.transaction() as file:
+            if not file.execute(change, step, self._run).rowcount:
+                raise ScheduleError(f"batch {step} cannot go to trained: no group is leased")
 
-    def failed(self, key: GroupKey, error: str) -> None:
-        """Note that an issued group ended in an error.
+    def failed(self, key: GroupKey, error: str, step: int) -> None:
+        """Notes that the task of an issued group ended in an error, for good, at version ``step``.
 
         Raises:
             ScheduleError: The group is not issued.
         """
-        with self._transaction():
-            self._check(key, State.FAILED, State.ISSUED)
-            self._set(key, State.FAILED, error)
+        with self._file.transaction():
+            self._change(key, State.FAILED, State.ISSUED, step=step, error=error)
 
-    def dropped(self, key: GroupKey) -> None:
-        """Note that an issued, ready or leased group will not be trained as it is; it may be issued again.
+    def filtered(self, key: GroupKey, step: int) -> None:
+        """Notes that a ready or leased group was judged not worth training, at version ``step``. That ends its task.
 
         Raises:
             ScheduleError: The group is in another state.
         """
-        with self._transaction():
-            self._check(key, State.DROPPED, State.ISSUED, State.READY, State.LEASED)
-            self._set(key, State.DROPPED)
+        with self._file.transaction():
+            self._change(key, State.FILTERED, State.READY, State.LEASED, step=step)
+        self._unleased.pop(key, None)
+
+    def dropped(self, key: GroupKey) -> None:
+        """Notes that an issued, ready or leased group will not be trained as it is; it may be issued again.
+
+        Raises:
+            ScheduleError: The group is in another state.
+        """
+        with self._file.transaction():
+            self._change(key, State.DROPPED, State.ISSUED, State.READY, State.LEASED)
+        self._unleased.pop(key, None)
+
+    # Questions
 
     def counts(self) -> dict[State, int]:
-        """How many groups of this incarnation are in each state, zeros included."""
-        rows = self._connection.execute(
-            "SELECT state, count(*) FROM groups WHERE incarnation = ? GROUP BY state", (self._incarnation,)
-        )
-        found = dict(rows.fetchall())
+        """How many groups of the run are in each state, zeros included; each task that a slot had counts as one."""
+        found = dict(self._file.ask("SELECT state, count(*) FROM groups WHERE run = ? GROUP BY state", self._run))
         return {state: found.get(state.value, 0) for state in State}
 
     def trained_tasks(self, epoch: int | None = None) -> list[str]:
-        """Ids of the tasks that this incarnation trained, in training order; of one epoch if given."""
-        rows = self._connection.execute(
-            "SELECT task_id FROM groups WHERE incarnation = ? AND step IS NOT NULL AND epoch = coalesce(?, epoch)"
-            " ORDER BY step, batch, slot",
-            (self._incarnation, epoch),
+        """Ids of the tasks that the run trained, in training order; of one epoch if given."""
+        return [task_id for task_id, state in self.ended(epoch) if state is State.TRAINED]
+
+    def ended(self, epoch: int | None = None) -> list[tuple[str, State]]:
+        """Ids of the tasks that the run trained, filtered or failed, by step; of one epoch if given."""
+        rows = self._file.ask(
+            "SELECT task_id, state FROM groups WHERE run = ? AND step IS NOT NULL AND epoch = coalesce(?, epoch)"
+            " ORDER BY step, batch, slot, round",
+            *(self._run, epoch),
         )
-        return [task_id for (task_id,) in rows]
+        return [(task_id, State(state)) for task_id, state in rows]
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            # SQLite itself rolls back on some errors (a full disk); asking again would hide the real one.
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
+    # Parts of transactions
 
-    def _check(self, key: GroupKey, new: State, *legal: State | None) -> State | None:
-        """Return the state that a group is in, None if it was never issued; raise if it may not go to ``new``."""
-        row = self._connection.execute(
-            "SELECT state FROM groups WHERE incarnation = ? AND batch = ? AND slot = ?", (self._incarnation, *key)
-        ).fetchone()
-        old = State(row[0]) if row else None
-        if old not in legal:
-            name = old.value if old else "never issued"
-            raise ScheduleError(f"group {tuple(key)} of incarnation {self._incarnation} is {name}: not to {new.value}")
-        return old
+    def _current(self, key: GroupKey) -> Round | None:
+        return current(self._file, self._run, key)
 
-    def _set(self, key: GroupKey, state: State, error: str | None = None) -> None:
-        self._connection.execute(
-            "UPDATE groups SET state = ?, error = ? WHERE incarnation = ? AND batch = ? AND slot = ?",
-            (state.value, error, self._incarnation, *key),
+    def _check(self, key: GroupKey, current: Round | None, new: State, *legal: State) -> Round:
+        if current is None or current.state not in legal:
+            name = current.state.value if current else "never issued"
+            raise ScheduleError(f"group {tuple(key)} of run {self._run} is {name}: not to {new.value}")
+        return current
+
+    def _change(
+        self, key: GroupKey, new: State, *legal: State, step: int | None = None, error: str | None = None
+    ) -> Round:
+        current = self._check(key, self._current(key), new, *legal)
+        self._file.execute(
+            f"UPDATE groups SET state = ?, step = ?, error = ? WHERE {ROUND}",
+            *(new.value, step, error, self._run, *key, current.round),
         )
+        return current
 
-    def _move(self, old: State, new: State, step: int | None = None) -> int:
-        return self._connection.execute(
-            "UPDATE groups SET state = ?, step = ? WHERE incarnation = ? AND state = ?",
-            (new.value, step, self._incarnation, old.value),
-        ).rowcount
-
-
-def _lock(path: Path, resources: ExitStack) -> None:
-    """Hold ``<path>.lock`` until ``resources`` is closed. The file stays: removing it would race with its next owner.
-
-    The lock falls with the process, however it dies.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise ConfigurationError(
-            f"buffer {str(path)!r} cannot be opened ({error}): set `buffer` to a path that can be written"
-        ) from error
-    resources.callback(os.close, file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.pread(file, 32, 0).decode(errors="replace").strip()
-        raise ConfigurationError(
-            f"buffer {str(path)!r} is in use by another run (process {owner or 'unknown'}): wait until it ends, "
-            "or set `buffer` to another path"
-        ) from error
-    # Unlocked by name, not only closed: a forked child may still have the file open.
-    resources.callback(fcntl.flock, file, fcntl.LOCK_UN)
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-
-
-def _prepare(connection: sqlite3.Connection, path: str | Path) -> None:
-    """Check the format before anything is written, so that a file which is not ours stays as it was."""
-    application: int = connection.execute("PRAGMA application_id").fetchone()[0]
-    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    fresh = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-    if not fresh and application != APPLICATION_ID:
-        raise ConfigurationError(
-            f"buffer {str(path)!r} is a SQLite file of another program: set `buffer` to the path of a new file or of "
-            "an earlier run's buffer"
+    def _stored(self, key: GroupKey, current: Round) -> Group:
+        rows = self._file.execute(
+            f"SELECT {COLUMNS} FROM experiences WHERE {ROUND} ORDER BY rowid", self._run, *key, current.round
         )
-    if not fresh and version != FORMAT_VERSION:
-        raise ConfigurationError(
-            f"buffer {str(path)!r} has format version {version}, this lightning_rft reads {FORMAT_VERSION}: set "
-            "`buffer` to the path of a new file, or use the lightning_rft that wrote this one"
-        )
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
-    if fresh:
-        connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        task_id = current.task[0]
+        return Group(key, task_id, tuple(from_row(task_id, row) for row in rows))
+
+    def _incarnate(self, run: int, version: int) -> int:
+        self._file.insert("incarnations", [(None, run, version, time.time())])
+        number: int = self._file.execute("SELECT max(number) FROM incarnations").fetchone()[0]
+        return number

@@ -18,15 +18,15 @@ from typing import Any
 
 import cloudpickle
 
-from lightning_rft.errors import ExplorerError
+from lightning_rft.errors import ConfigurationError, ExplorerError
 from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo
 
 __all__ = [
-    *("Cancel", "Channel", "Connect", "Explore", "Explored", "Failed", "Failure", "Load", "Loaded", "Prepare"),
-    *("Started", "spawn"),
+    *("Advanced", "Cancel", "Channel", "Connect", "Explore", "Explored", "Failed", "Failure", "Load", "LoadFailed"),
+    *("Loaded", "Prepare", "Started", "spawn"),
 ]
 
-_SEND_DEADLINE_S = 60
+_SEND_DEADLINE_S = 20
 # Left in place, an explorer would take itself for a rank of the trainer's process group.
 _DISTRIBUTED = {
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
@@ -103,30 +103,30 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Explored:
-    """From an explorer: a group is complete."""
-
-    run: int
-    key: GroupKey
-    attempt: int
-    experiences: tuple[Experience, ...]
+class Advanced:
+    """From an explorer: it has come further since the last time, by an engine step or a reward. A hung one has not."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception on its way to another process: itself where it can be pickled, and its traceback as text."""
+    """An exception on its way to another process: itself where it can be pickled, and its traceback as text.
+
+    ``permanent`` says that trying again would change nothing.
+    """
 
     exception: bytes | None
     text: str
+    permanent: bool = False
 
     @classmethod
     def of(cls, exception: BaseException) -> Failure:
         """Packs an exception."""
         text = "".join(traceback.format_exception(exception))
+        permanent = isinstance(exception, ConfigurationError)
         try:
-            return cls(cloudpickle.dumps(exception), text)
+            return cls(cloudpickle.dumps(exception), text, permanent)
         except Exception:  # whatever a user's class raises here, the text still tells what happened
-            return cls(None, text)
+            return cls(None, text, permanent)
 
     def unpack(self, where: str) -> BaseException:
         """The original exception, its traceback in the other process as the cause.
@@ -146,17 +146,45 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Failed:
-    """From an explorer: a group failed after every retry, or with ``key`` ``None`` the explorer itself."""
+class Explored:
+    """From an explorer: a group is complete, or as complete as it will be.
+
+    Args:
+        run: The run that asked.
+        key: Where the group belongs.
+        attempt: Which issue of the group this answers.
+        task_id: The task that was answered.
+        experiences: The samples that succeeded.
+        failures: Why the others did not, after every retry.
+        retried: How often a sample was tried again.
+    """
 
     run: int
-    key: GroupKey | None
+    key: GroupKey
+    attempt: int
+    task_id: str
+    experiences: tuple[Experience, ...]
+    failures: tuple[Failure, ...] = ()
+    retried: int = 0
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """From an explorer: the transport broke off; it computes nothing until the next load succeeds."""
+
+    version: int
     failure: Failure
-    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """From an explorer: it cannot go on, and ends."""
+
+    failure: Failure
 
 
 class Channel:
-    """One end of the line. Sending is safe from several threads and gives up after a minute."""
+    """One end of the line. Sending is safe from several threads and gives up after some seconds."""
 
     def __init__(self, fd: int) -> None:
         with socket.socket(fileno=os.dup(fd)) as line:

@@ -1,4 +1,4 @@
-"""The explorer processes, as rank 0 sees them: started, spoken to, listened to, ended."""
+"""The explorer processes, as rank 0 sees them: started, spoken to, listened to, started again, ended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import signal
 import subprocess
 import time
 import weakref
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
@@ -17,15 +19,40 @@ import cloudpickle
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.connection import Channel, Connect, Failed, Load, Prepare, Started, spawn
+from lightning_rft.explorer.connection import Channel, Connect, Explored, Failed, Load, Prepare, Started, spawn
 from lightning_rft.explorer.engine import Engine
 from lightning_rft.explorer.worker import ExplorerSpec
 from lightning_rft.hardware import available_cpus
 
-__all__ = ["ExplorerPool"]
+__all__ = ["Died", "ExplorerPool"]
 
 _LOG_LINES = 20
 _GRACE_S = 3.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+
+
+@dataclass(frozen=True)
+class Died:
+    """In the place of a message: an explorer is gone, and another one will be started for it.
+
+    Args:
+        error: What ended it.
+    """
+
+    error: Exception
+
+
+@dataclass
+class _Member:
+    """One process: ``slot`` says whose devices and log it has."""
+
+    slot: int
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    deadline: float = float("inf")
+    started: Started | None = None
+    worked: bool = False  # has finished a group
+    blame: str = ""  # why it was killed, if it was
 
 
 class ExplorerPool:
@@ -40,15 +67,21 @@ class ExplorerPool:
         ...
         data = rft.RFTDataModule(tasks=tasks, reward=reward, explorers=explorers)
 
+    An explorer that dies is started again, after a pause that doubles with every death, and under a new index: whatever
+    is known of the old one ends with it. Errors that starting again would not mend end the run: an exception in an
+    explorer that has not finished a single group, and an engine that never came up in time.
+
     Args:
         engine: What each runs; an engine of its own each.
         count: How many.
         devices: ``CUDA_VISIBLE_DEVICES`` of each, such as ``["1", "2"]``, or ``["2,3", "4,5"]`` with two GPUs for each;
             left out, the data module hands out what the trainer does not use.
         log_dir: Folder that takes ``explorer-<i>.log``; left out, ``rft`` in the trainer's log folder.
+        max_restarts: How many deaths within ``restart_window_s`` are survived; the next one ends the run.
+        restart_window_s: Seconds after which a death is forgotten.
 
     Raises:
-        ConfigurationError: ``count`` is below 1, or ``devices`` are not as many.
+        ConfigurationError: ``count`` is below 1, ``devices`` are not as many, or ``max_restarts`` is negative.
     """
 
     def __init__(
@@ -57,6 +90,8 @@ class ExplorerPool:
         count: int = 1,
         devices: Sequence[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
+        max_restarts: int = 5,
+        restart_window_s: float = 600.0,
     ) -> None:
         if count < 1:
             raise ConfigurationError(f"explorers={count} must be at least 1")
@@ -65,18 +100,25 @@ class ExplorerPool:
                 f"devices={list(devices)} names GPUs for {len(devices)} explorers, but there are {count}: give each "
                 "one entry, such as '0' or '0,1'"
             )
+        if max_restarts < 0:
+            raise ConfigurationError(f"max_restarts={max_restarts} must be at least 0")
         self.engine = engine
         self.count = count
         self.devices = devices
         self.log_dir = log_dir
+        self.max_restarts = max_restarts
+        self.restart_window_s = restart_window_s
+        self.restarts = 0
         self.assigned = False  # whether the processes know what to run
+        self._spec: ExplorerSpec | None = None
         self._logs = Path()
-        self._nccl = False
+        self._placed: Sequence[str] | None = None
         self._start_timeout_s = 0.0
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._channels: list[Channel] = []
-        self._started: dict[int, Started] = {}
-        self._deadline = float("inf")
+        self._members: dict[int, _Member] = {}
+        self._next_index = 0
+        self._vacant: list[tuple[float, int]] = []  # when to start a process again, and in which slot
+        self._deaths: deque[float] = deque()
+        self._came_up: dict[int, Started] = {}  # by slot: an engine that came up once is worth another try
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def launch(self, log_dir: Path | None = None, devices: Sequence[str] | None = None) -> None:
@@ -89,29 +131,18 @@ class ExplorerPool:
         Raises:
             ConfigurationError: There is no folder for logs, or the engine cannot be sent to another process.
         """
-        if self._processes:
+        if self.running:
             return
         folder = self.log_dir or log_dir
         if folder is None:
             raise ConfigurationError("set ExplorerPool(log_dir=...) to launch explorers before a trainer is known")
-        self._logs, devices = Path(folder), self.devices or devices
-        self._nccl = devices is not None
+        self._logs, self._placed = Path(folder), self.devices or devices
         _check_travels(engine=self.engine)
         self._logs.mkdir(parents=True, exist_ok=True)
-        threads = max(1, available_cpus() // self.count)
         # ends the processes even if the owner forgets to, or the interpreter exits
-        self._finalizer = weakref.finalize(self, _end, self._processes, self._channels)
-        for index in range(self.count):
-            process, channel = spawn(
-                "lightning_rft.explorer.worker",
-                environment=self.engine.environment(threads)
-                | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices[index]}),
-                log=self._log(index),
-                own_session=True,
-            )
-            self._processes.append(process)
-            self._channels.append(channel)
-            channel.send(Prepare(self.engine))
+        self._finalizer = weakref.finalize(self, _end, self._members)
+        for slot in range(self.count):
+            self._spawn(slot)
 
     def start(
         self,
@@ -135,58 +166,73 @@ class ExplorerPool:
             return
         _check_travels(reward=spec.reward, workflow=spec.workflow)
         self.launch(log_dir, devices)
-        self._start_timeout_s = start_timeout_s
-        self._deadline = time.monotonic() + start_timeout_s
+        self._spec, self._start_timeout_s = spec, start_timeout_s
         self.assigned = True
-        for index in range(self.count):
-            self.send(index, spec)
+        for index in self._members:
+            self._assign(index)
 
     def stop(self) -> None:
         """Ends every process; safe to call twice."""
         if self._finalizer is not None:
             self._finalizer()
             self._finalizer = None
-        self._started.clear()
+        self._vacant.clear()
+        self._deaths.clear()
+        self._came_up.clear()
+        self._spec = None
         self.assigned = False
 
     @property
     def running(self) -> bool:
         """Whether the processes were started and not stopped."""
-        return bool(self._processes)
+        return self._finalizer is not None
+
+    @property
+    def starting(self) -> bool:
+        """Whether an engine is yet to come up, or to come up again; there is a deadline for it."""
+        return self.running and len(self.members()) < self.count
 
     @property
     def ready(self) -> bool:
         """Whether every engine is up."""
-        return self.running and len(self._started) == self.count
+        return self.running and not self.starting
 
     @property
     def dtype(self) -> str:
         """Dtype of the engines' weights."""
-        return self._started[0].dtype
+        return next(iter(self._came_up.values())).dtype
 
     @property
     def nccl(self) -> bool:
         """Whether every engine takes an NCCL link: NCCL refuses two members on one GPU."""
-        return self._nccl and all(started.nccl for started in self._started.values())
+        return self._placed is not None and all(started.nccl for started in self._came_up.values())
 
     def max_num_seqs(self, explorer: int) -> int:
         """Most samples that an explorer's engine runs at once."""
-        return self._started[explorer].max_num_seqs
+        started = self._members[explorer].started
+        assert started is not None, "asked before the engine was up"
+        return started.max_num_seqs
 
     def members(self) -> dict[int, int]:
         """Explorer index -> number of processes inside it that hold weights; those whose engine is up."""
-        return {index: started.world_size for index, started in sorted(self._started.items())}
+        members = list(self._members.items())  # another thread may be listening
+        return {index: member.started.world_size for index, member in members if member.started is not None}
+
+    def pid(self, explorer: int) -> int:
+        """Process id of an explorer, which leads a process group of its own."""
+        return self._members[explorer].process.pid
 
     def send(self, explorer: int, message: Any) -> None:
-        """Sends a message.
+        """Sends a message. One that is gone gets none, and one that does not read is ended; :meth:`poll` tells of both.
 
-        Raises:
-            ExplorerError: The explorer is gone, or was stopped and does not read.
+        What was asked of it is then to be asked of another.
         """
-        try:
-            self._channels[explorer].send(message)
-        except OSError as error:
-            raise self._gone(explorer) from error
+        member = self._members.get(explorer)
+        if member is not None:
+            try:
+                member.channel.send(message)
+            except OSError:
+                self.kill(explorer, "does not read what is sent to it")
 
     def connect(self, explorer: int, link: Any) -> None:
         """Asks an explorer to join a weight transport."""
@@ -196,44 +242,116 @@ class ExplorerPool:
         """Asks an explorer to receive a version."""
         self.send(explorer, Load(manifest, version))
 
+    def kill(self, explorer: int, blame: str) -> None:
+        """Ends an explorer that is of no use; :meth:`poll` will tell that it died, and start another.
+
+        Args:
+            explorer: Which one; nothing happens if it is gone.
+            blame: What it did, for the message: "explorer 3 ...".
+        """
+        member = self._members.get(explorer)
+        if member is not None:
+            member.blame = member.blame or blame
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(member.process.pid, signal.SIGKILL)
+
     def poll(self, timeout_s: float) -> list[tuple[int, Any]]:
         """Messages that have come, each with its explorer, waiting for the first at most ``timeout_s``.
 
+        Explorers that died are started again; a :class:`Died` tells of each.
+
         Raises:
-            ExplorerError: An explorer died, with the last lines of its log.
+            ExplorerError: Explorers died more often than ``max_restarts`` allows; with the last lines of the log.
             DeadlineError: An engine was not ready in time.
-            Exception: Whatever ended an explorer, its own traceback as the cause.
+            Exception: Whatever ended an explorer that never worked, its own traceback as the cause.
         """
-        indices = {channel.fileno(): index for index, channel in enumerate(self._channels)}
+        now = time.monotonic()
+        for due, slot in list(self._vacant):
+            if due <= now:
+                self._vacant.remove((due, slot))
+                self._assign(self._spawn(slot))
+        lines = {member.channel.fileno(): index for index, member in self._members.items()}
         messages = []
-        for line in wait(list(indices), timeout_s):
-            index = indices[cast(int, line)]
+        for line in wait(list(lines), timeout_s):
+            index = lines[cast(int, line)]
+            member = self._members[index]
             try:
-                message = self._channels[index].receive()
-            except (EOFError, OSError) as error:
-                raise self._gone(index) from error
-            if isinstance(message, Failed) and message.key is None:
-                raise message.failure.unpack(f"explorer {index} (log: {self._log(index)})")
+                message = member.channel.receive()
+            except (EOFError, OSError):
+                message = Died(self._gone(index))
+            if isinstance(message, Failed):
+                error = message.failure.unpack(f"explorer {index} (log: {self._log(member.slot)})")
+                if not isinstance(error, Exception) or not member.worked:
+                    raise error
+                message = Died(error)
             if isinstance(message, Started):
-                self._started[index] = message
+                member.started = self._came_up[member.slot] = message
+            member.worked |= isinstance(message, Explored)
+            if isinstance(message, Died):
+                self._bury(index, message.error)
             messages.append((index, message))
-        if not self.ready and time.monotonic() > self._deadline:
-            raise DeadlineError(
-                f"only {len(self._started)} of {self.count} explorers were ready within "
-                f"start_timeout_s={self._start_timeout_s:g}: see {self._log(0)}, or raise the setting"
-            )
+        self._check_deadlines()
         return messages
 
-    def _log(self, index: int) -> Path:
-        return self._logs / f"explorer-{index}.log"
+    def _check_deadlines(self) -> None:
+        for index, member in self._members.items():
+            if member.started is None and time.monotonic() > member.deadline:
+                if member.slot in self._came_up:
+                    self.kill(index, f"was not ready again within start_timeout_s={self._start_timeout_s:g}")
+                else:
+                    raise DeadlineError(
+                        f"only {len(self.members())} of {self.count} explorers were ready within start_timeout_s="
+                        f"{self._start_timeout_s:g}: see {self._log(member.slot)}, or raise the setting"
+                    )
+
+    def _spawn(self, slot: int) -> int:
+        index, self._next_index = self._next_index, self._next_index + 1
+        threads = max(1, available_cpus() // self.count)
+        process, channel = spawn(
+            "lightning_rft.explorer.worker",
+            environment=self.engine.environment(threads)
+            | ({} if self._placed is None else {"CUDA_VISIBLE_DEVICES": self._placed[slot]}),
+            log=self._log(slot),
+            own_session=True,
+        )
+        self._members[index] = _Member(slot, process, channel)
+        self.send(index, Prepare(self.engine))
+        return index
+
+    def _assign(self, index: int) -> None:
+        self._members[index].deadline = time.monotonic() + self._start_timeout_s
+        self.send(index, self._spec)
+
+    def _bury(self, index: int, error: Exception) -> None:
+        """Ends what is left of an explorer and plans its successor, or gives up."""
+        member = self._members[index]
+        _end({index: self._members.pop(index)}, grace_s=0)
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - self.restart_window_s:
+            self._deaths.popleft()
+        if len(self._deaths) > self.max_restarts:
+            raise error
+        self.restarts += 1
+        self._vacant.append((now + min(_FIRST_PAUSE_S * 2 ** (len(self._deaths) - 1), _LONGEST_PAUSE_S), member.slot))
+
+    def _log(self, slot: int) -> Path:
+        return self._logs / f"explorer-{slot}.log"
 
     def _gone(self, index: int) -> ExplorerError:
-        process = self._processes[index]
+        member = self._members[index]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_S)
-        status = "was stopped or hangs" if process.returncode is None else f"ended with status {process.returncode}"
-        lines = self._log(index).read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        return ExplorerError(f"explorer {index} {status}; the end of {self._log(index)}:\n" + "\n".join(lines))
+            member.process.wait(_GRACE_S)
+        status = member.process.returncode
+        what = member.blame or ("hangs" if status is None else f"ended with status {status}")
+        log = self._log(member.slot)
+        lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        budget = (
+            f" (max_restarts={self.max_restarts} within restart_window_s={self.restart_window_s:g})"
+            if len(self._deaths) >= self.max_restarts
+            else ""
+        )
+        return ExplorerError(f"explorer {index} {what}{budget}; the end of {log}:\n" + "\n".join(lines))
 
 
 def _check_travels(**settings: Any) -> None:
@@ -247,20 +365,19 @@ def _check_travels(**settings: Any) -> None:
             ) from error
 
 
-def _end(processes: list[subprocess.Popen[bytes]], channels: list[Channel]) -> None:
+def _end(members: dict[int, _Member], grace_s: float = _GRACE_S) -> None:
     """Asks, waits, kills: every process and what it started is gone when this returns."""
-    for channel in channels:
-        with contextlib.suppress(OSError):
-            channel.send(None)
-    deadline = time.monotonic() + _GRACE_S
-    for process in processes:
+    if grace_s > 0:
+        for member in members.values():
+            with contextlib.suppress(OSError):
+                member.channel.send(None)
+    deadline = time.monotonic() + grace_s
+    for member in members.values():
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-    for process in processes:
+            member.process.wait(max(0.0, deadline - time.monotonic()))
+    for member in members.values():
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(_GRACE_S)
-    for channel in channels:
-        channel.close()
-    processes.clear()
-    channels.clear()
+            os.killpg(member.process.pid, signal.SIGKILL)
+        member.process.wait(_GRACE_S)
+        member.channel.close()
+    members.clear()

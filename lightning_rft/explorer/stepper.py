@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engine import Completion, Engine, Request
 
 __all__ = ["Stepper"]
@@ -29,8 +30,30 @@ class Stepper:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[str, asyncio.Future[Completion]] = {}
         self._error: BaseException | None = None
+        self._halted = False
+        #: Steps made so far.
+        self.steps = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the engine failed with; it is not used any more then."""
+        return self._error
+
+    async def load(self, manifest: Sequence[TensorInfo], version: int) -> None:
+        """Has the engine receive weights. If the transport breaks off it makes no step until a load succeeds.
+
+        Raises:
+            LinkError: The transport broke off, and the weights may be half old and half new.
+        """
+
+        def job() -> None:
+            self._halted = True
+            self._engine.load(manifest, version)
+            self._halted = False
+
+        await self.call(job)
 
     async def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         """Runs a function on the engine's thread, between two steps.
@@ -81,7 +104,7 @@ class Stepper:
                 return
             try:
                 job()
-                busy = bool(self._waiting) and self._engine.has_work
+                busy = not self._halted and bool(self._waiting) and self._engine.has_work
             except BaseException as error:
                 # an engine that fails once is not to be trusted: whoever waits, or comes later, is told
                 self._error, busy = error, False
@@ -89,7 +112,9 @@ class Stepper:
                 self._tell_all(self._error)
 
     def _step(self) -> None:
-        for completion in self._engine.step():
+        completions = self._engine.step()
+        self.steps += 1
+        for completion in completions:
             future = self._waiting.pop(completion.request_id, None)
             if future is not None:
                 self._resolve(future, completion, None)

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_rft.errors import ConfigurationError
+from lightning_rft.errors import ConfigurationError, DeadlineError, LinkError
 from lightning_rft.experience import Experience
 from lightning_rft.explorer.connection import (
+    Advanced,
     Cancel,
     Channel,
     Connect,
@@ -30,6 +31,7 @@ from lightning_rft.explorer.connection import (
     Failure,
     Load,
     Loaded,
+    LoadFailed,
     Prepare,
     Started,
 )
@@ -41,6 +43,7 @@ from lightning_rft.explorer.workflow import Policy, Workflow
 __all__ = ["Explorer", "ExplorerSpec"]
 
 _ORPHAN_POLL_S = 1.0
+_REPORT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class ExplorerSpec:
         seed: Seed of the run.
         retries: How often a sample is tried again when it raised.
         reward_timeout_s: Seconds that one reward may take.
+        sample_timeout_s: Seconds that one sample may take, reward included.
     """
 
     engine: Engine
@@ -68,6 +72,7 @@ class ExplorerSpec:
     seed: int
     retries: int
     reward_timeout_s: float
+    sample_timeout_s: float
 
 
 class Explorer:
@@ -83,6 +88,7 @@ class Explorer:
         self._spec = spec
         self._stepper = Stepper(spec.engine, asyncio.get_running_loop())
         self._scorer = Scorer(spec.reward, spec.reward_timeout_s)
+        self._scored = 0
         self._work: dict[asyncio.Task[None], Explore] = {}  # running groups
         self._tokenizer: Any = None
 
@@ -96,17 +102,31 @@ class Explorer:
         gc.enable()
         engine = spec.engine
         self._channel.send(Started(engine.dtype, engine.world_size, engine.nccl, engine.max_num_seqs))
-        while (message := await _next(inbox)) is not None:
-            await self._handle(message)
+        report = asyncio.create_task(self._report())
+        try:
+            while (message := await _next(inbox)) is not None:
+                await self._handle(message, inbox)
+        finally:
+            report.cancel()
 
     def stop(self) -> None:
         """Ends the engine and the reward's process."""
         self._scorer.stop()
         self._stepper.stop(timeout_s=5)
 
-    async def _handle(self, message: Any) -> None:
+    async def _report(self) -> None:
+        """Tells when there was progress: that this process is alive says nothing about its engine."""
+        before = (0, 0)
+        while True:
+            await asyncio.sleep(_REPORT_S)
+            now = (self._stepper.steps, self._scored)
+            if now != before:
+                self._channel.send(Advanced())
+            before = now
+
+    async def _handle(self, message: Any, inbox: asyncio.Queue[Any]) -> None:
         if isinstance(message, Explore):
-            task = asyncio.create_task(self._explore(message))
+            task = asyncio.create_task(self._explore(message, inbox))
             self._work[task] = message
             task.add_done_callback(self._work.pop)
         elif isinstance(message, Cancel):
@@ -114,36 +134,58 @@ class Explorer:
                 if asked.run == message.run and message.key in (None, asked.key):
                     task.cancel()
         elif isinstance(message, Connect):
-            await self._stepper.call(self._spec.engine.connect, message.link)
+            with contextlib.suppress(LinkError):  # the load that follows tells
+                await self._stepper.call(self._spec.engine.connect, message.link)
         elif isinstance(message, Load):
-            await self._stepper.call(self._spec.engine.load, message.manifest, message.version)
-            self._channel.send(Loaded(message.version))
+            try:
+                await self._stepper.load(message.manifest, message.version)
+            except LinkError as error:
+                self._channel.send(LoadFailed(message.version, Failure.of(error)))
+            else:
+                self._channel.send(Loaded(message.version))
 
-    async def _explore(self, request: Explore) -> None:
+    async def _explore(self, request: Explore, inbox: asyncio.Queue[Any]) -> None:
+        retried = [0]
         samples = [
-            asyncio.ensure_future(self._sample(request, index, seed)) for index, seed in enumerate(request.seeds)
+            asyncio.ensure_future(self._sample(request, index, seed, retried))
+            for index, seed in enumerate(request.seeds)
         ]
         try:
-            experiences = await asyncio.gather(*samples)
-        except Exception as error:  # a user's reward or workflow: it goes to rank 0, this process lives on
-            self._channel.send(Failed(request.run, request.key, Failure.of(error), request.attempt))
-        else:
-            self._channel.send(Explored(request.run, request.key, request.attempt, tuple(experiences)))
+            results = await asyncio.gather(*samples, return_exceptions=True)
         finally:
             for sample in samples:
                 sample.cancel()
+        engine_error = self._stepper.error
+        if engine_error is not None:  # no sample's fault: this process is of no use any more
+            inbox.put_nowait(engine_error)
+            return
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, Exception):
+                raise result
+        experiences = tuple(result for result in results if isinstance(result, Experience))
+        # a user's reward or workflow: it goes to rank 0, this process lives on
+        failures = tuple(Failure.of(result) for result in results if isinstance(result, Exception))
+        self._channel.send(
+            Explored(request.run, request.key, request.attempt, request.task.id, experiences, failures, retried[0])
+        )
 
-    async def _sample(self, request: Explore, index: int, seed: int) -> Experience:
+    async def _sample(self, request: Explore, index: int, seed: int, retried: list[int]) -> Experience:
         attempt = 0
         while True:
             try:
-                return await self._try(request, index, seed, attempt)
+                return await asyncio.wait_for(self._try(request, index, seed, attempt), self._spec.sample_timeout_s)
             except ConfigurationError:
                 raise  # trying again changes nothing
-            except Exception:
+            except Exception as error:
                 attempt += 1
-                if attempt > self._spec.retries:
+                if attempt > self._spec.retries or self._stepper.error is not None:
+                    if isinstance(error, asyncio.TimeoutError):
+                        raise DeadlineError(
+                            f"a sample of task {request.task.id!r} took longer than sample_timeout_s="
+                            f"{self._spec.sample_timeout_s:g}: make the workflow faster or raise the setting"
+                        ) from error
                     raise
+                retried[0] += 1
 
     async def _try(self, request: Explore, index: int, seed: int, attempt: int) -> Experience:
         spec, task = self._spec, request.task
@@ -164,6 +206,7 @@ class Explorer:
             )
         began = loop.time()
         reward = await self._scorer(text, task)
+        self._scored += 1
         return Experience(
             task.id, index, tuple(policy.turns), reward, text, round(policy.seconds, 6), round(loop.time() - began, 6)
         )
@@ -221,7 +264,7 @@ async def _main(channel: Channel) -> None:
     except Exception as error:
         # told before the engine leaves its weight transport, which rank 0 notices too, and which says much less
         with contextlib.suppress(OSError):
-            channel.send(Failed(-1, None, Failure.of(error)))
+            channel.send(Failed(Failure.of(error)))
         raise
     finally:
         if explorer is not None:

@@ -36,6 +36,12 @@ class Idle:
         self._since[index] = now
         return before, since
 
+    def gone(self, index: int, now: float) -> None:
+        """Notes that an explorer is dead."""
+        if index in self._states:
+            self.explorer(index, "gone", now)
+            del self._states[index], self._since[index]
+
     def trainer(self, cause: str, seconds: float) -> None:
         """Adds to what the trainer waited for: ``"experience"`` or ``"push"``."""
         self._trainer[cause] += seconds

@@ -81,7 +81,7 @@ class CheckpointTransport(Transport):
         began = time.monotonic()
         self.prepare(weights, version, explorers)
         folder, manifest = self._written[version]
-        members = list(explorers.members() if to is None else to)
+        members = [explorer for explorer in explorers.members() if to is None or explorer in to]
         for explorer in members:
             explorers.connect(explorer, CheckpointLink(str(folder / _FILE), self._run, version))
             explorers.load(explorer, manifest, version)

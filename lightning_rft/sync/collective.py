@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -13,14 +14,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
 
-from lightning_rft.errors import ConfigurationError, DeadlineError, TransportError
+from lightning_rft.errors import ConfigurationError, LinkError, RFTError, TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.sync.transport import Changes, Explorers, Push, Transport, Weights, announce, buckets, nbytes
 
 __all__ = ["CollectiveTransport", "GlooLink"]
 
 _WATCH_S = 0.05
-_NEWS_S = 5.0
+_MEET_S = 0.001
+_GO = "go"
+_SETTLE_S = 5.0  # for those that are left to notice that their group is no more
 _SETTING = "CollectiveTransport(timeout_s=...)"
 
 
@@ -57,22 +60,28 @@ class CollectiveTransport(Transport):
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> Push:
         """Broadcasts ``version``; see :meth:`Transport.push`."""
         began = time.monotonic()
-        deadline = began + self.timeout_s
         tensors = [(name, tensor.detach()) for name, tensor in weights]
         manifest = announce(tensors, explorers.dtype)
-        members = explorers.members()
-        if to is not None:
-            members = {explorer: members[explorer] for explorer in to}
-        sender = self._sender(members, tensors, explorers)
-        try:
-            _watched(lambda: sender.join(explorers, members), explorers, deadline)
-            for explorer in members:
-                explorers.load(explorer, manifest, version)
-            _watched(lambda: sender.send(tensors, manifest), explorers, deadline)
-            explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
-        except BaseException:
-            self.close()  # a group in which one member broke off is of no use to the others
-            raise
+        todo = set(explorers.members() if to is None else to)
+        # Every failed attempt costs at least one member its life, so there are few; the restart budget bounds them too.
+        while members := {explorer: size for explorer, size in explorers.members().items() if explorer in todo}:
+            deadline = time.monotonic() + self.timeout_s
+            sender = self._sender(members, tensors, explorers)
+            try:
+                _watched(lambda: sender.join(explorers, members), members, explorers, deadline)  # noqa: B023
+                for explorer in members:
+                    explorers.load(explorer, manifest, version)
+                _watched(lambda: sender.send(tensors, manifest), members, explorers, deadline)  # noqa: B023
+                explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
+                break
+            except LinkError:
+                absent = sender.absent()
+                self.close()  # a group in which one member broke off is of no use to the others
+                explorers.end(absent, f"did not join the weight transport in time: raise {_SETTING}, or see its log")
+                explorers.settle(list(members), _SETTLE_S)
+            except BaseException:
+                self.close()
+                raise
         changed = self._changes.since_last(tensors, explorers.dtype) if version != self._pushed else 0.0
         self._pushed = version
         return Push(time.monotonic() - began, changed)
@@ -114,6 +123,10 @@ class _Sender:
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
         """Invites the members (explorer -> processes that hold weights) and joins, once."""
 
+    def absent(self) -> list[int]:
+        """Who was invited and has not come."""
+        return []
+
     def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
         """Sends what was announced."""
 
@@ -129,6 +142,8 @@ class GlooSender(_Sender):
         self._bucket_bytes = bucket_bytes
         self._group: ProcessGroupGloo | None = None
         self._store: TCPStore | None = None
+        self._closed = False
+        self._invited: dict[str, int] = {}  # what an explorer's process writes into the store when it comes
 
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
         """Opens a store on a free port, invites every explorer, and meets them."""
@@ -136,17 +151,31 @@ class GlooSender(_Sender):
             return
         world = 1 + sum(members.values())
         timeout = timedelta(seconds=self._timeout_s)
-        self._store = TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = self._store = TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
         rank = 1
         for explorer, size in members.items():
-            link = GlooLink("127.0.0.1", self._store.port, rank, world, self._timeout_s, self._bucket_bytes)
+            link = GlooLink("127.0.0.1", store.port, rank, world, self._timeout_s, self._bucket_bytes)
+            self._invited |= {f"here/{member}": explorer for member in range(rank, rank + size)}
             explorers.connect(explorer, link)
             rank += size
-        self._group = _gloo(self._store, 0, world, timeout)
+        # Making the group cannot be broken off, so it begins when everyone has come; who waits in vain for another
+        # member is freed by the end of the store.
+        while not store.check(list(self._invited)):
+            if self._closed:
+                return
+            time.sleep(_MEET_S)
+        store.set(_GO, "")
+        self._group = _gloo(store, 0, world, timeout)
+
+    def absent(self) -> list[int]:
+        """Those without whom the group cannot be made."""
+        store = self._store
+        return [] if store is None else [who for key, who in self._invited.items() if not store.check([key])]
 
     def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
         """Packs each bucket's bytes (Gloo cannot broadcast bfloat16) and broadcasts them."""
-        assert self._group is not None, "send before join"
+        group = self._group
+        assert group is not None, "send before join"
         by_name = dict(tensors)
         cut = buckets(manifest, self._bucket_bytes)
         sizes = [sum(map(nbytes, bucket)) for bucket in cut]
@@ -154,13 +183,16 @@ class GlooSender(_Sender):
             max(sizes, default=0), dtype=torch.uint8
         )  # one for all: fresh memory costs more than a copy
         for bucket, size in zip(cut, sizes, strict=True):
+            if self._closed:
+                return
             buffer = whole[:size]
             for info, view in _views(bucket, buffer):
                 view.copy_(by_name[info.name])
-            _broadcast(self._group, buffer)
+            _broadcast(group, buffer)
 
     def close(self) -> None:
         """Drops group and store."""
+        self._closed = True
         self._group = None
         self._store = None
 
@@ -196,22 +228,39 @@ class GlooReceiver:
     def __init__(self, link: GlooLink, member: int) -> None:
         timeout = timedelta(seconds=link.timeout_s)
         self._bucket_bytes = link.bucket_bytes
-        self._store = TCPStore(link.host, link.port, None, is_master=False, timeout=timeout)
-        self._group: ProcessGroupGloo | None = _gloo(self._store, link.rank + member, link.world_size, timeout)
+        with _link_errors():
+            self._store = TCPStore(link.host, link.port, None, is_master=False, timeout=timeout)
+            self._store.set(f"here/{link.rank + member}", "")
+            self._store.wait([_GO], timeout)
+            self._group: ProcessGroupGloo | None = _gloo(self._store, link.rank + member, link.world_size, timeout)
 
     def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the tensors of one push, in memory of their own."""
+        """Yields the tensors of one push, in memory of their own.
+
+        Raises:
+            LinkError: The group broke off in the middle.
+        """
         if self._group is None:
             raise TransportError("weights were announced on a link that was closed")
         for bucket in buckets(manifest, self._bucket_bytes):
             buffer = torch.empty(sum(map(nbytes, bucket)), dtype=torch.uint8)
-            _broadcast(self._group, buffer)
+            with _link_errors():
+                _broadcast(self._group, buffer)
             for info, view in _views(bucket, buffer):
                 yield info.name, view
 
     def close(self) -> None:
         """Leaves the group."""
         self._group = None
+
+
+@contextmanager
+def _link_errors() -> Iterator[None]:
+    """What torch raises when a member of a group is gone, in our terms."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LinkError(f"the weight transport broke off: {error}") from error
 
 
 def _gloo(store: Store, rank: int, world_size: int, timeout: timedelta) -> ProcessGroupGloo:
@@ -239,8 +288,13 @@ def _views(bucket: Sequence[TensorInfo], buffer: torch.Tensor) -> Iterator[tuple
         offset += size
 
 
-def _watched(function: Callable[[], None], explorers: Explorers, deadline: float) -> None:
-    """Runs a blocking collective on a thread, so that an explorer's own error is raised before a bare time-out is."""
+def _watched(function: Callable[[], None], members: Mapping[int, int], explorers: Explorers, deadline: float) -> None:
+    """Runs a blocking collective on a thread, so that the death of a member ends it at once.
+
+    Raises:
+        LinkError: A member is gone or the deadline has passed: the group is of no use any more.
+        Exception: What ends the run.
+    """
     outcome: list[BaseException | None] = []
 
     def run() -> None:
@@ -256,12 +310,12 @@ def _watched(function: Callable[[], None], explorers: Explorers, deadline: float
     while thread.is_alive():
         thread.join(_WATCH_S)
         explorers.raise_failures()
+        if gone := members.keys() - explorers.members().keys():
+            raise LinkError(f"explorers {sorted(gone)} are gone")
         if time.monotonic() > deadline:
-            raise DeadlineError(f"a weight push passed its deadline: raise {_SETTING}")
-    if outcome and outcome[0] is not None:
-        # an explorer that failed or died broke it off, and news of that, which says why, may still be on its way
-        until = time.monotonic() + _NEWS_S
-        while time.monotonic() < until:
-            explorers.raise_failures()
-            time.sleep(_WATCH_S)
-        raise TransportError(f"a weight push broke off: {outcome[0]}") from outcome[0]
+            raise LinkError(f"a weight push passed its deadline: raise {_SETTING}")
+    error = outcome[0]
+    if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RFTError):
+        raise LinkError(f"a weight push broke off: {error}") from error
+    if error is not None:
+        raise error

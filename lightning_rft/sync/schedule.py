@@ -11,90 +11,19 @@ batches. Two answers of a strategy decide nearly everything (see :class:`Rule`):
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
-from lightning_rft.experience import GroupKey
+from lightning_rft.experience import GroupKey, Progress
+from lightning_rft.sync.actions import Action, Drop, Issue, Lease, Load, Publish
+from lightning_rft.sync.feasibility import moved_groups, would_be_late
+from lightning_rft.sync.rule import Rule, check_rule
 
 __all__ = ["Action", "Drop", "Issue", "Lease", "Load", "Publish", "Rule", "Schedule"]
 
 _CHECKED_BATCHES = 1000
-
-
-class Rule(ABC):
-    """What makes one strategy differ from another: two answers, and how strict it is about order."""
-
-    #: False: batches are trained in the order in which they were issued, and the trainer waits for every push.
-    #: True: a step trains the groups with the oldest weights first, and pushes happen in the background.
-    asynchronous: bool = False
-    #: Whether an explorer may change weights while it works on groups; else it finishes them first.
-    in_flight: bool = False
-    #: Whether explorers load one after another, so that exploration never stops as a whole.
-    staggered: bool = False
-    #: What becomes of a group that would be too old after the next step: the step waits for it, or it is dropped.
-    overdue: Literal["wait", "drop"] = "wait"
-
-    @property
-    @abstractmethod
-    def max_staleness(self) -> int:
-        """Most batches that a token may lag behind the version that is trained."""
-
-    @abstractmethod
-    def admit(self, batch: int) -> int:
-        """The version that an explorer must have loaded before it may start a group of ``batch``.
-
-        Never decreases with ``batch``.
-        """
-
-    @abstractmethod
-    def publishes_after(self, batch: int) -> bool:
-        """Whether new weights are due once ``batch`` is trained."""
-
-
-@dataclass(frozen=True)
-class Issue:
-    """Explore ``group`` on ``explorer``."""
-
-    group: GroupKey
-    explorer: int
-
-
-@dataclass(frozen=True)
-class Lease:
-    """These groups make up ``batch``, which the trainer wants: hand them over."""
-
-    batch: int
-    groups: tuple[GroupKey, ...]
-
-
-@dataclass(frozen=True)
-class Publish:
-    """Version ``version`` is due, and nothing that older weights must explore is still open: push it now."""
-
-    version: int
-
-
-@dataclass(frozen=True)
-class Load:
-    """Have ``explorer`` load ``version`` now, or a newer one that is published meanwhile."""
-
-    explorer: int
-    version: int
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Forget ``group``, which is too old by now; it is issued again. ``explorer`` works on it, or nobody."""
-
-    group: GroupKey
-    explorer: int | None
-
-
-Action = Issue | Lease | Publish | Load | Drop
 
 
 @dataclass
@@ -104,6 +33,7 @@ class _Explorer:
     most: float = inf
     loaded: int = -1
     loading: bool = False
+    alone: bool = False  # whether it loaded by itself where the others load together
     groups: set[GroupKey] = field(default_factory=set)
 
     @property
@@ -122,9 +52,14 @@ class Schedule:
         stop: Batches before ``stop`` exist; ``None`` for no end.
         capacity: Most groups that may be issued and not yet trained; ``None`` for no limit. It limits issuing, never
             storing, and a group that is issued again was counted already.
+        progress: What is part of the weights, to go on from there (in place of ``first``), under the same rule or any
+            other. Groups that are left from earlier batches are issued first and trained first.
+        ready: Groups that have come back before and were not trained -> oldest version of their tokens. One that this
+            rule cannot train in time is dropped and issued again.
 
     Raises:
         ConfigurationError: The rule or the capacity can never make progress; the message has the arithmetic.
+        ScheduleError: ``progress`` contradicts itself, or ``ready`` contradicts it or the rule's bound.
 
     Example:
         >>> class OnPolicy(Rule):
@@ -150,16 +85,21 @@ class Schedule:
         first: int = 0,
         stop: int | None = None,
         capacity: int | None = None,
+        progress: Progress | None = None,
+        ready: Mapping[GroupKey, int] | None = None,
     ) -> None:
+        progress = progress or Progress(first)
         self.rule = rule
-        self.version = first  # batches trained so far
+        self.version = progress.version  # batches trained so far
         self.published_version = -1
         self.push_pending = False  # from the batch that makes a push due until the push
         self._size = size
+        self._first = progress.version  # the oldest version that there is
         self._stop = stop
         self._capacity = capacity
         self._explorers: dict[int, _Explorer] = {}
-        self._next = GroupKey(first, 0)
+        self._behind, self._ahead = set(progress.behind), set(progress.ahead)
+        self._moved = moved_groups(progress, size)
         # An issued group is in one of the next four. With it goes the version that it is, or at least will be, of.
         self._running: dict[GroupKey, int] = {}
         self._ready: dict[GroupKey, int] = {}
@@ -167,12 +107,15 @@ class Schedule:
         self._again: dict[GroupKey, int] = {}  # to be issued once more
         self._wanted: int | None = None
         self._due: int | None = None
-        if capacity is not None and self._exists(first) and capacity < size(first):
-            raise ConfigurationError(
-                f"buffer_capacity={capacity} is below one batch of tasks_per_step={size(first)} groups, so no batch "
-                f"could ever be completed: set buffer_capacity to at least {size(first)}"
-            )
-        _check(rule, first, stop)
+        check_rule(rule, self._first, stop)
+        self._check_capacity()
+        self._unusable = self._keep(ready or {}, progress)  # dropped with the first event
+        self._passed = {*self._ready, *self._ahead}  # what is not issued when its turn comes
+        self._next = GroupKey(self._first, 0)
+        self._skip()
+        for group in sorted(progress.behind - self._ready.keys()):
+            if self._exists(self._step(group)):
+                self._repeat(group, self._floor(self._turn))
 
     # Events
 
@@ -180,7 +123,7 @@ class Schedule:
         """An explorer is up; it gets work once it has loaded a version.
 
         Args:
-            explorer: Its index.
+            explorer: Its index; one that takes the place of another that died has an index of its own.
             room: Most groups that it works on at the same time; ``None`` for any number. What it has no room for is
                 not issued yet, and may be explored by others, or with newer weights.
         """
@@ -190,17 +133,24 @@ class Schedule:
     def died(self, explorer: int) -> list[Action]:
         """An explorer is gone; its groups go to others, each under its own batch index."""
         for group in self._explorers.pop(explorer).groups:
-            self._again[group] = self._running.pop(group)
+            self._repeat(group, self._running.pop(group))
         return self._actions()
 
-    def loaded(self, explorer: int, version: int) -> list[Action]:
-        """An explorer computes with ``version`` from now on."""
+    def loaded(self, explorer: int, version: int, alone: bool = False) -> list[Action]:
+        """An explorer computes with ``version`` from now on.
+
+        Args:
+            explorer: The explorer.
+            version: What it loaded.
+            alone: Whether it loaded by itself where the others load together, as one that comes between two pushes
+                does. Then the version counts at once, though it may never be published.
+        """
         member = self._explorers[explorer]
         if version < member.loaded:
             raise ScheduleError(f"explorer {explorer} went back from version {member.loaded} to {version}")
         if version > self.version:
             raise ScheduleError(f"explorer {explorer} loaded version {version}, but only {self.version} exists")
-        member.loaded, member.loading = version, False
+        member.loaded, member.loading, member.alone = version, False, alone
         return self._actions()
 
     def ready(self, group: GroupKey, version: int | None = None) -> list[Action]:
@@ -216,7 +166,7 @@ class Schedule:
 
     def failed(self, group: GroupKey) -> list[Action]:
         """A group came back without; it is issued again under the same batch index."""
-        self._again[group] = self._take_back(group)
+        self._repeat(group, self._take_back(group))
         return self._actions()
 
     def wanted(self, batch: int) -> list[Action]:
@@ -230,7 +180,7 @@ class Schedule:
         """Leased groups turned out too old to be trained: they are issued again, and the batch is still wanted."""
         oldest = self.version - self.rule.max_staleness
         for group in groups:
-            self._again[group] = max(self._leased.pop(group), oldest, self.rule.admit(group.batch))
+            self._repeat(group, max(self._leased.pop(group), oldest))
         self._ready |= self._leased
         self._leased = {}
         self._wanted = self.version
@@ -240,6 +190,11 @@ class Schedule:
         """``batch`` is part of the weights now, whether or not they changed by it."""
         if batch != self.version:
             raise ScheduleError(f"batch {batch} was trained by version {self.version}: batches must come in order")
+        of_batch = {GroupKey(batch, slot) for slot in range(self._size(batch))}
+        self._behind |= of_batch - self._ahead
+        self._behind -= self._leased.keys()
+        self._ahead |= self._leased.keys()
+        self._ahead = {group for group in self._ahead if group.batch > batch}
         self.version += 1
         self._leased = {}
         if self.rule.publishes_after(batch):
@@ -263,6 +218,11 @@ class Schedule:
     # Answers
 
     @property
+    def progress(self) -> Progress:
+        """What is part of the weights: groups for which :meth:`trained` was called, here or before a resume."""
+        return Progress(self.version, frozenset(self._behind), frozenset(self._ahead))
+
+    @property
     def idle(self) -> bool:
         """Whether no explorer has anything to do."""
         return not any(member.groups for member in self._explorers.values())
@@ -282,7 +242,7 @@ class Schedule:
             return None
         if member.loading:
             return "load"
-        if not self._again and not self._exists(self._next.batch):
+        if not self._again and not self._exists(self._turn):
             return "nothing"
         return "room" if not self._again and self._full else "weights"
 
@@ -290,6 +250,69 @@ class Schedule:
 
     def _exists(self, batch: int) -> bool:
         return self._stop is None or batch < self._stop
+
+    def _step(self, group: GroupKey) -> int:
+        """The step that trains a group where steps keep the order: that of its batch, unless a resume has moved it."""
+        return self._moved.get(group, group.batch)
+
+    @property
+    def _turn(self) -> int:
+        """The step that trains the next group to be issued, at the latest: that of its batch, but for a resume.
+
+        Where steps go by age, all that is issued has its turn before, among it what a resume has kept of any batch.
+        """
+        if not self.rule.asynchronous:
+            return self._step(self._next)
+        step, issued = self.version, self._issued
+        while issued >= self._size(step):
+            issued -= self._size(step)
+            step += 1
+        return step
+
+    @property
+    def _issued(self) -> int:
+        """How many groups are issued and not trained."""
+        return len(self._running) + len(self._ready) + len(self._leased) + len(self._again)
+
+    def _floor(self, step: int) -> int:
+        """The oldest version that may explore for a step: there is nothing older than the first."""
+        return max(self._first, self.rule.admit(step))
+
+    def _repeat(self, group: GroupKey, version: int) -> None:
+        """Has a group issued once more.
+
+        Where a step goes by age, with weights no older than the first time, so that what was promised of the group
+        still holds. Else with any that its batch admits: newer ones may have been those of an explorer that had come
+        late and is gone, and the push that would bring them to others waits for this group.
+        """
+        self._again[group] = version if self.rule.asynchronous else self._floor(self._step(group))
+
+    def _check_capacity(self) -> None:
+        last = self._first + _CHECKED_BATCHES
+        batches = range(self._first, last if self._stop is None else min(self._stop, last))
+        largest = max((self._size(batch) for batch in batches), default=0)
+        if self._capacity is not None and self._capacity < largest:
+            raise ConfigurationError(
+                f"buffer_capacity={self._capacity} is below one batch of tasks_per_step={largest} groups, so no batch "
+                f"could ever be completed: set buffer_capacity to at least {largest}"
+            )
+
+    def _keep(self, ready: Mapping[GroupKey, int], progress: Progress) -> list[Action]:
+        """Takes over what has come back before; returns what has to be dropped of it."""
+        bound, drops = self.rule.max_staleness, list[Action]()
+        for group, version in ready.items():
+            if progress.trained(group) or not self._first - bound <= version <= self._first:
+                raise ScheduleError(
+                    f"{group} of version {version} cannot be ready for version {self._first}: it is trained already, "
+                    f"from the future, or above max_staleness={bound}"
+                )
+            # Steps that go by age drop by age too, once it is certain.
+            late = not self.rule.asynchronous and self._step(group) - version > bound
+            if late or not self._exists(self._step(group)):
+                drops.append(Drop(group, None))
+            else:
+                self._ready[group] = version
+        return drops
 
     def _take_back(self, group: GroupKey) -> int:
         for member in self._explorers.values():
@@ -299,8 +322,9 @@ class Schedule:
         raise ScheduleError(f"{group} came back, but no explorer was asked for it")
 
     def _actions(self) -> list[Action]:
+        unusable, self._unusable = self._unusable, []
         lease = self._lease()
-        return [*lease, *self._loads(), *self._issues(), *self._publishes()]
+        return [*unusable, *lease, *self._loads(), *self._issues(), *self._publishes()]
 
     # Who works on what
 
@@ -308,11 +332,10 @@ class Schedule:
         issues: list[Action] = []
         resting, soon = self._resting(), self._soon()
         for group, floor in self._candidates():
-            # A version counts once it is pushed: else the first explorer to load it would be given everything.
             able = {
                 index
                 for index, member in self._explorers.items()
-                if floor <= member.loaded <= self.published_version and index not in resting and member.room > 0
+                if floor <= self._usable(member) and index not in resting and member.room > 0
             }
             # For the same reason the one with most room is waited for if it is about to load.
             explorer = min(able | soon, key=lambda index: (*self._busy(index), index not in able, index), default=-1)
@@ -322,27 +345,44 @@ class Schedule:
                 break  # admit never decreases, so no later group can be issued either
             member = self._explorers[explorer]
             if self._again.pop(group, None) is None:
-                batch, slot = group
-                self._next = GroupKey(batch, slot + 1) if slot + 1 < self._size(batch) else GroupKey(batch + 1, 0)
+                self._passed.add(group)
+                self._skip()
             member.groups.add(group)
             self._running[group] = member.loaded
             issues.append(Issue(group, explorer))
         return issues
 
-    def _candidates(self) -> Iterable[tuple[GroupKey, int]]:
-        """Groups that could be issued, with the oldest version that may explore each; first those to be repeated.
+    def _usable(self, member: _Explorer) -> int:
+        """The version that an explorer may be used with, -1 for none.
 
-        One that is repeated needs weights no older than the first time: what was promised of it still holds.
+        One counts once it is pushed: else the first explorer to load it would be given everything. What an explorer
+        loaded alone counts at once, but not as newer than what is pushed: a push would find it at work on groups that
+        are admitted only by it.
         """
+        if member.alone:
+            return min(member.loaded, self.published_version)
+        return member.loaded if member.loaded <= self.published_version else -1
+
+    def _candidates(self) -> Iterable[tuple[GroupKey, int]]:
+        """Groups that could be issued, with the oldest version that may explore each; first those to be repeated."""
         yield from sorted(self._again.items())
-        while self._exists(self._next.batch) and not self._full:
-            # no work before the first push, whatever the rule
-            yield self._next, max(0, self.rule.admit(self._next.batch))
+        while self._exists(turn := self._turn) and not self._full:
+            yield self._next, self._floor(turn)
+
+    def _skip(self) -> None:
+        """Moves on to the next group that was not issued, here or before a resume."""
+        while self._next in self._passed:
+            self._passed.remove(self._next)
+            batch, slot = self._next
+            self._next = GroupKey(batch, slot + 1) if slot + 1 < self._size(batch) else GroupKey(batch + 1, 0)
 
     @property
     def _full(self) -> bool:
-        issued = len(self._running) + len(self._ready) + len(self._leased) + len(self._again)
-        return self._capacity is not None and issued >= self._capacity
+        """Whether training must make room before a new group is issued.
+
+        Never one that the next step must have, though later ones that were kept on a resume may fill the buffer.
+        """
+        return self._capacity is not None and self._issued >= self._capacity and self._turn > self.version
 
     # Who loads when
 
@@ -370,7 +410,9 @@ class Schedule:
         return -member.room, len(member.groups)
 
     def _soon(self) -> set[int]:
-        """Explorers that load, or will as soon as it is their turn."""
+        """Explorers that load, or will as soon as it is their turn, unless they have to wait for the trainer."""
+        if not self.rule.asynchronous:
+            return set()
         return {
             index
             for index, member in self._explorers.items()
@@ -389,66 +431,55 @@ class Schedule:
     # What is trained
 
     def _complete(self, batch: int) -> bool:
-        """Whether every group of a batch has come back."""
+        """Whether every group that has its turn by ``batch`` has come back."""
         unfinished = (*self._running, *self._again)
-        return self._next.batch > batch and not any(group.batch == batch for group in unfinished)
+        return self._turn > batch and not any(self._step(group) == batch for group in unfinished)
 
     def _lease(self) -> list[Action]:
         if self._wanted is None:
             return []
-        batch, drops = self._wanted, []
+        batch = self._wanted
         if self.rule.asynchronous:
             oldest = sorted(self._ready, key=lambda group: (self._ready[group], group))
             groups = oldest[: self._size(batch)]
             if len(groups) < self._size(batch):
                 return []
-            if self.rule.overdue == "wait" and self._would_be_late(groups):
+            if self.rule.overdue == "wait" and self._would_be_late(oldest[self._size(batch) :]):
                 return []
         elif self._complete(batch):
-            groups = sorted(group for group in self._ready if group.batch == batch)
+            groups = sorted(group for group in self._ready if self._step(group) == batch)
         else:
             return []
         self._wanted = None
         self._leased = {group: self._ready.pop(group) for group in groups}
-        if self.rule.asynchronous and self.rule.overdue == "drop":
-            drops = self._drops()
-        return [Lease(batch, tuple(groups)), *drops]
+        return [Lease(batch, tuple(groups)), *(self._drops() if self.rule.asynchronous else [])]
 
-    def _would_be_late(self, groups: Sequence[GroupKey]) -> bool:
-        """Whether training ``groups`` now would leave others too little room to be trained before they are too old.
-
-        A group of version ``v`` is trained by step ``v + max_staleness`` at the latest. Of all those that are due by
-        step ``d``, the steps after this one up to ``d`` have room for so many; the rest must be in this one. At most a
-        batch of groups is ever missed, because a group of batch ``b`` is never due before step ``b``.
-        """
-        bound = self.rule.max_staleness
-        chosen = set(groups)
-        left = [version for group, version in self._ready.items() if group not in chosen]
-        unfinished = [*self._running.values(), *self._again.values()]
-        left += unfinished
-        room, step = 0, self.version
-        for due in sorted({version + bound for version in unfinished}):
-            while step < due and self._exists(step + 1):
-                step += 1
-                room += self._size(step)
-            if sum(version + bound <= due for version in left) > room:
-                return True
-        return False
+    def _would_be_late(self, left: Iterable[GroupKey]) -> bool:
+        """Whether a step without ``left``, and without what has not come back, is too early."""
+        return would_be_late(
+            [self._ready[group] for group in left],
+            [*self._running.values(), *self._again.values()],
+            bound=self.rule.max_staleness,
+            step=self.version,
+            room=lambda step: self._size(step) if self._exists(step) else 0,
+        )
 
     def _drops(self) -> list[Action]:
-        """Gives up whatever is too old once the leased batch is trained."""
+        """Gives up whatever is too old once the leased batch is trained.
+
+        Where steps wait, that can only be groups that were kept on a resume under another rule.
+        """
         oldest = self.version + 1 - self.rule.max_staleness
         drops: list[Action] = []
         for group in [group for group, version in self._running.items() if version < oldest]:
             explorer = next(index for index, member in self._explorers.items() if group in member.groups)
-            self._take_back(group)
+            self._repeat(group, max(self._take_back(group), oldest))
             drops.append(Drop(group, explorer))
         for group in [group for group, version in self._ready.items() if version < oldest]:
-            del self._ready[group]
+            self._repeat(group, max(self._ready.pop(group), oldest))
             drops.append(Drop(group, None))
         for group, version in self._again.items():
             self._again[group] = max(version, oldest)
-        self._again |= {drop.group: oldest for drop in drops if isinstance(drop, Drop)}
         return drops
 
     # When weights go back
@@ -463,38 +494,10 @@ class Schedule:
         if self._due is None:
             return []
         if not self.rule.asynchronous and not self.rule.in_flight:
-            batch = self.version
-            while self._exists(batch) and self.rule.admit(batch) < self._due:
-                if any(group.batch == batch for group in (*self._running, *self._again)):
-                    return []
-                if self._next.batch <= batch:
-                    if not self._full:
-                        return []
-                    break
-                batch += 1
+            steps = [self._step(group) for group in (*self._running, *self._again)]
+            if self._exists(self._turn) and not self._full:
+                steps.append(self._turn)
+            if any(self.rule.admit(step) < self._due for step in steps):
+                return []
         version, self._due = self._due, None
         return [Publish(version)]
-
-
-def _check(rule: Rule, first: int, stop: int | None) -> None:
-    """Refuses a rule that breaks its own bound, or under which some batch could never be explored."""
-    name, pushed, before = type(rule).__name__, first, first
-    for batch in range(first, min(first + _CHECKED_BATCHES, first + _CHECKED_BATCHES if stop is None else stop)):
-        admitted = max(rule.admit(batch), first)  # there is nothing older than the first
-        if admitted < before:
-            raise ConfigurationError(
-                f"{name}.admit({batch}) is {admitted}, less than {before} for the batch before: it must never decrease"
-            )
-        if batch - admitted > rule.max_staleness:
-            raise ConfigurationError(
-                f"{name}.admit({batch}) is {admitted}: {batch} - {admitted} is a staleness of {batch - admitted} when"
-                f" that batch is trained, above max_staleness={rule.max_staleness}"
-            )
-        if admitted > pushed:
-            raise ConfigurationError(
-                f"{name} could never train batch {batch}: admit({batch}) asks for version {admitted}, but the newest"
-                f" that is pushed before batch {batch} is trained is {pushed}. Push more often or admit earlier"
-            )
-        before = admitted
-        if rule.publishes_after(batch):
-            pushed = batch + 1

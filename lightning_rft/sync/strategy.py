@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import lightning as L
@@ -46,8 +47,12 @@ class Run(Pushed, Protocol):
         """Whether a push is due now, waiting first for what older weights must still explore."""
         ...
 
+    def late(self, explorer: int) -> None:
+        """Notes that an explorer needs weights before the next push."""
+        ...
+
     def metrics(self) -> dict[str, float]:
-        """What the explorers did since the last call, in seconds, and what was dropped."""
+        """What the explorers did since the last call, in seconds, and what went wrong so far."""
         ...
 
     def summary(self) -> str:
@@ -82,6 +87,7 @@ class SyncStrategy(Callback, Rule):
         self.sync_interval = sync_interval
         self.transport = transport or CollectiveTransport()
         self._run: Run | None = None
+        self._module: L.LightningModule | None = None
         self._publisher: Publisher | None = None
         self._pushed = -1  # the version whose weights were taken last
 
@@ -176,14 +182,34 @@ class SyncStrategy(Callback, Rule):
         self._end()
 
     def load(self, explorer: int) -> None:
-        """Has an explorer load what is published last, in the background; the schedule asks for it."""
+        """Has an explorer load what is published last; the schedule asks for it.
+
+        A strategy that pushes in the background does it there. For the others this is an explorer that came up between
+        two pushes, and it gets its weights when the trainer waits.
+        """
         if self._publisher is not None:
             self._publisher.load(explorer)
+        else:
+            self._active.late(explorer)
+
+    def bring(self, explorers: Sequence[int]) -> None:
+        """Brings the weights of this moment to explorers that came up between two pushes; on the trainer's thread."""
+        run, module = self._active, self._module
+        assert module is not None, "asked for weights before the first push"
+        began = time.monotonic()
+        self.transport.push(list(module.weights()), run.version, run, explorers)  # type: ignore[operator]
+        run.observe("trainer", self._push_is, began, run.version)
+
+    @property
+    def _push_is(self) -> str:
+        """What a push is in the timeline."""
+        return "write checkpoint" if self.transport.kind == "checkpoint" else "sync"
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._run is None:
             # the datamodule owns the run; anything else was refused in its setup
             self._run = run = trainer.datamodule.begin(self)  # type: ignore[attr-defined]
+            self._module = pl_module
             self._active.wait_ready()
             if self.asynchronous:
                 self._publisher = Publisher(self.transport, run)
@@ -200,8 +226,7 @@ class SyncStrategy(Callback, Rule):
             return self._publisher.last
         began = time.monotonic()
         push = self.transport.push(weights, run.version, run)
-        what = "write checkpoint" if self.transport.kind == "checkpoint" else "sync"
-        run.observe("trainer", what, began, run.version)
+        run.observe("trainer", self._push_is, began, run.version)
         run.published(run.version)
         return push
 
@@ -215,7 +240,7 @@ class SyncStrategy(Callback, Rule):
 
     def _end(self) -> None:
         publisher, self._publisher = self._publisher, None
-        self._run, self._pushed = None, -1
+        self._run, self._module, self._pushed = None, None, -1
         try:
             if publisher is not None:
                 publisher.close(self.transport.timeout_s)

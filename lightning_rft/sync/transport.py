@@ -47,15 +47,25 @@ class Explorers(Protocol):
         ...
 
     def raise_failures(self) -> None:
-        """Raises the error of an explorer that failed, if one did."""
+        """Raises what ends the run, if something does."""
         ...
 
     def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float, setting: str) -> None:
-        """Returns when each of ``explorers`` computes with ``version``.
+        """Returns when each of ``explorers`` that is alive computes with ``version``.
+
+        One that did not get it within ``timeout_s`` is ended, and another started for it.
 
         Raises:
-            DeadlineError: That took longer than ``timeout_s``; the message names ``setting``.
+            LinkError: The transport broke off for one that is alive.
         """
+        ...
+
+    def end(self, explorers: Sequence[int], blame: str) -> None:
+        """Ends explorers that are of no use; others are started for them. Returns when they are gone."""
+        ...
+
+    def settle(self, explorers: Sequence[int], timeout_s: float) -> None:
+        """Returns when none of ``explorers`` is in the middle of a load; one that is stuck in it is ended."""
         ...
 
 
@@ -85,7 +95,7 @@ class Transport(ABC):
     kind: str = "sync"
     #: Whether pushes in the background go to one explorer at a time.
     one_by_one: bool = False
-    #: Seconds that one push may take.
+    #: Seconds that one push may take; whoever has not loaded it then is ended.
     timeout_s: float = 120.0
 
     def prepare(self, weights: Weights, version: int, explorers: Explorers) -> None:
@@ -105,9 +115,11 @@ class Transport(ABC):
             explorers: How to reach them.
             to: Which of them; left out, all.
 
+        Explorers that die meanwhile are left out, and so are those that do not take it within ``timeout_s``, which are
+        ended.
+
         Raises:
-            TransportError: A member failed or did not take every tensor.
-            DeadlineError: It took longer than ``timeout_s``.
+            TransportError: The weights cannot be sent, or an engine did not take every tensor.
         """
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group
@@ -94,6 +94,16 @@ class ExperienceLoader:
         self._accumulate = accumulate
         self._items = items
         self._max_staleness = max_staleness
+        self._done = 0  # micro-batches of this epoch that were handed out
+        self._resumed = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch is."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The next epoch that begins is the rest of one."""
+        self._resumed = state_dict["done"]
 
     def __len__(self) -> int:
         """Micro-batches of an epoch before limits, which are Lightning's to apply."""
@@ -101,7 +111,12 @@ class ExperienceLoader:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Waits for each batch only when it is asked for."""
-        source, left = self._source(), self._items
+        self._done, self._resumed = self._resumed % max(1, self._items), 0
+        # Lightning asks for the first iterator before the run begins
+        return self._batches_left()
+
+    def _batches_left(self) -> Iterator[MicroBatch]:
+        source, left = self._source(), self._items - self._done
         while left > 0:
             batch, began = source.version, time.perf_counter()
             groups = source.wanted(batch)
@@ -111,6 +126,7 @@ class ExperienceLoader:
             shares = split(groups, min(self._accumulate, left))
             for index, share in enumerate(shares, start=1):
                 last = index == len(shares)
+                self._done += 1
                 yield MicroBatch(batch, share, last=last, batch_tokens=tokens, wait_seconds=waited if last else 0.0)
             left -= len(shares)
 

@@ -139,6 +139,8 @@ class RFTModule(L.LightningModule):
     def validation_step(self, batch: list[Group], batch_idx: int) -> None:
         """Logs ``val/reward``, ``val/pass@1`` and ``val/version`` over answers to held-out tasks."""
         experiences = [experience for group in batch for experience in group.experiences]
+        if not experiences:  # all of these failed after every retry, which is counted and bounded elsewhere
+            return
         rewards = torch.tensor([experience.reward for experience in experiences])
         passed = (rewards >= self.pass_threshold).float()
         version = float(max(experience.oldest_version for experience in experiences))

@@ -32,7 +32,7 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def make_pool(
-    model: Path, log_dir: Path, *, count: int = 1, start_timeout_s: float = 60, **changes: Any
+    model: Path, log_dir: Path, *, count: int = 1, start_timeout_s: float = 60, max_restarts: int = 0, **changes: Any
 ) -> tuple[ExplorerPool, Callable[[], None]]:
     settings: dict[str, Any] = {
         "engine": LightEngine(),
@@ -44,9 +44,10 @@ def make_pool(
         "seed": 0,
         "retries": 0,
         "reward_timeout_s": 30.0,
+        "sample_timeout_s": 30.0,
     }
     spec = ExplorerSpec(**settings | changes)
-    pool = ExplorerPool(spec.engine, count, log_dir=log_dir)
+    pool = ExplorerPool(spec.engine, count, log_dir=log_dir, max_restarts=max_restarts)
     return pool, lambda: pool.start(spec, start_timeout_s)
 
 
@@ -141,8 +142,7 @@ def test_death(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
     with pytest.raises(ExplorerError, match="explorer 0 ended with status -9; the end of") as caught:
         heard(pool, Started)
     assert str(caught.value).splitlines()[1:] == [f"line {number}" for number in range(10, 30)]
-    with pytest.raises(ExplorerError, match="explorer 0 ended with status -9"):
-        pool.send(0, "anything")
+    pool.send(0, "anything")  # there is nobody left to whom it matters
     pool.stop()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey, Task
-from lightning_rft.explorer.connection import Cancel, Channel, Explore, Explored, Failed, Started
+from lightning_rft.explorer.connection import Advanced, Cancel, Channel, Explore, Explored, Started
 from lightning_rft.explorer.fake_engine import FakeEngine
 from lightning_rft.explorer.worker import Explorer, ExplorerSpec
 from lightning_rft.explorer.workflow import Policy, SingleTurn
@@ -33,6 +33,13 @@ def line() -> Iterator[tuple[Channel, Channel]]:
             channel.close()
 
 
+def heard(channel: Channel) -> Any:
+    """The next message that is more than a sign of life."""
+    while isinstance(message := channel.receive(30), Advanced):
+        pass
+    return message
+
+
 def answers(model: Path, *messages: Any, replies: int = 1, **changes: Any) -> list[Any]:
     """What an explorer sends after its start when it is sent these messages."""
     settings: dict[str, Any] = {
@@ -45,6 +52,7 @@ def answers(model: Path, *messages: Any, replies: int = 1, **changes: Any) -> li
         "seed": 0,
         "retries": 2,
         "reward_timeout_s": 30.0,
+        "sample_timeout_s": 30.0,
     }
 
     async def run() -> list[Any]:
@@ -56,7 +64,9 @@ def answers(model: Path, *messages: Any, replies: int = 1, **changes: Any) -> li
                 assert await asyncio.to_thread(ours.receive, 30) == Started("float32", 1, False, 64)
                 for message in messages:
                     inbox.put_nowait(message)
-                received = [await asyncio.to_thread(ours.receive, 30) for _ in range(replies)]
+                received = [await asyncio.to_thread(heard, ours) for _ in range(replies)]
+                if not replies:  # it is to end by itself
+                    await asyncio.wait_for(serving, 30)
                 inbox.put_nowait(None)
                 await serving
                 with pytest.raises(TimeoutError):
@@ -70,9 +80,10 @@ def answers(model: Path, *messages: Any, replies: int = 1, **changes: Any) -> li
 
 def fails_with(model: Path, *messages: Any, **changes: Any) -> BaseException:
     (answer,) = answers(model, *messages or (GROUP,), **changes)
-    assert isinstance(answer, Failed)
-    assert (answer.run, answer.key) == (GROUP.run, GROUP.key)
-    return answer.failure.unpack("here")
+    assert isinstance(answer, Explored)
+    assert (answer.run, answer.key, answer.experiences) == (GROUP.run, GROUP.key, ())
+    assert len(answer.failures) == len(GROUP.seeds)
+    return answer.failures[0].unpack("here")
 
 
 def test_a_group(tiny_model_path: Path) -> None:
@@ -144,7 +155,8 @@ def test_an_error_in_a_step_of_the_engine(tiny_model_path: Path) -> None:
         def step(self) -> Any:
             raise OverflowError("too many")
 
-    assert isinstance(fails_with(tiny_model_path, engine=Broken()), OverflowError)
+    with pytest.raises(OverflowError, match="too many"):  # the explorer's own end, not a group's
+        answers(tiny_model_path, GROUP, engine=Broken(), replies=0)
 
 
 def test_a_cancelled_run_is_forgotten_and_others_go_on(tiny_model_path: Path) -> None:

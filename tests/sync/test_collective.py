@@ -1,55 +1,67 @@
-"""Who is heard when a push breaks off."""
+"""A push whose members die, hang or stay: who is heard, and that no one is waited for in vain."""
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 
-from lightning_rft.errors import DeadlineError, ExplorerError, TransportError
+from lightning_rft.errors import ExplorerError, LinkError, TransportError
 from lightning_rft.sync import collective
 
 
 class Explorers:
-    """Nothing failed, until the news of it has arrived."""
+    """Two are alive and nothing failed, until they have been asked so often."""
 
-    def __init__(self, news_after: int | None) -> None:
-        self.asked = 0
-        self._news_after = news_after
+    def __init__(self, fails_after: int | None = None, dies_after: int | None = None) -> None:
+        self._fails_after = fails_after
+        self._dies_after = dies_after
+        self._asked = 0
 
     def raise_failures(self) -> None:
-        self.asked += 1
-        if self._news_after is not None and self.asked > self._news_after:
+        self._asked += 1
+        if self._fails_after is not None and self._asked > self._fails_after:
             raise ExplorerError("its own words")
 
-
-def broken() -> None:
-    raise RuntimeError("connection closed by peer")
+    def members(self) -> dict[int, int]:
+        return {0: 1} if self._dies_after is not None and self._asked > self._dies_after else {0: 1, 1: 1}
 
 
 def watched(function: object, explorers: Explorers, timeout_s: float = 30.0) -> None:
-    collective._watched(function, explorers, time.monotonic() + timeout_s)  # type: ignore[arg-type]
+    deadline = time.monotonic() + timeout_s
+    collective._watched(function, {0: 1, 1: 1}, explorers, deadline)  # type: ignore[arg-type]
 
 
-def test_an_explorers_own_error_goes_first_though_it_arrives_later() -> None:
-    with pytest.raises(ExplorerError, match="its own words"):
-        watched(broken, Explorers(news_after=5))
+def raising(error: Exception) -> object:
+    def function() -> None:
+        raise error
 
-
-def test_a_push_that_breaks_off_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collective, "_NEWS_S", 0.1)
-    with pytest.raises(TransportError, match="connection closed by peer"):
-        watched(broken, Explorers(news_after=None))
-
-
-def test_an_error_and_a_deadline_end_a_push_that_hangs() -> None:
-    with pytest.raises(ExplorerError, match="its own words"):
-        watched(lambda: time.sleep(2), Explorers(news_after=3))
-    with pytest.raises(DeadlineError, match=r"raise CollectiveTransport\(timeout_s=...\)"):
-        watched(lambda: time.sleep(2), Explorers(news_after=None), timeout_s=0.1)
+    return function
 
 
 def test_a_push_that_works() -> None:
     done: list[int] = []
-    watched(lambda: done.append(1), Explorers(news_after=None))
+    watched(lambda: done.append(1), Explorers())
     assert done == [1]
+
+
+def test_a_connection_that_breaks_can_be_tried_again_and_an_error_of_ours_not() -> None:
+    with pytest.raises(LinkError, match="connection closed by peer"):
+        watched(raising(RuntimeError("connection closed by peer")), Explorers())
+    with pytest.raises(TransportError, match="wrong shape") as caught:
+        watched(raising(TransportError("wrong shape")), Explorers())
+    assert not isinstance(caught.value, LinkError)
+
+
+def test_a_push_that_hangs_ends_with_a_member_or_the_run_or_its_deadline() -> None:
+    end = threading.Event()
+    try:
+        with pytest.raises(LinkError, match=r"explorers \[1\] are gone"):
+            watched(end.wait, Explorers(dies_after=3))
+        with pytest.raises(ExplorerError, match="its own words"):
+            watched(end.wait, Explorers(fails_after=3))
+        with pytest.raises(LinkError, match=r"raise CollectiveTransport\(timeout_s=...\)"):
+            watched(end.wait, Explorers(), timeout_s=0.1)
+    finally:
+        end.set()

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import lightning_rft as rft
 from lightning_rft.errors import ConfigurationError, ScheduleError
-from lightning_rft.experience import GroupKey
-from lightning_rft.sync.schedule import Action, Issue, Lease, Load, Publish, Rule, Schedule
+from lightning_rft.experience import GroupKey, Progress
+from lightning_rft.sync.feasibility import moved_groups
+from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Rule, Schedule
 from lightning_rft.sync.synchronous import Synchronous
-from lightning_rft.testing import Event, check_events, check_strategy, drive
+from lightning_rft.testing import Crash, Event, check_events, check_strategy, drive
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,9 @@ class Ahead(Rule):
 def started(rule: Rule, *, size: int = 2, explorers: int = 1, **settings: Any) -> tuple[Schedule, list[Action]]:
     """A schedule whose first version is pushed, and what that led to."""
     schedule = Schedule(rule, size=lambda batch: size, **settings)
-    for explorer in range(explorers):
-        assert schedule.joined(explorer) == []
     version = schedule.version
-    actions = [action for explorer in range(explorers) for action in schedule.loaded(explorer, version)]
+    actions = [action for explorer in range(explorers) for action in schedule.joined(explorer)]
+    actions += [action for explorer in range(explorers) for action in schedule.loaded(explorer, version)]
     return schedule, actions + schedule.published(version)
 
 
@@ -192,6 +192,193 @@ def test_short_batches_are_complete_when_they_are():
     assert schedule.loaded(0, 1) + schedule.published(1) == [issue(1, 0), issue(1, 1)]
 
 
+def test_who_comes_between_two_pushes_loads_alone_and_explores_with_newer_weights():
+    schedule, _ = started(Synchronous(2), size=1)
+    all_ready(schedule, 0, 1)
+    schedule.wanted(0)
+    schedule.trained(0)
+    assert schedule.died(0) == []
+    assert schedule.joined(1) == [Load(1, 0)]
+    assert schedule.loaded(1, 1, alone=True) == [issue(1, 0, 1)]  # version 1 is never published
+    assert schedule.died(1) == []
+    schedule.joined(2)
+    assert schedule.loaded(2, 1, alone=True) == [issue(1, 0, 2)]
+    assert schedule.ready(GroupKey(1, 0)) + schedule.wanted(1) == [lease(1, 1)]
+    assert schedule.trained(1) == [Publish(2)]
+    assert schedule.loaded(2, 2) + schedule.published(2) == [issue(2, 0, 2), issue(3, 0, 2)]
+
+
+def test_others_do_not_wait_for_who_waits_for_the_trainer():
+    schedule, _ = started(Synchronous(2), size=1)
+    schedule.joined(1)
+    assert schedule.failed(GroupKey(0, 0)) == [issue(0, 0)]  # though explorer 1 would have more room
+    schedule, _ = started(rft.FullyAsynchronous(), size=1)
+    schedule.joined(1)
+    assert schedule.failed(GroupKey(0, 0)) == []  # this one loads at once
+
+
+def test_who_comes_while_a_push_is_held_back_explores_what_it_waits_for_and_no_more():
+    schedule, _ = started(OneStepOff())
+    all_ready(schedule, 0)
+    schedule.wanted(0)
+    assert schedule.trained(0) == []  # batch 1 is still explored
+    assert schedule.died(0) == []
+    schedule.joined(1)
+    assert schedule.loaded(1, 1, alone=True) == [issue(1, 0, 1), issue(1, 1, 1)]
+    assert all_ready(schedule, 1) == [Publish(1)]  # and batch 2 waits for it, though its weights are there
+    assert schedule.loaded(1, 1) + schedule.published(1) == [issue(2, 0, 1), issue(2, 1, 1)]
+
+
+def test_a_lost_group_needs_no_weights_that_only_the_dead_had():
+    schedule, _ = started(Synchronous(2), size=1, explorers=2)  # 0.0 on explorer 0, 1.0 on explorer 1
+    all_ready(schedule, 0, 1)
+    schedule.wanted(0)
+    schedule.trained(0)
+    schedule.joined(2, room=0)
+    schedule.loaded(2, 1, alone=True)
+    schedule.died(0)
+    schedule.joined(3)
+    schedule.loaded(3, 1, alone=True)
+    assert schedule.failed(GroupKey(1, 0)) == [issue(1, 0, 1)]
+    assert schedule.died(1) == [issue(1, 0, 3)]
+    schedule.joined(4)
+    schedule.loaded(4, 1)  # not alone: it counts once it is published
+    assert schedule.died(3) == []
+
+
+def test_explorers_that_die_while_a_push_goes_on_are_not_waited_for():
+    schedule, _ = started(Synchronous(), size=1, explorers=3)
+    all_ready(schedule, 0, 1)
+    schedule.wanted(0)
+    assert schedule.trained(0) == [Publish(1)]
+    assert schedule.died(0) + schedule.loaded(1, 1) + schedule.died(2) == []
+    assert schedule.joined(3) == [Load(3, 0)]
+    assert schedule.published(1) == [issue(1, 0, 1)]
+    assert schedule.loaded(3, 1, alone=True) == []
+    assert schedule.died(1) == [issue(1, 0, 3)]
+
+
+def test_progress_is_what_was_trained_in_whatever_order():
+    schedule, _ = started(rft.FullyAsynchronous(max_staleness=2))  # batches 0 to 2 are explored with version 0
+    steps = [
+        ([(0, 0), (1, 1)], {(0, 1)}, {(1, 1)}),
+        ([(2, 0), (2, 1)], {(0, 1), (1, 0)}, {(2, 0), (2, 1)}),
+        ([(0, 1), (1, 0)], set(), set()),
+    ]
+    assert schedule.progress == Progress(0)
+    for batch, (groups, behind, ahead) in enumerate(steps):
+        for group in groups:
+            schedule.ready(GroupKey(*group))
+        assert schedule.wanted(batch) == [Lease(batch, tuple(GroupKey(*group) for group in groups))]
+        schedule.trained(batch)
+        assert schedule.progress == Progress(batch + 1, frozenset(behind), frozenset(ahead))  # type: ignore[arg-type]
+
+
+# Resumed
+
+HOLES = Progress(5, frozenset({GroupKey(3, 1), GroupKey(4, 0)}), frozenset({GroupKey(5, 1), GroupKey(7, 0)}))
+
+
+def resumed(rule: Rule, ready: dict[GroupKey, int] | None = None, **settings: Any) -> tuple[Schedule, list[Action]]:
+    return started(rule, progress=HOLES, ready=ready, **settings)
+
+
+def test_groups_that_were_left_come_first_and_shift_the_others():
+    assert moved_groups(HOLES, lambda batch: 2) == {
+        GroupKey(3, 1): 5,
+        GroupKey(4, 0): 5,
+        GroupKey(5, 0): 6,
+        GroupKey(6, 1): 7,
+    }
+    assert moved_groups(Progress(9), lambda batch: 2) == {}
+
+
+def test_an_asynchronous_run_goes_on_with_what_is_left():
+    schedule, actions = resumed(rft.FullyAsynchronous(max_staleness=1), {GroupKey(5, 0): 4})
+    assert schedule.progress == HOLES
+    assert actions == [issue(3, 1), issue(4, 0), issue(6, 0)]  # 6.1 has its turn in step 7, and needs version 6
+    assert schedule.wanted(5) == []
+    assert schedule.ready(GroupKey(3, 1)) == [Lease(5, (GroupKey(5, 0), GroupKey(3, 1)))]
+    assert schedule.trained(5) == [Publish(6)]
+    assert schedule.progress == Progress(6, frozenset({GroupKey(4, 0)}), frozenset({GroupKey(7, 0)}))
+
+
+def test_what_was_left_and_has_its_turn_later_is_explored_with_newer_weights():
+    holes = Progress(5, frozenset({GroupKey(3, 0), GroupKey(4, 0)}), frozenset({GroupKey(5, 0), GroupKey(6, 0)}))
+    schedule, actions = started(rft.FullyAsynchronous(max_staleness=0), size=1, progress=holes)
+    assert actions == [issue(3, 0)]  # 4.0 has its turn in step 6
+    schedule.wanted(5)
+    assert schedule.ready(GroupKey(3, 0)) == [Lease(5, (GroupKey(3, 0),))]
+    schedule.trained(5)
+    assert schedule.published(6) == [Load(0, 6)]
+    assert schedule.loaded(0, 6) == [issue(4, 0)]
+
+
+def test_what_was_kept_is_trained_before_what_is_new():
+    schedule, _ = started(
+        rft.FullyAsynchronous(max_staleness=0), size=1, explorers=0, first=5, ready={GroupKey(6, 0): 5}
+    )
+    assert schedule.wanted(5) == [Lease(5, (GroupKey(6, 0),))]
+    schedule.joined(0)
+    assert schedule.loaded(0, 5) == []  # 5.0 has its turn in step 6 now
+    assert schedule.trained(5) == [Publish(6)]
+    assert schedule.progress == Progress(6, frozenset({GroupKey(5, 0)}), frozenset({GroupKey(6, 0)}))
+    schedule.published(6)
+    assert schedule.loaded(0, 6) == [issue(5, 0)]
+
+
+def test_a_synchronous_run_goes_on_with_what_an_asynchronous_one_left():
+    schedule, actions = resumed(Synchronous(), {GroupKey(4, 0): 5, GroupKey(5, 0): 5}, capacity=2)
+    assert schedule.progress == HOLES
+    # 5.0 has its turn in step 6, and is explored again with version 6
+    assert actions == [Drop(GroupKey(5, 0), None), issue(3, 1)]
+    assert schedule.wanted(5) == []
+    assert schedule.ready(GroupKey(3, 1)) == [Lease(5, (GroupKey(3, 1), GroupKey(4, 0)))]
+    assert schedule.trained(5) == [Publish(6)]
+    assert schedule.progress == Progress(6, frozenset({GroupKey(5, 0)}), frozenset({GroupKey(7, 0)}))
+    assert schedule.loaded(0, 6) + schedule.published(6) == [issue(5, 0), issue(6, 0)]
+
+
+def test_what_a_rule_cannot_train_in_time_is_dropped():
+    schedule = Schedule(Synchronous(), size=lambda batch: 2, progress=HOLES, ready={GroupKey(5, 0): 5}, stop=8)
+    assert schedule.joined(0) == [Drop(GroupKey(5, 0), None)]
+    assert schedule.joined(1) == []
+    # past the end
+    schedule = Schedule(rft.FullyAsynchronous(), size=lambda batch: 1, first=3, stop=4, ready={GroupKey(4, 0): 3})
+    assert schedule.joined(0) == [Drop(GroupKey(4, 0), None)]
+    # three that are due in step 3, of which one has room
+    ready = {GroupKey(3, 0): 3, GroupKey(4, 0): 3, GroupKey(5, 0): 3}
+    schedule, actions = started(rft.FullyAsynchronous(max_staleness=0), size=1, first=3, ready=ready)
+    assert actions == []
+    drops = [Drop(GroupKey(4, 0), None), Drop(GroupKey(5, 0), None)]
+    assert schedule.wanted(3) == [lease(3, 1), *drops]
+
+
+def test_kept_groups_never_take_the_room_of_the_next_batch():
+    kept = {GroupKey(batch, 1): 5 for batch in (5, 6, 7)}
+    schedule, actions = started(Ahead(3), capacity=2, first=5, ready=kept)
+    assert actions == [issue(5, 0)]
+    schedule.wanted(5)
+    assert schedule.ready(GroupKey(5, 0)) == [lease(5)]
+    assert schedule.trained(5) == [issue(6, 0)]
+
+
+@pytest.mark.parametrize(
+    ("progress", "ready", "message"),
+    [
+        (Progress(2, behind=frozenset({GroupKey(0, 0)})), {}, "1 groups behind and 0 ahead of version 2 cannot be"),
+        (Progress(1, frozenset({GroupKey(1, 0)}), frozenset({GroupKey(2, 0)})), {}, "1 groups behind and 1 ahead"),
+        (Progress(1, frozenset({GroupKey(0, 0)}), frozenset({GroupKey(0, 1)})), {}, "1 groups behind and 1 ahead"),
+        (Progress(4), {GroupKey(3, 0): 4}, "cannot be ready .* trained already"),
+        (Progress(4), {GroupKey(4, 0): 5}, "from the future"),
+        (Progress(4), {GroupKey(4, 0): 2}, "above max_staleness=1"),
+    ],
+)
+def test_a_resume_that_cannot_be_is_refused(progress: Progress, ready: dict[GroupKey, int], message: str):
+    with pytest.raises(ScheduleError, match=message):
+        Schedule(OneStepOff(), size=lambda batch: 2, progress=progress, ready=ready)
+
+
 @pytest.mark.parametrize(
     ("event", "message"),
     [
@@ -213,6 +400,8 @@ def test_what_cannot_be_is_refused(event: Callable[[Schedule], Any], message: st
 def test_capacity_below_a_batch_is_refused():
     with pytest.raises(ConfigurationError, match=r"buffer_capacity=3 .* at least 4"):
         Schedule(Synchronous(), size=lambda batch: 4, capacity=3)
+    with pytest.raises(ConfigurationError, match=r"at least 4"):  # though the first batch is a short one
+        Schedule(Synchronous(), size=lambda batch: 4 if batch else 1, capacity=3)
     Schedule(Synchronous(), size=lambda batch: 4, capacity=4)
     Schedule(Synchronous(), size=lambda batch: 4, capacity=3, stop=0)  # nothing will be issued
 
@@ -241,7 +430,7 @@ def test_driver_reports_a_deadlock():
         drive(Never(), batches=4)
     with pytest.raises(ScheduleError, match="deadlock"):
         drive(Synchronous(), batches=2, deaths=[(1.5, 0)])
-    assert drive(Synchronous(), batches=2, deaths=[(1.5, 0)], joins=[(9.0, 0)])[-1].time > 9
+    assert drive(Synchronous(), batches=2, deaths=[(1.5, 0)], joins=[(9.0, 1)])[-1].time > 9
 
 
 CIRCUMSTANCES: dict[str, Any] = {
@@ -252,8 +441,9 @@ CIRCUMSTANCES: dict[str, Any] = {
     "failure_rate": st.sampled_from([0.0, 0.1, 0.5]),
     "train_time": st.sampled_from([0.0, 1.0, 20.0]),
     "push_time": st.sampled_from([0.0, 0.5, 5.0]),
-    "outages": st.lists(st.tuples(st.floats(0, 60), st.integers(0, 2), st.floats(0, 20)), max_size=5),
-    "late": st.lists(st.tuples(st.floats(0, 60), st.integers(0, 4)), max_size=2),
+    # who dies when (the first replacements too), and how long it takes to replace them
+    "outages": st.lists(st.tuples(st.floats(0, 60), st.integers(0, 4), st.floats(0, 20)), max_size=5),
+    "late": st.lists(st.floats(0, 60), max_size=2),
     "most": st.sampled_from([None, 1, 2, 5]),
     "seed": st.integers(0, 2**32),
 }
@@ -276,9 +466,10 @@ def run(
     train_time: float,
     push_time: float,
     outages: list[tuple[float, int, float]],
-    late: list[tuple[float, int]],
+    late: list[float],
     most: int | None,
     seed: int,
+    crashes: Sequence[Crash] = (),
 ) -> tuple[list[Event], Callable[[int], int], int | None]:
     def draw(*about: Any) -> random.Random:
         return random.Random(repr((seed, *about)))
@@ -297,7 +488,9 @@ def run(
         push_time=push_time,
         fails=lambda group, attempt: draw("fails", group, attempt).random() < failure_rate,
         deaths=[(when, explorer) for when, explorer, _ in outages],
-        joins=[(when + away, explorer) for when, explorer, away in outages] + late,
+        joins=[(when + away, explorers + number) for number, (when, _, away) in enumerate(outages)]
+        + [(when, 100 + number) for number, when in enumerate(late)],
+        crashes=crashes,
         capacity=capacity,
         room=most,
     )
@@ -334,11 +527,31 @@ def shipped(draw: st.DrawFn) -> rft.SyncStrategy:
 ASYNCHRONOUS = [rft.FullyAsynchronous, rft.MultiExplorerAsynchronous]
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(rule=shipped(), circumstances=st.fixed_dictionaries(CIRCUMSTANCES))
 def test_every_strategy_keeps_the_rules(rule: rft.SyncStrategy, circumstances: dict[str, Any]):
     events, size, _ = run(rule, **circumstances)
     check_events(rule, events, batches=circumstances["batches"], groups_per_batch=size)
+    undisturbed = not circumstances["outages"] and not circumstances["failure_rate"] and rule.overdue == "wait"
+    if undisturbed:  # then every length that was asked for is trained
+        assert max(Counter(event.group for event in events if event.what == "issued").values()) == 1
+
+
+CRASHES = st.builds(Crash, st.floats(0, 60), st.integers(0, 5), st.none())
+SWAPS = st.builds(Crash, st.floats(0, 60), st.integers(0, 5), shipped())
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    rule=shipped(),
+    circumstances=st.fixed_dictionaries(CIRCUMSTANCES),
+    crashes=st.lists(CRASHES, min_size=1, max_size=3) | st.lists(CRASHES | SWAPS, min_size=1, max_size=3),
+)
+def test_every_strategy_keeps_the_rules_through_resumes(
+    rule: rft.SyncStrategy, circumstances: dict[str, Any], crashes: list[Crash]
+):
+    events, size, _ = run(rule, crashes=crashes, **circumstances)
+    check_events(rule, events, batches=circumstances["batches"], groups_per_batch=size, crashes=crashes)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -454,6 +667,18 @@ def test_the_conformance_test_finds_what_is_wrong():
     with pytest.raises(ConfigurationError, match="staleness of 2"):
         check_strategy(Hasty(max_staleness=2), runs=50)
 
+    again = drive(rft.FullyAsynchronous(max_staleness=1), batches=4, train_time=3.0, crashes=[Crash(9.0, back=1)])
+    check_events(rft.FullyAsynchronous(max_staleness=1), again, batches=4, crashes=[Crash(9.0, back=1)])
+    (resume,) = [event for event in again if event.what == "resumed"]
+    assert resume.groups  # else the next shows nothing
+    for broken in (
+        [replace(event, version=event.version + 1) if event is resume else event for event in again],
+        [replace(event, groups=(GroupKey(0, 0),)) if event is resume else event for event in again],
+        [replace(event, version=0) if event.what == "ready" else event for event in again],
+    ):
+        with pytest.raises(ScheduleError):
+            check_events(rft.FullyAsynchronous(max_staleness=1), broken, batches=4, crashes=[Crash(9.0)])
+
     events = drive(Synchronous(), batches=3)
     for broken in (
         [event for event in events if event.what != "pushed"],
@@ -480,20 +705,29 @@ def check(
     if pushes[-1] != batches:
         pushes.append(batches)  # the end of the run
     loaded: dict[int, int] = {}
+    alone: set[int] = set()  # who loaded by itself
     running: dict[GroupKey, Event] = {}
     ready: dict[GroupKey, int] = {}
     waiting_again: set[GroupKey] = set()
+    undisturbed = not any(event.what == "died" for event in events)
 
     for event in events:
         group, explorer = event.group, event.explorer
-        if event.what in ("loading", "training"):
+        if event.what == "training":
             continue
         if event.what == "joined":
             assert explorer is not None
             loaded[explorer] = -1
+            undisturbed = undisturbed and version < 0
+        elif event.what == "loading":
+            assert explorer is not None
+            assert loaded[explorer] == -1  # it came late
+            alone.add(explorer)
         elif event.what == "loaded":
             assert explorer is not None
-            assert loaded[explorer] < event.version <= max(version, 0)
+            if explorer in alone and loaded[explorer] != -1:
+                alone.remove(explorer)  # a push to all
+            assert loaded[explorer] <= event.version == max(version, 0)
             assert not any(work.explorer == explorer for work in running.values())  # no swap in mid-group
             loaded[explorer] = event.version
         elif event.what == "died":
@@ -511,7 +745,9 @@ def check(
             waiting_again.discard(group)
             assert max(0, rule.admit(group.batch)) <= event.version == loaded[explorer]  # type: ignore[index]
             load = Counter(work.explorer for work in running.values())
-            able = [i for i, v in loaded.items() if max(0, rule.admit(group.batch)) <= v <= pushed]
+            floor = max(0, rule.admit(group.batch))
+            assert floor <= pushed
+            able = [i for i, v in loaded.items() if floor <= v and (v <= pushed or i in alone)]
             assert load[explorer] == min(load[i] for i in able)
             assert most is None or load[explorer] < most
             running[group] = event
@@ -532,14 +768,14 @@ def check(
                 if key.batch == batch:
                     staleness = batch - ready[key]
                     assert 0 <= staleness <= rule.max_staleness
-                    if isinstance(rule, Synchronous):
+                    if isinstance(rule, Synchronous) and undisturbed:
                         assert ready[key] == batch // rule.sync_interval * rule.sync_interval
             version = batch + 1
         else:
             assert event.what == "pushed"
             assert event.version == pushes.pop(0) == max(version, 0)
             pushed = event.version
-            assert all(v == pushed for v in loaded.values())
+            assert all(v in (pushed, -1) for v in loaded.values())  # but for who came while it was pushed
             older = [key for key in {*running, *waiting_again} if rule.admit(key.batch) < pushed]
             assert pushed == 0 or not older
     assert not pushes

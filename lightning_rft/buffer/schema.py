@@ -1,0 +1,129 @@
+"""What a buffer file looks like inside, and how to tell that a file is one."""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from enum import Enum
+from pathlib import Path
+
+from lightning_rft.buffer.faults import DAMAGED
+from lightning_rft.errors import ConfigurationError, StorageError
+
+__all__ = ["State", "check_format", "prepare"]
+
+FORMAT_VERSION = 2
+APPLICATION_ID = 0x52465442  # "RFTB": tells our files from those of other programs that also count versions from 1
+
+
+class State(str, Enum):
+    """Where a group stands.
+
+    ``trained``, ``filtered`` and ``failed`` end a task. A dropped group is issued again in the same round; the slot of
+    a filtered or failed one gets another task, in the next round.
+    """
+
+    ISSUED = "issued"
+    READY = "ready"
+    LEASED = "leased"
+    TRAINED = "trained"
+    FILTERED = "filtered"
+    DROPPED = "dropped"
+    FAILED = "failed"
+
+    @classmethod
+    def _missing_(cls, value: object) -> State:
+        raise StorageError(f"a group of the buffer is in state {value!r}, which there is not: {DAMAGED}")
+
+
+# A resumed run is a further incarnation of the same run. `round` counts the tasks that a slot had, from 0; the largest
+# is the current one. `step` is the batch that a trained group was part of, or the version at which a group failed or
+# was filtered: it is set in just these three states. `incarnation` is the one that issued the group last.
+# Blobs sit in an ordinary table, last in the row: WITHOUT ROWID suits small rows only, and readers of the other
+# columns then never touch the pages of a blob.
+_TABLES = f"""
+CREATE TABLE identity (id TEXT NOT NULL);
+CREATE TABLE incarnations (
+    number INTEGER PRIMARY KEY,
+    run INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    started REAL NOT NULL
+);
+CREATE TABLE groups (
+    run INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    slot INTEGER NOT NULL,
+    round INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    task_id TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ({", ".join(repr(state.value) for state in State)})),
+    explorer INTEGER NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 1,
+    incarnation INTEGER NOT NULL REFERENCES incarnations (number),
+    oldest_version INTEGER,
+    newest_version INTEGER,
+    step INTEGER,
+    error TEXT,
+    PRIMARY KEY (run, batch, slot, round)
+) WITHOUT ROWID;
+CREATE INDEX groups_leased ON groups (run) WHERE state = 'leased';
+CREATE INDEX groups_by_step ON groups (run, step) WHERE step IS NOT NULL;
+CREATE TABLE experiences (
+    run INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    slot INTEGER NOT NULL,
+    round INTEGER NOT NULL,
+    sample INTEGER NOT NULL,
+    reward REAL NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    oldest_version INTEGER NOT NULL,
+    newest_version INTEGER NOT NULL,
+    finish_reason TEXT NOT NULL,
+    generate_seconds REAL NOT NULL,
+    reward_seconds REAL NOT NULL,
+    text TEXT NOT NULL,
+    turns BLOB NOT NULL,
+    PRIMARY KEY (run, batch, slot, round, sample)
+);
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {FORMAT_VERSION};
+"""
+
+
+def check_format(connection: sqlite3.Connection, path: str | Path) -> bool:
+    """Whether there is anything in the file yet.
+
+    Raises:
+        ConfigurationError: What is in it is another program's, or of another format.
+    """
+    application: int = connection.execute("PRAGMA application_id").fetchone()[0]
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+        return False
+    if application != APPLICATION_ID:
+        raise ConfigurationError(
+            f"buffer {str(path)!r} is a SQLite file of another program: set `buffer` to the path of a new file or of "
+            "an earlier run's buffer"
+        )
+    if version != FORMAT_VERSION:
+        raise ConfigurationError(
+            f"buffer {str(path)!r} has format version {version}, this lightning_rft reads {FORMAT_VERSION}: set "
+            "`buffer` to the path of a new file, or use the lightning_rft that wrote this one"
+        )
+    return True
+
+
+def prepare(connection: sqlite3.Connection, path: str | Path) -> None:
+    """Makes a connection ready to write, and the tables of a new file.
+
+    Raises:
+        ConfigurationError: As :func:`check_format`; the file stays as it was.
+    """
+    filled = check_format(connection, path)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    # Pages of the log after which it is merged into the file: 16 MB, as each merge waits for the disk twice.
+    connection.execute("PRAGMA wal_autocheckpoint = 4000")
+    if not filled:
+        name = uuid.uuid4().hex
+        connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} INSERT INTO identity VALUES ('{name}'); COMMIT;")

@@ -1,0 +1,75 @@
+"""What makes one strategy differ from another: two answers, and whether they can work at all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from lightning_rft.errors import ConfigurationError
+
+__all__ = ["Rule", "check_rule"]
+
+_CHECKED_BATCHES = 1000
+
+
+class Rule(ABC):
+    """What makes one strategy differ from another: two answers, and how strict it is about order."""
+
+    #: False: batches are trained in the order in which they were issued, and the trainer waits for every push.
+    #: True: a step trains the groups with the oldest weights first, and pushes happen in the background.
+    asynchronous: bool = False
+    #: Whether an explorer may change weights while it works on groups; else it finishes them first.
+    in_flight: bool = False
+    #: Whether explorers load one after another, so that exploration never stops as a whole.
+    staggered: bool = False
+    #: What becomes of a group that would be too old after the next step: the step waits for it, or it is dropped.
+    overdue: Literal["wait", "drop"] = "wait"
+
+    @property
+    @abstractmethod
+    def max_staleness(self) -> int:
+        """Most batches that a token may lag behind the version that is trained."""
+
+    @abstractmethod
+    def admit(self, batch: int) -> int:
+        """The version that an explorer must have loaded before it may start a group of ``batch``.
+
+        Never decreases with ``batch``.
+        """
+
+    @abstractmethod
+    def publishes_after(self, batch: int) -> bool:
+        """Whether new weights are due once ``batch`` is trained."""
+
+
+def check_rule(rule: Rule, first: int, stop: int | None) -> None:
+    """Refuses a rule that breaks its own bound, or under which some batch could never be explored.
+
+    Args:
+        rule: The strategy's answers.
+        first: Batch to start with, and the oldest version that there is.
+        stop: Batches before ``stop`` exist; ``None`` for no end.
+
+    Raises:
+        ConfigurationError: The rule can never make progress; the message has the arithmetic.
+    """
+    name, pushed, before = type(rule).__name__, first, first
+    for batch in range(first, min(first + _CHECKED_BATCHES, first + _CHECKED_BATCHES if stop is None else stop)):
+        admitted = max(rule.admit(batch), first)  # there is nothing older than the first
+        if admitted < before:
+            raise ConfigurationError(
+                f"{name}.admit({batch}) is {admitted}, less than {before} for the batch before: it must never decrease"
+            )
+        if batch - admitted > rule.max_staleness:
+            raise ConfigurationError(
+                f"{name}.admit({batch}) is {admitted}: {batch} - {admitted} is a staleness of {batch - admitted} when"
+                f" that batch is trained, above max_staleness={rule.max_staleness}"
+            )
+        if admitted > pushed:
+            raise ConfigurationError(
+                f"{name} could never train batch {batch}: admit({batch}) asks for version {admitted}, but the newest"
+                f" that is pushed before batch {batch} is trained is {pushed}. Push more often or admit earlier"
+            )
+        before = admitted
+        if rule.publishes_after(batch):
+            pushed = batch + 1

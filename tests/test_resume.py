@@ -1,0 +1,217 @@
+"""A run that goes on from a checkpoint goes on exactly, or says why it cannot."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_rft as rft
+from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.buffer.rows import read_buffer
+from tests.processes import LightEngine
+
+TASKS = [f"{index} + 1 =" for index in range(10)]  # batches of 4, 4 and 2
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
+
+
+def make_data(**changes: Any) -> rft.RFTDataModule:
+    settings: dict[str, Any] = {
+        "tasks": TASKS,
+        "reward": lambda completion, task: float(sum(map(ord, completion)) % 7),
+        "engine": LightEngine(mean_tokens=4),
+        "tasks_per_step": 4,
+        "samples_per_task": 2,
+        "max_new_tokens": 6,
+        "seed": 3,
+    }
+    return rft.RFTDataModule(**settings | changes)
+
+
+def train(
+    folder: Path,
+    model: Path,
+    *,
+    steps: int = 6,
+    resume: str | Path | None = None,
+    strategy: rft.SyncStrategy | None = None,
+    trainer: dict[str, Any] | None = None,
+    module: type[rft.RFTModule] = rft.RFTModule,
+    data: rft.RFTDataModule | None = None,
+    **changes: Any,
+) -> rft.RFTModule:
+    trained = module(model)
+    L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        callbacks=[
+            strategy or rft.Synchronous(),
+            ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}", save_last=True),
+        ],
+        default_root_dir=folder,
+        logger=False,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **trainer or {},
+    ).fit(trained, data or make_data(**changes), ckpt_path=resume)
+    return trained
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step={step}.ckpt"
+
+
+def trained_tasks(folder: Path) -> list[str]:
+    with Ledger.open(folder / "rft" / "buffer.sqlite") as ledger:
+        return ledger.trained_tasks()
+
+
+def attempts(folder: Path) -> int:
+    """How often groups were issued."""
+    rows = {(row["batch"], row["slot"]): row["attempts"] for row in read_buffer(folder / "rft" / "buffer.sqlite")}
+    return sum(rows.values())
+
+
+@contextmanager
+def warned(text: str) -> Iterator[None]:
+    """Expects one warning, and minds no others."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield
+    assert sum(text in str(warning.message) for warning in found) == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bit_for_bit(tmp_path: Path, tiny_model_path: Path, accumulate: int) -> None:
+    """With dropout, so that the trainer's random numbers matter, and cut in the middle of an epoch and at its end.
+
+    The engine runs one sequence at a time: in its last bits a result depends on what is computed beside it.
+    """
+
+    class Drops(rft.RFTModule):
+        def configure_model(self) -> None:
+            super().configure_model()
+            for layer in self.policy.model.layers:  # type: ignore[union-attr]
+                layer.self_attn.attention_dropout = 0.1
+
+    data = make_data(engine=rft.TransformersEngine(dtype="float32", max_batch_size=1))
+
+    def run(name: str, steps: int, resume: Path | None = None) -> rft.RFTModule:
+        torch.manual_seed(5 if resume is None else 6)  # what is drawn comes from the checkpoint
+        return train(
+            tmp_path / name,
+            tiny_model_path,
+            steps=steps,
+            resume=resume,
+            module=Drops,
+            trainer={"accumulate_grad_batches": accumulate},
+            data=data,
+        )
+
+    with data:
+        whole = run("whole", 6)
+        for half in (2, 3, 4):
+            run(f"half-{half}", half)
+            rest = run(f"half-{half}", 6, checkpoint(tmp_path / f"half-{half}", half))
+            assert trained_tasks(tmp_path / f"half-{half}") == trained_tasks(tmp_path / "whole")
+            for name, weights in whole.state_dict().items():
+                assert torch.equal(weights, rest.state_dict()[name]), (half, name)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        lambda: rft.Synchronous(2),
+        lambda: rft.OneStepOffPolicy(),
+        lambda: rft.FullyAsynchronous(max_staleness=3),
+    ],
+)
+def test_an_earlier_checkpoint_takes_back_what_came_after(tmp_path: Path, tiny_model_path: Path, strategy: Any) -> None:
+    train(tmp_path, tiny_model_path, steps=5, strategy=strategy())
+    once = trained_tasks(tmp_path)
+    train(tmp_path, tiny_model_path, steps=6, strategy=strategy(), resume=checkpoint(tmp_path, 2))
+    tasks = trained_tasks(tmp_path)
+    assert Counter(tasks) == Counter({task: 2 for task in set(tasks)})
+    assert len(tasks) == 2 * len(TASKS)
+    assert tasks[:8] == once[:8] or strategy().asynchronous
+    # what has been taken back cannot be gone on from
+    with warned("written on from another checkpoint since"):
+        train(tmp_path, tiny_model_path, steps=6, strategy=strategy(), resume=checkpoint(tmp_path, 5))
+
+
+def test_what_was_explored_and_not_trained_is_used(tmp_path: Path, tiny_model_path: Path) -> None:
+    train(tmp_path, tiny_model_path, steps=4)
+    # batch 3 was trained after this checkpoint, with the very weights that are in it
+    before = attempts(tmp_path)
+    train(tmp_path, tiny_model_path, steps=4, resume=checkpoint(tmp_path, 3))
+    assert attempts(tmp_path) == before
+    assert len(trained_tasks(tmp_path)) == 14
+
+
+def test_without_its_buffer_a_run_goes_on_from_the_cursor_and_says_so(tmp_path: Path, tiny_model_path: Path) -> None:
+    train(tmp_path, tiny_model_path, steps=3)
+    first = trained_tasks(tmp_path)
+    for file in (tmp_path / "rft").glob("buffer.sqlite*"):
+        file.unlink()
+    with warned("is not the one that the checkpoint was saved with"):
+        train(tmp_path, tiny_model_path, steps=6, resume=checkpoint(tmp_path, 3))
+    assert Counter(trained_tasks(tmp_path)) == Counter(first)  # the second epoch, whole
+    assert trained_tasks(tmp_path) != first
+
+
+def test_in_another_log_folder(tmp_path: Path, tiny_model_path: Path) -> None:
+    train(tmp_path / "one", tiny_model_path, steps=3)
+    train(tmp_path / "two", tiny_model_path, steps=6, resume=checkpoint(tmp_path / "one", 3))
+    assert len(trained_tasks(tmp_path / "one")) == 20  # the buffer stays where it is
+
+
+def test_with_another_strategy(tmp_path: Path, tiny_model_path: Path) -> None:
+    train(tmp_path, tiny_model_path, steps=4, strategy=rft.FullyAsynchronous(max_staleness=3))
+    train(tmp_path, tiny_model_path, steps=6, resume=checkpoint(tmp_path, 4))
+    assert Counter(trained_tasks(tmp_path)) == Counter({task: 2 for task in trained_tasks(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("tasks_per_step", 2), ("seed", 4), ("shuffle", False), ("tasks", TASKS[:9]), ("samples_per_task", 3)],
+)
+def test_settings_that_would_lose_or_repeat_tasks(
+    tmp_path: Path, tiny_model_path: Path, setting: str, value: Any
+) -> None:
+    train(tmp_path, tiny_model_path, steps=2)
+    with pytest.raises(rft.ConfigurationError, match=f"^{setting}.* in the checkpoint"):
+        train(tmp_path, tiny_model_path, resume=checkpoint(tmp_path, 2), **{setting: value})
+
+
+def test_a_checkpoint_saved_after_fit(tmp_path: Path, tiny_model_path: Path) -> None:
+    data = make_data()
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "default_root_dir": tmp_path,
+        "logger": False,
+        "limit_val_batches": 0,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = L.Trainer(max_steps=2, callbacks=[rft.Synchronous()], **settings)
+    trainer.fit(rft.RFTModule(tiny_model_path), data)
+    trainer.save_checkpoint(tmp_path / "late.ckpt")
+    L.Trainer(max_steps=3, callbacks=[rft.Synchronous()], **settings).fit(
+        rft.RFTModule(tiny_model_path), data, ckpt_path=tmp_path / "late.ckpt"
+    )
+    assert Counter(trained_tasks(tmp_path)) == Counter(map(str, range(10)))
