@@ -5,13 +5,14 @@
 PARALLEL := -n 2 --dist loadfile
 MODEL := runs/models/SmolLM2-135M-Instruct
 CONFIG := examples/synchronous.yaml
-.PHONY: help install model demo train test test-quick check format clean
+.PHONY: help install model demo train test test-quick chaos check format clean
 
 help:
 	@echo "make demo        train a small model with reinforcement, here and now (installs what it needs into .venv)"
 	@echo "make train       the same job from a config: CONFIG=examples/fully_asynchronous.yaml"
 	@echo "make test        all tests"
-	@echo "make test-quick  the tests that need no vLLM"
+	@echo "make test-quick  the tests that need no vLLM and kill nothing at random"
+	@echo "make chaos       the tests that kill processes, with CHAOS=5 times as many kills"
 	@echo "make check       lint, formatting, types and the examples in docstrings"
 	@echo "make format      rewrite the code in the project's style"
 	@echo "make install     only make .venv complete; PYTHON=python3.12 chooses the interpreter"
@@ -36,7 +37,12 @@ test: install
 	.venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 test-quick: install
-	.venv/bin/python -m pytest $(PARALLEL) -m "not vllm" $(ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) -m "not vllm and not chaos" $(ARGS)
+
+# CHAOS multiplies kills and lengths; the tests of these names run with 1 in `make test`
+CHAOS ?= 5
+chaos: install
+	CHAOS=$(CHAOS) .venv/bin/python -m pytest -m chaos $(ARGS)
 
 check: install
 	.venv/bin/ruff check .

@@ -26,6 +26,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_rft.buffer.rows import read_buffer as read_buffer
     from lightning_rft.cli import RFTCLI as RFTCLI
     from lightning_rft.datamodule import RFTDataModule as RFTDataModule
     from lightning_rft.errors import ConfigurationError as ConfigurationError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_rft.errors import ExplorerError as ExplorerError
     from lightning_rft.errors import RFTError as RFTError
     from lightning_rft.errors import ScheduleError as ScheduleError
+    from lightning_rft.errors import StorageError as StorageError
     from lightning_rft.errors import TransportError as TransportError
     from lightning_rft.experience import Experience as Experience
     from lightning_rft.experience import Group as Group
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from lightning_rft.trainer.objective import Objective as Objective
 
 _MODULES = {
+    "lightning_rft.buffer.rows": ["read_buffer"],
     "lightning_rft.cli": ["RFTCLI"],
     "lightning_rft.datamodule": ["RFTDataModule"],
     "lightning_rft.errors": [
@@ -66,6 +69,7 @@ _MODULES = {
         "ExplorerError",
         "RFTError",
         "ScheduleError",
+        "StorageError",
         "TransportError",
     ],
     "lightning_rft.experience": ["Experience", "Group", "Task", "Turn"],

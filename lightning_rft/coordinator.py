@@ -388,23 +388,28 @@ class Coordinator:
         """Sends back what is too old to be trained, whatever the schedule believes; whether there was any."""
         with self._news:
             assert self._leased is not None
-            bound = self._strategy.max_staleness
-            stale = [group for group in self._leased if batch - group.oldest_version > bound]
+            stale = [group for group in self._leased if self._is_stale(group, batch)]
             if not stale:
                 return False
             self._leased = None
             for group in stale:
-                self._refusals[group.key] += 1
-                if self._refusals[group.key] > _REFUSALS:
-                    raise ScheduleError(
-                        f"task {group.task_id!r} came back with tokens of version {group.oldest_version} for batch "
-                        f"{batch} again and again, but the strategy allows a staleness of {bound}: its explorer does "
-                        "not compute with the weights that it says it loaded"
-                    )
-                self._drop(group.key, None)
+                self._refuse(group, batch)
             self._ledger.release()
         self._tell(lambda: self._schedule.refused([group.key for group in stale]))
         return True
+
+    def _is_stale(self, group: Group, batch: int) -> bool:
+        return batch - group.oldest_version > self._strategy.max_staleness
+
+    def _refuse(self, group: Group, batch: int) -> None:
+        self._refusals[group.key] += 1
+        if self._refusals[group.key] > _REFUSALS:
+            raise ScheduleError(
+                f"task {group.task_id!r} came back with tokens of version {group.oldest_version} for batch {batch} "
+                f"again and again, but the strategy allows a staleness of {self._strategy.max_staleness}: its explorer "
+                "does not compute with the weights that it says it loaded"
+            )
+        self._drop(group.key, None)
 
     def _look(self) -> None:
         """Notes what every explorer is at, since that may just have changed."""
@@ -508,6 +513,9 @@ class Coordinator:
         self.observe(f"explorer {explorer}", "rollout", began, version, key.batch)
         if len(group.experiences) < self._min_samples:
             self._fail(key, message.failures[0].text)
+            self._carry_out(self._schedule.failed(key))
+        elif self._is_stale(group, self._schedule.version):
+            self._refuse(group, self._schedule.version)
             self._carry_out(self._schedule.failed(key))
         else:
             self._deaths.pop(key, None)

@@ -165,7 +165,18 @@ def test_explorer_that_dies_in_a_push(start: Start) -> None:
 
 
 def test_error_of_the_engine_in_validation(start: Start) -> None:
-    script = start(engine("add(self, request)", 'assert request.temperature > 0, "greedy"; super().add(request)'))
+    script = start("""
+        from tests.processes import LightEngine, fit
+        class Engine(LightEngine):
+            greedy = False
+            def add(self, request):
+                self.greedy |= request.temperature == 0
+                super().add(request)
+            def step(self):
+                assert not self.greedy, "greedy"
+                return super().step()
+        fit(engine=Engine(), val_tasks=["2 + 2 ="])
+    """)
     assert script.wait() == 1
     assert script.stderr.endswith("AssertionError: greedy\n")
 

@@ -215,11 +215,11 @@ def test_an_engine_that_never_computes_with_new_weights_ends_the_run(tiny_model_
 
 
 class Torn(rft.CheckpointTransport):
-    """Cuts off the end of version 2 after it was written."""
+    """Cuts off the end of every version but the first two after it was written."""
 
     def prepare(self, weights: Any, version: int, explorers: Any) -> None:
         super().prepare(weights, version, explorers)
-        if version == 2:
+        if version >= 2:
             path = self._written[version][0] / "model.safetensors"
             path.write_bytes(path.read_bytes()[:-1000])
 

@@ -13,6 +13,8 @@ import pytest
 
 from tests.processes import Script, Zygote
 
+pytestmark = pytest.mark.chaos
+
 Start = Callable[[str], Script]
 
 

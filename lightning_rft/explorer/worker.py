@@ -14,12 +14,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, LinkError
-from lightning_rft.experience import Experience
+from lightning_rft.experience import Experience, Task
 from lightning_rft.explorer.connection import (
     Advanced,
     Cancel,
@@ -173,19 +173,28 @@ class Explorer:
         attempt = 0
         while True:
             try:
-                return await asyncio.wait_for(self._try(request, index, seed, attempt), self._spec.sample_timeout_s)
+                return await self._in_time(self._try(request, index, seed, attempt), request.task)
             except ConfigurationError:
                 raise  # trying again changes nothing
-            except Exception as error:
+            except Exception:
                 attempt += 1
                 if attempt > self._spec.retries or self._stepper.error is not None:
-                    if isinstance(error, asyncio.TimeoutError):
-                        raise DeadlineError(
-                            f"a sample of task {request.task.id!r} took longer than sample_timeout_s="
-                            f"{self._spec.sample_timeout_s:g}: make the workflow faster or raise the setting"
-                        ) from error
                     raise
                 retried[0] += 1
+
+    async def _in_time(self, sample: Coroutine[Any, Any, Experience], task: Task) -> Experience:
+        # not wait_for: its TimeoutError could not be told from one that the workflow raised itself
+        running = asyncio.ensure_future(sample)
+        try:
+            await asyncio.wait([running], timeout=self._spec.sample_timeout_s)
+            if running.done():
+                return running.result()
+        finally:
+            running.cancel()
+        raise DeadlineError(
+            f"a sample of task {task.id!r} took longer than sample_timeout_s={self._spec.sample_timeout_s:g}: make the "
+            "workflow faster or raise the setting"
+        )
 
     async def _try(self, request: Explore, index: int, seed: int, attempt: int) -> Experience:
         spec, task = self._spec, request.task
