@@ -69,7 +69,7 @@ def result(folder: Path, process: subprocess.Popen[bytes]) -> dict[str, float]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_explorers_are_killed(strategy: str, life: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path) -> None:
-    epochs = 6 + 6 * CHAOS
+    epochs = 4 + 6 * CHAOS
     found = result(tmp_path, life(script(strategy, epochs=epochs, explorer_kills=CHAOS, seed=CHAOS)))
     assert found["steps"] == epochs * len(TASKS) // TASKS_PER_STEP
     assert found["kills"] == CHAOS

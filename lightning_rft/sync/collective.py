@@ -23,6 +23,7 @@ __all__ = ["CollectiveTransport", "GlooLink"]
 _WATCH_S = 0.05
 _MEET_S = 0.001
 _GO = "go"
+_ATTEMPTS = 3
 _SETTLE_S = 5.0  # for those that are left to notice that their group is no more
 _SETTING = "CollectiveTransport(timeout_s=...)"
 
@@ -32,7 +33,8 @@ class CollectiveTransport(Transport):
 
     Gloo is ours and runs everywhere; NCCL is vLLM's own weight transfer (see :mod:`lightning_rft.sync.nccl`) and needs
     the trainer and every vLLM engine on GPUs of their own. The group is made at the first push and made again when
-    the explorers change; its port is chosen by the operating system.
+    the explorers change; its port is chosen by the operating system. When a member dies or does not come in time, the
+    push is repeated with the others.
 
     Args:
         backend: ``"gloo"``, ``"nccl"``, or ``"auto"`` for NCCL where both sides can, else Gloo.
@@ -63,7 +65,7 @@ class CollectiveTransport(Transport):
         tensors = [(name, tensor.detach()) for name, tensor in weights]
         manifest = announce(tensors, explorers.dtype)
         todo = set(explorers.members() if to is None else to)
-        # Every failed attempt costs at least one member its life, so there are few; the restart budget bounds them too.
+        left = _ATTEMPTS
         while members := {explorer: size for explorer, size in explorers.members().items() if explorer in todo}:
             deadline = time.monotonic() + self.timeout_s
             sender = self._sender(members, tensors, explorers)
@@ -74,11 +76,15 @@ class CollectiveTransport(Transport):
                 _watched(lambda: sender.send(tensors, manifest), members, explorers, deadline)  # noqa: B023
                 explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
                 break
-            except LinkError:
+            except LinkError as error:
                 absent = sender.absent()
                 self.close()  # a group in which one member broke off is of no use to the others
                 explorers.end(absent, f"did not join the weight transport in time: raise {_SETTING}, or see its log")
                 explorers.settle(list(members), _SETTLE_S)
+                if members.keys() <= explorers.members().keys():  # no death explains it
+                    left -= 1
+                    if not left:
+                        raise TransportError(f"a weight push broke off {_ATTEMPTS} times: {error}") from error
             except BaseException:
                 self.close()
                 raise
@@ -97,7 +103,8 @@ class CollectiveTransport(Transport):
         key = tuple(members)
         known, sender = self._senders.get(key, ({}, None))
         if sender is None or known != members:
-            for other in [other for other in self._senders if set(other) & set(key)]:
+            alive = explorers.members().keys()
+            for other in [other for other in self._senders if set(other) & set(key) or not set(other) <= alive]:
                 self._senders.pop(other)[1].close()
             sender = self._make_sender(tensors, explorers)
             self._senders[key] = dict(members), sender

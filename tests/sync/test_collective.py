@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from lightning_rft.errors import ExplorerError, LinkError, TransportError
 from lightning_rft.sync import collective
@@ -65,3 +66,30 @@ def test_a_push_that_hangs_ends_with_a_member_or_the_run_or_its_deadline() -> No
             watched(end.wait, Explorers(), timeout_s=0.1)
     finally:
         end.set()
+
+
+def test_a_push_that_breaks_off_again_and_again_without_a_death_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Alive(Explorers):
+        dtype = "float32"
+
+        def end(self, explorers: list[int], blame: str) -> None:
+            assert explorers == []
+
+        def settle(self, explorers: list[int], timeout_s: float) -> None:
+            assert explorers == [0, 1]
+
+        def load(self, *_: object) -> None:
+            pass
+
+    class Broken(collective._Sender):
+        sent = 0
+
+        def send(self, tensors: object, manifest: object) -> None:
+            Broken.sent += 1
+            raise RuntimeError("no route")
+
+    transport = collective.CollectiveTransport()
+    monkeypatch.setattr(transport, "_make_sender", lambda *_: Broken())
+    with pytest.raises(TransportError, match=r"broke off 3 times: .*no route"):
+        transport.push([("weight", torch.ones(2))], 0, Alive())  # type: ignore[arg-type]
+    assert Broken.sent == 3
