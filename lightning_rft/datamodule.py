@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import Self
 
 from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.buffer.stored import StoredExperience
 from lightning_rft.coordinator import Coordinator
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey, Progress, Task
@@ -54,12 +55,16 @@ class RFTDataModule(L.LightningDataModule):
             trainer.validate(module, data)
             trainer.fit(module, data)
 
+    With ``explorers=0`` it trains from a stored buffer, in epochs over its groups, with neither tasks nor strategy::
+
+        data = RFTDataModule(explorers=0, buffer="rft/buffer.sqlite", tasks_per_step=8)
+
     Args:
         tasks: Tasks to train on: :class:`Task` objects, dictionaries, plain prompts, or the path of a JSONL file.
         reward: ``reward(completion, task)``, any callable, plain or ``async``, that returns a finite number.
         engine: What samples; left out, :class:`VLLMEngine`.
-        explorers: Number of explorer processes, each with an engine of its own; or an :class:`ExplorerPool`, which is
-            then this data module's to end.
+        explorers: Number of explorer processes, each with an engine of its own; 0 trains from ``buffer`` alone; or an
+            :class:`ExplorerPool`, which is then this data module's to end.
         workflow: How a task is answered; left out, :class:`SingleTurn`.
         tasks_per_step: Groups of one batch, which is one optimizer step.
         samples_per_task: Samples of one group.
@@ -91,8 +96,8 @@ class RFTDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        tasks: Tasks,
-        reward: Callable[..., Any],
+        tasks: Tasks = (),
+        reward: Callable[..., Any] | None = None,
         engine: Engine | None = None,
         explorers: int | ExplorerPool = 1,
         workflow: Workflow | None = None,
@@ -139,23 +144,42 @@ class RFTDataModule(L.LightningDataModule):
         self.samples_per_task = samples_per_task
         self.max_error_rate = max_error_rate
         self._new_tolerance()  # checks it
-        check_reward(reward)
-        self.tasks = _read(tasks, "tasks", steps_per_epoch and steps_per_epoch * tasks_per_step)
+        if explorers != 0:
+            if reward is None:
+                raise ConfigurationError("reward is missing: give a callable, or explorers=0 to train from a buffer")
+            check_reward(reward)
+        elif buffer is None or val_tasks is not None:
+            raise ConfigurationError(
+                "explorers=0 trains from a stored buffer: set buffer=... to its file, and leave val_tasks out, since "
+                "nobody can answer them"
+            )
+        at_most = steps_per_epoch and steps_per_epoch * tasks_per_step
+        self.tasks = [] if explorers == 0 else _read(tasks, "tasks", at_most)
         self.val_tasks = [] if val_tasks is None else _read(val_tasks, "val_tasks", None)
         self.reward = reward
+        self._stored: StoredExperience | None = None
         if isinstance(explorers, ExplorerPool):
             if engine is not None and engine is not explorers.engine:
                 raise ConfigurationError("engine=... and explorers=ExplorerPool(...): give the engine to the pool only")
             self._pool = explorers
         else:
-            self._pool = ExplorerPool(engine or VLLMEngine(), explorers)
+            self._pool = ExplorerPool(engine or VLLMEngine(), explorers or 1)
         self.engine = self._pool.engine
-        self.explorers = self._pool.count
+        self.explorers = explorers if isinstance(explorers, int) else explorers.count
         self.workflow = workflow or SingleTurn()
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.shuffle = shuffle
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        if explorers == 0:
+            self._stored = StoredExperience(
+                str(buffer),
+                tasks_per_step=tasks_per_step,
+                shuffle=shuffle,
+                seed=self.seed,
+                version=lambda: self._trainer.global_step,
+            )
+            steps_per_epoch = self._stored.batches
         self.steps_per_epoch = steps_per_epoch or TaskPlan.batches(len(self.tasks), tasks_per_step)
         self.buffer = buffer
         self.buffer_capacity = buffer_capacity
@@ -196,7 +220,8 @@ class RFTDataModule(L.LightningDataModule):
             ConfigurationError: A setting, or a combination of settings, cannot work.
         """
         module = self._checked()
-        if not self._pool.assigned:
+        if self._stored is None and not self._pool.assigned:
+            assert self.reward is not None, "checked in __init__"
             model = self.engine.model or module.model
             check_model(model)
             self.engine.check()
@@ -324,12 +349,13 @@ class RFTDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ExperienceLoader:
         """One epoch of experience."""
+        stored = self._stored
         return ExperienceLoader(
-            lambda: self._active,
+            lambda: self._active if stored is None else stored,
             batches=self.steps_per_epoch,
             accumulate=self._trainer.accumulate_grad_batches,
             items=self._items,
-            max_staleness=self._strategy.max_staleness,
+            max_staleness=self._strategy.max_staleness if stored is None else None,
         )
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
@@ -368,8 +394,13 @@ class RFTDataModule(L.LightningDataModule):
         return self._run
 
     @property
+    def _strategies(self) -> list[SyncStrategy]:
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, SyncStrategy)]
+
+    @property
     def _strategy(self) -> SyncStrategy:
-        found = [callback for callback in self._trainer.callbacks if isinstance(callback, SyncStrategy)]  # type: ignore[attr-defined]
+        found = self._strategies
         if len(found) != 1:
             names = " and ".join(type(callback).__name__ for callback in found) or "none"
             raise ConfigurationError(
@@ -414,7 +445,13 @@ class RFTDataModule(L.LightningDataModule):
     def _checked(self) -> RFTModule:
         """The module, after all checks that need no file."""
         trainer = self._trainer
-        self._strategy.check(self.explorers)
+        if self._stored is None:
+            self._strategy.check(self.explorers)
+        elif self._strategies:
+            raise ConfigurationError(
+                f"explorers=0 has nothing to synchronise: take {type(self._strategies[0]).__name__} out of "
+                "Trainer(callbacks=[...])"
+            )
         module = trainer.lightning_module
         if not isinstance(module, RFTModule):
             raise ConfigurationError(
@@ -424,7 +461,7 @@ class RFTDataModule(L.LightningDataModule):
             raise ConfigurationError(
                 f"Trainer(devices=...) makes {trainer.world_size} ranks: one is supported, set devices=1"
             )
-        if module.objective.needs_group and self.samples_per_task < 2:
+        if self._stored is None and module.objective.needs_group and self.samples_per_task < 2:
             raise ConfigurationError(
                 f"samples_per_task={self.samples_per_task} with {type(module.objective).__name__}, whose advantages "
                 "are relative to the other samples of a task: set samples_per_task to 2 or more"

@@ -15,7 +15,7 @@ from lightning_rft.buffer.faults import opening_error, storage_errors
 from lightning_rft.buffer.schema import check_format
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["read_buffer"]
+__all__ = ["connect", "read_buffer"]
 
 _COLUMNS = (
     *("run", "incarnation", "batch", "slot", "round", "epoch", "task_id", "state", "step", "attempts", "error"),
@@ -54,10 +54,8 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
         table = pyarrow.Table.from_pylist(list(read_buffer("rft/buffer.sqlite")))
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigurationError(f"there is no buffer {str(path)!r}: give the path of a run's buffer.sqlite")
     columns = ", ".join(f"e.{name}" if name.endswith("_version") else name for name in _COLUMNS)
-    with storage_errors(path), closing(_connect(path)) as connection:
+    with storage_errors(path), closing(connect(path)) as connection:
         rows = connection.execute(
             f"SELECT {columns}{', turns' if tokens else ''}"
             " FROM groups LEFT JOIN experiences e USING (run, batch, slot, round)"
@@ -72,7 +70,10 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
             yield flat
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> sqlite3.Connection:
+    """Opens a buffer to read only; see :func:`read_buffer` for what that means, and for the errors."""
+    if not path.is_file():
+        raise ConfigurationError(f"there is no buffer {str(path)!r}: give the path of a run's buffer.sqlite")
     # To read beside a writer SQLite wants a small file of its own there. Where it cannot make one, nobody writes.
     still = not os.access(path.parent, os.W_OK) and not Path(f"{path}-wal").exists()
     uri = f"file:{quote(str(path.absolute()))}?mode=ro{'&immutable=1' if still else ''}"

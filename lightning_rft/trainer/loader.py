@@ -83,11 +83,11 @@ class ExperienceLoader:
         batches: Batches of an epoch before limits.
         accumulate: Micro-batches per optimizer step.
         items: Micro-batches of an epoch after limits.
-        max_staleness: No token may be older than this many batches.
+        max_staleness: No token may be older than this many batches; ``None`` for experience of another run.
     """
 
     def __init__(
-        self, source: Callable[[], Source], *, batches: int, accumulate: int, items: int, max_staleness: int
+        self, source: Callable[[], Source], *, batches: int, accumulate: int, items: int, max_staleness: int | None
     ) -> None:
         self._source = source
         self._batches = batches
@@ -121,7 +121,8 @@ class ExperienceLoader:
             batch, began = source.version, time.perf_counter()
             groups = source.wanted(batch)
             waited = time.perf_counter() - began
-            check_staleness(groups, batch, self._max_staleness)
+            if self._max_staleness is not None:
+                check_staleness(groups, batch, self._max_staleness)
             tokens = sum(group.num_tokens for group in groups)
             shares = split(groups, min(self._accumulate, left))
             for index, share in enumerate(shares, start=1):

@@ -1,0 +1,109 @@
+"""Training on what an earlier run explored, without any explorer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+import lightning_rft as rft
+from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.experience import Experience, Group, GroupKey, Turn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GROUPS = 10
+
+
+def make_group(key: GroupKey, task_id: str) -> Group:
+    turn = Turn((1, 2), (3, 4), (-0.5, -0.25), (0, 1), "stop")
+    return Group(key, task_id, tuple(Experience(task_id, sample, (turn,), float(sample)) for sample in range(4)))
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A buffer with ten groups to train on, and some that are not."""
+    path = tmp_path / "old.sqlite"
+    with Ledger.open(path) as ledger:
+        ledger.begin()
+        for number in range(GROUPS + 3):
+            key = GroupKey(number // 4, number % 4)
+            ledger.issue(key, str(number), epoch=0, explorer=0)
+            if number < GROUPS + 2:
+                ledger.ready(make_group(key, str(number)))
+        ledger.lease([GroupKey(0, slot) for slot in range(4)])
+        ledger.trained(0)
+        ledger.dropped(GroupKey(2, 2))
+        ledger.filtered(GroupKey(2, 3), step=1)
+    return path
+
+
+class Looks(rft.RFTModule):
+    """Notes what it was trained on."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.seen: list[list[str]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append(sorted(group.task_id for group in batch.groups))
+        return super().training_step(batch, batch_idx)
+
+
+def fit(data: rft.RFTDataModule, model: Path, folder: Path, **settings: Any) -> Looks:
+    module = Looks(model)
+    ckpt_path = settings.pop("ckpt_path", None)
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "default_root_dir": folder,
+        "logger": False,
+        "limit_val_batches": 0,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(**defaults | settings)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    return module
+
+
+def make_data(buffer: Path, **changes: Any) -> rft.RFTDataModule:
+    return rft.RFTDataModule(**{"explorers": 0, "buffer": buffer, "tasks_per_step": 4, "seed": 1} | changes)
+
+
+def test_every_epoch_trains_every_group_once(stored: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+    module = fit(make_data(stored), tiny_model_path, tmp_path, max_epochs=2)
+    assert [len(batch) for batch in module.seen] == [4, 4, 2, 4, 4, 2]
+    first, second = ([task for batch in module.seen[start : start + 3] for task in batch] for start in (0, 3))
+    assert Counter(first) == Counter(second) == Counter(map(str, range(GROUPS)))
+    assert first != second
+    with Ledger.open(stored) as ledger:  # as it was
+        assert len(ledger.trained_tasks()) == 4
+
+
+def test_in_order_and_resumed_in_mid_epoch(stored: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+    data = make_data(stored, shuffle=False)
+    assert fit(data, tiny_model_path, tmp_path, max_steps=2).seen == [list("0123"), list("4567")]
+    rest = fit(data, tiny_model_path, tmp_path, max_steps=4, ckpt_path=tmp_path / "end.ckpt")
+    assert rest.seen == [list("89"), list("0123")]
+
+
+def test_what_cannot_work(stored: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(rft.ConfigurationError, match=r"explorers=0 .* set buffer"):
+        rft.RFTDataModule(explorers=0)
+    with pytest.raises(rft.ConfigurationError, match=r"leave val_tasks out"):
+        make_data(stored, val_tasks=["1 + 1 ="])
+    with pytest.raises(rft.ConfigurationError, match=r"no buffer .*nowhere.sqlite"):
+        make_data(tmp_path / "nowhere.sqlite")
+    with pytest.raises(rft.ConfigurationError, match="reward is missing"):
+        rft.RFTDataModule(tasks=["1 + 1 ="])
+    with pytest.raises(rft.ConfigurationError, match="take Synchronous out of"):
+        fit(make_data(stored), tiny_model_path, tmp_path, max_steps=1, callbacks=[rft.Synchronous()])
+    empty = tmp_path / "empty.sqlite"
+    Ledger.open(empty).close()
+    with pytest.raises(rft.ConfigurationError, match="holds no experience"):
+        make_data(empty)
