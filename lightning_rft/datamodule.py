@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -518,16 +519,14 @@ class RFTDataModule(L.LightningDataModule):
             raise SIGTERMException  # Lightning only looks after a batch, and there may never be one
 
     def _end_run(self) -> None:
-        saved = self.state_dict() if self._run is not None else {}
-        run, self._run = self._run, None
-        ledger, self._ledger = self._ledger, None
-        try:
-            if run is not None:
-                self._last = saved
-                run.close()
-        finally:
-            if ledger is not None:
-                ledger.close()
+        self._restored = {}  # of a fit that ended before its run began
+        with ExitStack() as ends:
+            if self._ledger is not None:
+                ends.callback(self._ledger.close)
+            if self._run is not None:
+                ends.callback(self._run.close)
+                self._last = self.state_dict()
+            self._run = self._ledger = None
 
     def _stop(self) -> None:
         try:
