@@ -78,7 +78,6 @@ def test_what_is_refused_here_would_start_otherwise(fit: Fit) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"explorers": 0}, "explorers=0 must be at least 1"),
         ({"explorers": -1}, "explorers=-1 must be at least 1"),
         ({"tasks_per_step": 0}, "tasks_per_step=0 must be at least 1"),
         ({"samples_per_task": -2}, "samples_per_task=-2 must be at least 1"),
