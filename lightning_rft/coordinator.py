@@ -94,7 +94,6 @@ class Coordinator:
         self._min_samples = min_samples
         self._tolerance = tolerance
         self._temperature = temperature
-        self._progress_timeout_s = progress_timeout_s
         self._check_interrupt = check_interrupt
         self.folder = folder
         self._strategy = strategy
@@ -133,7 +132,7 @@ class Coordinator:
             return
         self._closing.set()
         if self._thread.is_alive():
-            self._thread.join(10 * _POLL_S)
+            self._thread.join(_GRACE_S)  # before the pool is stopped: it might just be starting an explorer again
         with self._news:
             for explorer in self._pool.members():
                 self._pool.send(explorer, Cancel(self._incarnation))
@@ -469,9 +468,7 @@ class Coordinator:
                         f"had work but made no progress for rollout_timeout_s={self._watch.timeout_s:g} seconds",
                     )
         except BaseException as error:
-            with self._news:
-                self._error = error
-                self._news.notify_all()
+            self.failed(error)
 
     def _handle(self, explorer: int, message: Any) -> None:
         now = time.monotonic()

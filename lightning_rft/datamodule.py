@@ -265,7 +265,8 @@ class RFTDataModule(L.LightningDataModule):
             ),
             saved.get("cursor"),
         )
-        self._ledger, incarnation, ready = self._open(saved, progress, cursor, strategy.max_staleness)
+        self._ledger = self._opened(saved)
+        incarnation, ready = self._incarnate(saved, progress, cursor, strategy.max_staleness)
         self._run = Coordinator(
             schedule=Schedule(
                 strategy,
@@ -295,32 +296,34 @@ class RFTDataModule(L.LightningDataModule):
             restore_rng(saved["rng"])
         return self._run
 
-    def _open(
-        self, saved: Mapping[str, Any], progress: Progress, cursor: TaskCursor, max_staleness: int
-    ) -> tuple[Ledger, int, dict[GroupKey, int]]:
-        """The buffer of a new run, or of the one that is resumed with what of it can still be used."""
+    def _opened(self, saved: Mapping[str, Any]) -> Ledger:
+        """The buffer's file: as set, or the one of the run that is resumed, or a new one."""
         path = self.buffer
         if path is None:
             before = saved.get("path")  # a resumed trainer may log to another folder
             path = before if before and Path(before).exists() else self._folder / "buffer.sqlite"
         self._path = path
-        ledger = Ledger.open(path)
+        return Ledger.open(path)
+
+    def _incarnate(
+        self, saved: Mapping[str, Any], progress: Progress, cursor: TaskCursor, max_staleness: int
+    ) -> tuple[int, dict[GroupKey, int]]:
+        """Begins a new run in the buffer, or goes on with the one that is resumed and what of it can still be used."""
+        assert self._ledger is not None
         resumed = None
-        if saved and ledger.id == saved["buffer"]:
-            resumed = ledger.resume(
+        if saved and self._ledger.id == saved["buffer"]:
+            resumed = self._ledger.resume(
                 saved["incarnation"],
                 progress,
                 oldest=progress.version - max_staleness,
                 expected=lambda key: (cursor.task(key).id, cursor.epoch(key)),
             )
-        if resumed is not None:
-            return ledger, *resumed
-        if saved:
+        if saved and resumed is None:
             rank_zero_warn(
-                f"the buffer {str(path)!r} is not the one that the checkpoint was saved with, or was written on from "
-                "another checkpoint since: what it held and was not trained is explored again"
+                f"the buffer {str(self._path)!r} is not the one that the checkpoint was saved with, or was written on "
+                "from another checkpoint since: what it held and was not trained is explored again"
             )
-        return ledger, ledger.begin(progress.version), {}
+        return resumed or (self._ledger.begin(progress.version), {})
 
     # What a checkpoint holds
 

@@ -8,7 +8,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import pytest
 
 from lightning_rft.explorer.engine import TensorInfo
 from lightning_rft.testing import tiny_model
-from tests.processes import Zygote
+from tests.processes import Script, Zygote
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,25 @@ def zygote() -> Iterator[Zygote]:
     started = Zygote()
     yield started
     started.close()
+
+
+@pytest.fixture
+def start(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Callable[[str], Script]]:
+    """Starts a script; at the test's end it must have ended, and everything it started too."""
+    scripts: list[Script] = []
+
+    def start(source: str) -> Script:
+        scripts.append(zygote.start(source, tmp_path, tiny_model_path))
+        return scripts[-1]
+
+    yield start
+    try:
+        for script in scripts:
+            script.wait()
+            script.gone()
+    finally:
+        for script in scripts:
+            script.kill()
 
 
 @pytest.fixture

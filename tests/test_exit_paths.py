@@ -5,33 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.processes import Script, Zygote
+from tests.processes import Script
 
 Start = Callable[[str], Script]
-
-
-@pytest.fixture
-def start(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Start]:
-    """Starts a script; at the test's end it must have ended, and everything it started too."""
-    scripts: list[Script] = []
-
-    def start(source: str) -> Script:
-        scripts.append(zygote.start(source, tmp_path, tiny_model_path))
-        return scripts[-1]
-
-    yield start
-    try:
-        for script in scripts:
-            script.wait()
-            script.gone()
-    finally:
-        for script in scripts:
-            script.kill()
 
 
 def test_normal_end(start: Start) -> None:

@@ -5,35 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.processes import Script, Zygote
+from tests.processes import Script
 
 pytestmark = pytest.mark.chaos
 
 Start = Callable[[str], Script]
-
-
-@pytest.fixture
-def start(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Start]:
-    scripts: list[Script] = []
-
-    def start(source: str) -> Script:
-        scripts.append(zygote.start(source, tmp_path, tiny_model_path))
-        return scripts[-1]
-
-    yield start
-    try:
-        for script in scripts:
-            script.wait()
-            script.gone()
-    finally:
-        for script in scripts:
-            script.kill()
 
 
 # In front of every script: an engine or a reward that misbehaves as long as a file is not there.
@@ -159,7 +140,8 @@ def test_a_task_that_kills_explorers_fails_and_is_replaced(start: Start) -> None
     assert "2 explorers died with it" in script.stderr
 
 
-def test_rewards_that_fail_now_and_then(start: Start) -> None:
+@pytest.mark.parametrize("retries", [0, 5])
+def test_rewards_that_fail_now_and_then(start: Start, retries: int) -> None:
     script = start(f"""{PRELUDE}
         import random
         draw = random.Random(0)
@@ -168,29 +150,18 @@ def test_rewards_that_fail_now_and_then(start: Start) -> None:
                 raise LookupError("now and then")
             return float(len(completion) % 3)
         tasks = [f"1 + {{index}} =" for index in range(20)]
-        report(fit(reward=reward, tasks=tasks, tasks_per_step=2, samples_per_task=4, retries=0))
+        report(fit(reward=reward, tasks=tasks, tasks_per_step=2, samples_per_task=4, retries={retries}))
     """)
     found = outcome(script)
     assert found["steps"] == 10
-    assert 1 <= found["failed_samples"] <= 30
-    assert "LookupError: now and then" in script.stderr  # the first, once
-    assert script.stderr.count("failed after every retry") == 1
-
-
-def test_rewards_that_fail_now_and_then_and_are_tried_again(start: Start) -> None:
-    script = start(f"""{PRELUDE}
-        import random
-        draw = random.Random(0)
-        def reward(completion, task):
-            if draw.random() < 0.1:
-                raise LookupError("now and then")
-            return float(len(completion) % 3)
-        tasks = [f"1 + {{index}} =" for index in range(20)]
-        report(fit(reward=reward, tasks=tasks, tasks_per_step=2, samples_per_task=4, retries=5))
-    """)
-    found = outcome(script)
-    assert (found["steps"], found["failed_samples"]) == (10, 0)
-    assert found["retried_samples"] >= 1
+    if retries:
+        assert found["failed_samples"] == 0
+        assert found["retried_samples"] >= 1
+    else:
+        assert 1 <= found["failed_samples"] <= 30
+        assert found["retried_samples"] == 0
+        assert "LookupError: now and then" in script.stderr
+        assert script.stderr.count("failed after every retry") == 1  # the first of them alone
 
 
 @pytest.mark.parametrize("hang", ["time.sleep(3600)", "sum(range(10**12))"])

@@ -118,7 +118,7 @@ class ExplorerPool:
         self._next_index = 0
         self._vacant: list[tuple[float, int]] = []  # when to start a process again, and in which slot
         self._deaths: deque[float] = deque()
-        self._came_up: dict[int, Started] = {}  # by slot: an engine that came up once is worth another try
+        self._came_up: dict[int, Started] = {}  # by slot: what its engine is, once one came up
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def launch(self, log_dir: Path | None = None, devices: Sequence[str] | None = None) -> None:

@@ -134,7 +134,7 @@ class Explorer:
                 if asked.run == message.run and message.key in (None, asked.key):
                     task.cancel()
         elif isinstance(message, Connect):
-            with contextlib.suppress(LinkError):  # the load that follows tells
+            with contextlib.suppress(LinkError):  # rank 0 was to be in the same group: it notices, and invites again
                 await self._stepper.call(self._spec.engine.connect, message.link)
         elif isinstance(message, Load):
             try:
