@@ -9,6 +9,7 @@ from statistics import median
 import pytest
 
 import lightning_rft as rft
+from tests.halfway import HalfwayTransformersEngine
 from tests.versions import run
 
 STEPS = 6
@@ -19,11 +20,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def data() -> Iterator[rft.RFTDataModule]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rft.RFTDataModule]:
+    engine = HalfwayTransformersEngine(dtype="float32", device="cpu")
+    engine.switch = tmp_path_factory.mktemp("engine") / "wait"
     with rft.RFTDataModule(
         tasks=[f"{index} + 1 =" for index in range(3 * STEPS)],
         reward=lambda completion, task: float(sum(map(ord, completion)) % 7),
-        engine=rft.TransformersEngine(dtype="float32", device="cpu"),
+        engine=engine,
         tasks_per_step=3,
         samples_per_task=3,
         max_new_tokens=60,
@@ -36,6 +39,9 @@ def data() -> Iterator[rft.RFTDataModule]:
 def test_versions_are_exact_across_a_swap(
     strategy: type[rft.SyncStrategy], in_flight: bool, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
 ) -> None:
+    engine = data.engine
+    assert isinstance(engine, HalfwayTransformersEngine)
+    engine.switch.touch() if in_flight else engine.switch.unlink(missing_ok=True)
     _, gaps = run(strategy(in_flight=in_flight), data, tiny_model_path, tmp_path, steps=STEPS)
     assert max(gaps.own) <= SAME
     assert median(gaps.other) > OTHER, "one version more must show"

@@ -14,6 +14,7 @@ from statistics import mean, median
 import pytest
 
 import lightning_rft as rft
+from tests.halfway import HalfwayVLLMEngine
 from tests.versions import run
 
 pytestmark = [pytest.mark.vllm]
@@ -30,11 +31,13 @@ STRATEGIES = {
 TRANSPORTS = {"collective": rft.CollectiveTransport, "checkpoint": rft.CheckpointTransport}
 
 
-def make_data(dtype: str, explorers: int) -> rft.RFTDataModule:
+def make_data(dtype: str, explorers: int, folder: Path) -> rft.RFTDataModule:
+    engine = HalfwayVLLMEngine(dtype=dtype)
+    engine.switch = folder / "wait"
     return rft.RFTDataModule(
         tasks=[f"{i} + 1 =" for i in range(3 * STEPS)],
         reward=lambda completion, task: float(sum(character.isalpha() for character in completion)),
-        engine=rft.VLLMEngine(dtype=dtype),
+        engine=engine,
         explorers=explorers,
         tasks_per_step=3,
         samples_per_task=3,
@@ -43,9 +46,15 @@ def make_data(dtype: str, explorers: int) -> rft.RFTDataModule:
 
 
 @pytest.fixture(scope="module")
-def data() -> Iterator[rft.RFTDataModule]:
-    with make_data("float32", explorers=2) as data:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rft.RFTDataModule]:
+    with make_data("float32", explorers=2, folder=tmp_path_factory.mktemp("engine")) as data:
         yield data
+
+
+def halfway(data: rft.RFTDataModule, wait: bool) -> None:
+    engine = data.engine
+    assert isinstance(engine, HalfwayVLLMEngine)
+    engine.switch.touch() if wait else engine.switch.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -54,6 +63,7 @@ def test_every_token_is_of_the_version_that_it_says(
     name: str, transport: str, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
 ) -> None:
     strategy = STRATEGIES[name](TRANSPORTS[transport]())
+    halfway(data, strategy.in_flight)
     keep, gaps = run(strategy, data, tiny_model_path, tmp_path, steps=STEPS)
     assert len(keep.turns) == 9 * STEPS
     assert max(gaps.own) <= SAME
@@ -62,7 +72,8 @@ def test_every_token_is_of_the_version_that_it_says(
 
 
 def test_a_swap_in_bfloat16(tiny_model_path: Path, tmp_path: Path) -> None:
-    with make_data("bfloat16", explorers=1) as data:
+    with make_data("bfloat16", explorers=1, folder=tmp_path) as data:
+        halfway(data, True)
         _, gaps = run(rft.FullyAsynchronous(max_staleness=3), data, tiny_model_path, tmp_path, steps=STEPS)
     assert gaps.mixed
     assert mean(gaps.kl) < 1e-2
