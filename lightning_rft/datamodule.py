@@ -30,6 +30,7 @@ from lightning_rft.explorer.worker import ExplorerSpec
 from lightning_rft.explorer.workflow import SingleTurn, Workflow, encode_prompt
 from lightning_rft.hardware import gpus_for_explorers
 from lightning_rft.monitor.spans import Span
+from lightning_rft.ranks import SIGTERM_STATUS, Ranks
 from lightning_rft.rewards import check_reward
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
@@ -193,8 +194,11 @@ class RFTDataModule(L.LightningDataModule):
         self.rollout_timeout_s = rollout_timeout_s
         #: Called with every :class:`~lightning_rft.monitor.timeline.Span` of a run.
         self.observers: list[Callable[[Span], None]] = []
+        #: The trainer's ranks; only rank 0 starts anything.
+        self.ranks = Ranks()
         self._run: Coordinator | None = None
         self._ledger: Ledger | None = None
+        self._folder = Path()  # the run's own, from setup on
         self._path: str | Path = ""
         self._held = False
         self._restored: dict[str, Any] = {}  # from a checkpoint, until the run that resumes it begins
@@ -221,6 +225,14 @@ class RFTDataModule(L.LightningDataModule):
             ConfigurationError: A setting, or a combination of settings, cannot work.
         """
         module = self._checked()
+        # here, since on several ranks log_dir is a collective
+        self._folder = Path(self._trainer.log_dir or self._trainer.default_root_dir) / "rft"
+        self.ranks.close()
+        self.ranks = Ranks.meet(self._trainer, module.weights)
+        self.ranks.agree("setup", lambda: self._start_explorers(module))
+        module.temperature = self.temperature
+
+    def _start_explorers(self, module: RFTModule) -> None:
         if self._stored is None and not self._pool.assigned:
             assert self.reward is not None, "checked in __init__"
             model = self.engine.model or module.model
@@ -239,7 +251,6 @@ class RFTDataModule(L.LightningDataModule):
                 sample_timeout_s=self.sample_timeout_s,
             )
             self._pool.start(spec, self.start_timeout_s, self._folder, self._gpus())
-        module.temperature = self.temperature
 
     def begin(self, strategy: SyncStrategy) -> Coordinator:
         """Starts the run of this ``fit`` or ``validate`` under a strategy; called by the strategy, once."""
@@ -328,7 +339,7 @@ class RFTDataModule(L.LightningDataModule):
     # What a checkpoint holds
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands: tasks, buffer, and the generators of random numbers."""
+        """Where the run stands: tasks, buffer, and the generators of random numbers. Of rank 0, which saves it."""
         return self._state() | {"rng": rng_state()} if self._run is not None else self._last
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -341,21 +352,35 @@ class RFTDataModule(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Ends the run, and the explorers unless they are held by ``with``."""
-        self._end_run()
-        if not self._held:
-            self._stop()
+        try:
+            self._end_run()
+            if not self._held:
+                self._stop()
+        finally:
+            self.ranks.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Ends everything: after an exception Lightning calls no teardown."""
-        self._stop()
+        """Ends everything: after an exception Lightning calls no teardown.
+
+        A run that SIGTERM ended exits with 143: Lightning by itself lets it exit with 0.
+        """
+        if isinstance(exception, SIGTERMException):
+            exception.code = SIGTERM_STATUS
+        self.ranks.fail(exception)
+        try:
+            self._stop()
+        finally:
+            self.ranks.close()
 
     # What Lightning iterates over
 
     def train_dataloader(self) -> ExperienceLoader:
         """One epoch of experience."""
+        self.ranks.mind_sigterm()
         stored = self._stored
         return ExperienceLoader(
             lambda: self._active if stored is None else stored,
+            self.ranks,
             batches=self.steps_per_epoch,
             accumulate=self._trainer.accumulate_grad_batches,
             items=self._items,
@@ -364,12 +389,15 @@ class RFTDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         """Greedy answers to the held-out tasks."""
+        self.ranks.mind_sigterm()  # Lightning asks for loaders as soon as its own handler is there
         if not self.val_tasks:
             return []
         chunk = self.tasks_per_step * self.samples_per_task
+        agree = self.ranks.agree
+        # every rank gets all answers: there is nothing to compute on them, and all log the same
         return ValidationLoader(
-            lambda: self._explore_validation(chunk),
-            lambda index: self._active.explored(index),
+            lambda: agree("the start of validation", lambda: self._explore_validation(chunk)),
+            lambda index: agree(f"validation task {index}", lambda: self._active.explored(index)),
             len(self.val_tasks),
             chunk,
         )
@@ -412,10 +440,6 @@ class RFTDataModule(L.LightningDataModule):
                 "lightning_rft.Synchronous()"
             )
         return found[0]
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self._trainer.log_dir or self._trainer.default_root_dir) / "rft"
 
     def _new_tolerance(self) -> Tolerance:
         return Tolerance(self.max_error_rate, 2 * self.tasks_per_step * self.samples_per_task)
@@ -460,10 +484,6 @@ class RFTDataModule(L.LightningDataModule):
         if not isinstance(module, RFTModule):
             raise ConfigurationError(
                 f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it"
-            )
-        if trainer.world_size > 1:
-            raise ConfigurationError(
-                f"Trainer(devices=...) makes {trainer.world_size} ranks: one is supported, set devices=1"
             )
         if self._stored is None and module.objective.needs_group and self.samples_per_task < 2:
             raise ConfigurationError(
@@ -518,6 +538,7 @@ class RFTDataModule(L.LightningDataModule):
         return gpus_for_explorers(visible, used, self.explorers, self.engine.world_size)
 
     def _check_interrupt(self) -> None:
+        self.ranks.check()
         if self._trainer.received_sigterm:
             raise SIGTERMException  # Lightning only looks after a batch, and there may never be one
 

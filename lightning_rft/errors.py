@@ -6,6 +6,7 @@ __all__ = [
     "ExplorerError",
     "LinkError",
     "RFTError",
+    "RankError",
     "ScheduleError",
     "StorageError",
     "TransportError",
@@ -30,6 +31,10 @@ class StorageError(RFTError, OSError):
 
 class ExplorerError(RFTError, RuntimeError):
     """An explorer process died or failed; the message carries its traceback and the last lines of its log."""
+
+
+class RankError(RFTError, RuntimeError):
+    """Another of the trainer's ranks died or failed; the message carries its traceback, if it had one to tell."""
 
 
 class TransportError(RFTError, RuntimeError):

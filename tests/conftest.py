@@ -93,5 +93,24 @@ def start(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Cal
 
 
 @pytest.fixture
+def start_ranks(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Callable[[str], list[Script]]]:
+    """Starts a script once for each of two ranks; at the test's end all must have ended within ten seconds."""
+    scripts: list[Script] = []
+
+    def start_ranks(source: str) -> list[Script]:
+        scripts.extend(zygote.start_ranks(source, tmp_path, tiny_model_path))
+        return scripts
+
+    yield start_ranks
+    try:
+        for script in scripts:
+            script.wait(10)
+            script.gone()
+    finally:
+        for script in scripts:
+            script.kill()
+
+
+@pytest.fixture
 def memory_link() -> MemoryLink:
     return MemoryLink()

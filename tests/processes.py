@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -81,12 +82,27 @@ class Zygote:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, source: str, folder: Path, model: Path) -> Script:
+    def start(
+        self, source: str, folder: Path, model: Path, mark: str = "", variables: dict[str, str] | None = None
+    ) -> Script:
         script = folder / "script.py"
         script.write_text(textwrap.dedent(source))
-        mark = uuid.uuid4().hex
-        environment = {MARK: mark, MODEL: str(model)}
+        mark = mark or uuid.uuid4().hex
+        environment = {MARK: mark, MODEL: str(model), **(variables or {})}
         return Script(self, self.ask(script=str(script), folder=str(folder), environment=environment), folder, mark)
+
+    def start_ranks(self, source: str, folder: Path, model: Path, count: int = 2) -> list[Script]:
+        """Starts a script once for each rank, as a cluster does, each in a folder of its own."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        mark = uuid.uuid4().hex
+        scripts = []
+        for rank in range(count):
+            place = folder / f"rank-{rank}"
+            place.mkdir()
+            variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+            scripts.append(self.start(source, place, model, mark, variables | {"LOCAL_RANK": str(rank)}))
+        return scripts
 
     def close(self) -> None:
         self._process.communicate(timeout=30)
@@ -156,6 +172,9 @@ def fit(
     explorer_count: int = 1,
     max_restarts: int = 0,
     transport: Any = None,
+    devices: int = 1,
+    parallel: Any = "auto",
+    trainer_settings: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
     """Trains the tiny model for three steps in the current folder, and returns the trainer. For scripts."""
@@ -179,12 +198,15 @@ def fit(
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
+        devices=devices,
+        strategy=parallel,
         callbacks=[*callbacks, getattr(rft, strategy)(transport=transport)],
         default_root_dir=os.getcwd(),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **(trainer_settings or {}),
     )
     trainer.fit((module or rft.RFTModule)(os.environ[MODEL]), datamodule=rft.RFTDataModule(**defaults | settings))
     return trainer

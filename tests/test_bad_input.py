@@ -230,12 +230,6 @@ def test_other_data(tmp_path: Path, tiny_model_path: Path, kind: str) -> None:
         trainer.fit(rft.RFTModule(tiny_model_path), data)
 
 
-def test_two_devices(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(L.Trainer, "world_size", 2)  # a real second rank would run all of pytest again
-    with pytest.raises(rft.ConfigurationError, match="makes 2 ranks: one is supported, set devices=1"):
-        fit()
-
-
 def test_validation_without_tasks(fit: Fit) -> None:
     with pytest.raises(rft.ConfigurationError, match=r"trainer.validate\(\) needs RFTDataModule\(val_tasks"):
         fit(method="validate")

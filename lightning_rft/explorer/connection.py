@@ -18,7 +18,7 @@ from typing import Any
 
 import cloudpickle
 
-from lightning_rft.errors import ConfigurationError, ExplorerError
+from lightning_rft.errors import ConfigurationError, ExplorerError, RFTError
 from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo
 
 __all__ = [
@@ -128,13 +128,14 @@ class Failure:
         except Exception:  # whatever a user's class raises here, the text still tells what happened
             return cls(None, text, permanent)
 
-    def unpack(self, where: str) -> BaseException:
+    def unpack(self, where: str, kind: type[RFTError] = ExplorerError) -> BaseException:
         """The original exception, its traceback in the other process as the cause.
 
         Args:
             where: Where it happened, such as ``"explorer 0"``.
+            kind: What the cause is, and the exception itself where it cannot be made again here.
         """
-        cause = ExplorerError(f"in {where}:\n{self.text}")
+        cause = kind(f"in {where}:\n{self.text}")
         if self.exception is None:
             return cause
         try:

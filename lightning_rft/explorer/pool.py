@@ -28,6 +28,7 @@ __all__ = ["Died", "ExplorerPool"]
 
 _LOG_LINES = 20
 _GRACE_S = 3.0
+_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where launchers say which of the trainer's processes this is
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
@@ -124,6 +125,8 @@ class ExplorerPool:
     def launch(self, log_dir: Path | None = None, devices: Sequence[str] | None = None) -> None:
         """Starts the processes, which import what the engine needs, and returns at once; does nothing if they run.
 
+        Nor does it on any of several trainer ranks but the first, which run the same script.
+
         Args:
             log_dir: Folder for logs where the pool names none.
             devices: GPUs where the pool names none.
@@ -131,7 +134,7 @@ class ExplorerPool:
         Raises:
             ConfigurationError: There is no folder for logs, or the engine cannot be sent to another process.
         """
-        if self.running:
+        if self.running or any(int(os.environ.get(name, "0")) > 0 for name in _RANKS):
             return
         folder = self.log_dir or log_dir
         if folder is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,9 @@ from lightning_rft.experience import Group
 
 __all__ = ["BatchMetrics"]
 
+_OF_ALL_GROUPS = {"loss", "reward", "reward_std", "completion_length", "staleness_mean", "staleness_max"}
+_NOTHING: dict[type[Metric], tuple[float, ...]] = {MeanMetric: (0.0, 0.0), SumMetric: (0.0,), MaxMetric: (-math.inf,)}
+
 
 class BatchMetrics(nn.Module):
     """Metrics of one batch, under ``rft/``.
@@ -21,7 +25,8 @@ class BatchMetrics(nn.Module):
     groups of the standard deviation within the group), ``completion_length`` (tokens), ``staleness_mean`` and
     ``staleness_max`` (batches, over tokens), and over the tokens that were trained ``entropy`` (nats) and whatever
     statistics the objective gives: ``clip_fraction``, ``kl`` (from the sampling to the training policy, nats).
-    ``tokens_per_second`` counts sampled tokens over the whole time since the batch before.
+    ``tokens_per_second`` counts sampled tokens over the whole time since the batch before. On several ranks each takes
+    in its share, and all get the values of the whole batch.
     """
 
     def __init__(self) -> None:
@@ -34,7 +39,9 @@ class BatchMetrics(nn.Module):
         self.staleness_max = MaxMetric()
         self.entropy = MeanMetric()
         self.tokens = SumMetric()
+        self.trained_tokens = SumMetric()
         self._began: float | None = None
+        self._clear()
 
     def update_groups(self, groups: Sequence[Group], version: int) -> None:
         """Takes in what was sampled.
@@ -60,19 +67,24 @@ class BatchMetrics(nn.Module):
         """Takes in a share's part of the batch's loss."""
         self.loss.update(loss.detach())
 
-    def update_tokens(self, entropy: Tensor, statistics: Mapping[str, Tensor]) -> None:
-        """Takes in what the training step computed, one value per trained token."""
-        self.entropy.update(entropy)
+    def update_tokens(self, entropy: Tensor, statistics: Mapping[str, Tensor], weight: float = 1.0) -> None:
+        """Takes in what the training step computed, one value per trained token; 0 for ``weight`` leaves them out."""
+        self.trained_tokens.update(entropy.numel() * weight)
+        self.entropy.update(entropy, weight)
         for name, values in statistics.items():
             if name not in self._modules:
                 self.add_module(name, MeanMetric().to(values.device))
-            self.get_submodule(name).update(values)  # type: ignore[operator]
+            self.get_submodule(name).update(values, weight)  # type: ignore[operator]
 
     def collect(self) -> dict[str, float]:
         """The values of the batch, and a fresh start for the next."""
         now = time.perf_counter()
-        tokens = float(self.tokens.compute())
-        values = {f"rft/{name}": float(metric.compute()) for name, metric in self._logged() if metric.update_called}
+        # in the same order on every rank, since each of these is a collective
+        values = {name: float(metric.compute()) for name, metric in self._metrics()}
+        tokens = values.pop("tokens")
+        if not values.pop("trained_tokens"):
+            values = {name: value for name, value in values.items() if name in _OF_ALL_GROUPS}
+        values = {f"rft/{name}": value for name, value in values.items()}
         if self._began is not None:
             values["rft/tokens_per_second"] = tokens / (now - self._began)
         self.restart(now)
@@ -81,11 +93,13 @@ class BatchMetrics(nn.Module):
     def restart(self, now: float | None = None) -> None:
         """Forgets what was taken in; the clock starts now."""
         self._began = time.perf_counter() if now is None else now
+        self._clear()
+
+    def _clear(self) -> None:
         for _, metric in self._metrics():
             metric.reset()
-
-    def _logged(self) -> list[tuple[str, Metric]]:
-        return [(name, metric) for name, metric in self._metrics() if metric is not self.tokens]
+            # so that a rank whose share is empty has something to add to
+            metric.update(*_NOTHING[type(metric)])
 
     def _metrics(self) -> list[tuple[str, Metric]]:
         return [(name, child) for name, child in self.named_children() if isinstance(child, Metric)]

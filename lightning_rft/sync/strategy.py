@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ScheduleError
@@ -24,7 +23,7 @@ from lightning_rft.sync.transport import Push, Transport, Weights
 
 __all__ = ["Run", "SyncStrategy"]
 
-_SIGTERM_STATUS = 143
+_T = TypeVar("_T")
 
 
 class Run(Pushed, Protocol):
@@ -60,6 +59,18 @@ class Run(Pushed, Protocol):
         ...
 
 
+class Ranks(Protocol):
+    """What a strategy asks of the trainer's ranks: only rank 0 has a run, and the others are told what came of it."""
+
+    def agree(self, what: str, function: Callable[[], _T]) -> _T:
+        """Calls a function on rank 0, and returns its result on every rank."""
+        ...
+
+    def gathered(self) -> Weights:
+        """The policy's weights, whole; on rank 0 inside :meth:`agree`."""
+        ...
+
+
 class SyncStrategy(Callback, Rule):
     """Base class of the sync strategies.
 
@@ -86,8 +97,8 @@ class SyncStrategy(Callback, Rule):
             raise ConfigurationError(f"sync_interval={sync_interval} must be at least 1: it counts batches")
         self.sync_interval = sync_interval
         self.transport = transport or CollectiveTransport()
+        self._ranks: Ranks | None = None
         self._run: Run | None = None
-        self._module: L.LightningModule | None = None
         self._publisher: Publisher | None = None
         self._pushed = -1  # the version whose weights were taken last
 
@@ -117,15 +128,15 @@ class SyncStrategy(Callback, Rule):
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pushes the first version."""
-        self._begin(trainer, pl_module)
+        self._begin(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pushes the first version, if no training came before."""
-        self._begin(trainer, pl_module)
+        self._begin(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pushes the first version, if no sanity check came before."""
-        self._begin(trainer, pl_module)
+        self._begin(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -148,30 +159,16 @@ class SyncStrategy(Callback, Rule):
         """Counts the version up with a batch's last micro-batch and pushes if that is due."""
         if not batch.last:  # the hook fires for every micro-batch
             return
-        run = self._active
-        run.trained(batch.batch)
-        began = time.monotonic()
-        due = run.wait_due()
-        waited = time.monotonic()
-        push = self._push(pl_module) if due else Push(0.0, 0.0)
-        seconds = time.monotonic() - waited if due else 0.0
-        pl_module.log("rft/version", float(run.version), prog_bar=True)
-        pl_module.log_dict({"rft/wait_push_s": waited - began, "rft/sync_s": seconds} | run.metrics())
-        if push.seconds:
-            pl_module.log("rft/weights_changed", push.changed)
+        logged = self._agree(f"the end of batch {batch.batch}", lambda: self._trained(batch.batch))
+        pl_module.log("rft/version", logged.pop("rft/version"), prog_bar=True)
+        pl_module.log_dict(logged)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pushes the last version, if it was not, so that what is sampled next is sampled with it."""
-        run = self._active
-        if self._pushed < run.version:
-            self._push(pl_module)
-        self._wait_loaded()
-        rank_zero_info(run.summary())
+        self._agree("the end of training", self._finish)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Makes a run that SIGTERM ended exit with 143: Lightning by itself lets it exit with 0."""
-        if isinstance(exception, SIGTERMException):
-            exception.code = _SIGTERM_STATUS
+        """Ends pushes; what was started is the data module's to end."""
         if self._run is not None:
             self._run.failed(exception)  # so that a push in the background does not go on
         with contextlib.suppress(DeadlineError):  # raised here, it would keep the data module from ending explorers
@@ -194,10 +191,9 @@ class SyncStrategy(Callback, Rule):
 
     def bring(self, explorers: Sequence[int]) -> None:
         """Brings the weights of this moment to explorers that came up between two pushes; on the trainer's thread."""
-        run, module = self._active, self._module
-        assert module is not None, "asked for weights before the first push"
+        run = self._active
         began = time.monotonic()
-        self.transport.push(list(module.weights()), run.version, run, explorers)  # type: ignore[operator]
+        self.transport.push(self._gathered(), run.version, run, explorers)
         run.observe("trainer", self._push_is, began, run.version)
 
     @property
@@ -205,27 +201,53 @@ class SyncStrategy(Callback, Rule):
         """What a push is in the timeline."""
         return "write checkpoint" if self.transport.kind == "checkpoint" else "sync"
 
-    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._run is None:
-            # the datamodule owns the run; anything else was refused in its setup
-            self._run = run = trainer.datamodule.begin(self)  # type: ignore[attr-defined]
-            self._module = pl_module
-            self._active.wait_ready()
-            if self.asynchronous:
-                self._publisher = Publisher(self.transport, run)
-            self._push(pl_module)
-            self._wait_loaded()
+    def _begin(self, trainer: L.Trainer) -> None:
+        if self._ranks is None:
+            # the datamodule owns ranks and run; anything else was refused in its setup
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            self._ranks = data.ranks
+            self._agree("the first push", lambda: self._start(data.begin(self)))
 
-    def _push(self, pl_module: L.LightningModule) -> Push:
+    def _start(self, run: Run) -> None:
+        self._run = run
+        run.wait_ready()
+        if self.asynchronous:
+            self._publisher = Publisher(self.transport, run)
+        self._push()
+        self._wait_loaded()
+
+    def _trained(self, batch: int) -> dict[str, float]:
+        """Counts the version up and pushes if that is due; what is to be logged of it."""
+        run = self._active
+        run.trained(batch)
+        began = time.monotonic()
+        due = run.wait_due()
+        waited = time.monotonic()
+        push = self._push() if due else Push(0.0, 0.0)
+        logged = {
+            "rft/version": float(run.version),
+            "rft/wait_push_s": waited - began,
+            "rft/sync_s": time.monotonic() - waited if due else 0.0,
+        }
+        changed = {"rft/weights_changed": push.changed} if push.seconds else {}
+        return logged | changed | run.metrics()
+
+    def _finish(self) -> None:
+        run = self._active
+        if self._pushed < run.version:
+            self._push()
+        self._wait_loaded()
+        rank_zero_info(run.summary())
+
+    def _push(self) -> Push:
         """Brings the policy's weights to the explorers: now, or when the publisher comes to it."""
         run = self._active
         self._pushed = run.version
-        weights: Weights = list(pl_module.weights())  # type: ignore[operator]
         if self._publisher is not None:
-            self._publisher.publish(snapshot(weights, run.dtype), run.version)
+            self._publisher.publish(snapshot(self._gathered(), run.dtype), run.version)
             return self._publisher.last
         began = time.monotonic()
-        push = self.transport.push(weights, run.version, run)
+        push = self.transport.push(self._gathered(), run.version, run)
         run.observe("trainer", self._push_is, began, run.version)
         run.published(run.version)
         return push
@@ -240,14 +262,22 @@ class SyncStrategy(Callback, Rule):
 
     def _end(self) -> None:
         publisher, self._publisher = self._publisher, None
-        self._run, self._module, self._pushed = None, None, -1
+        self._ranks, self._run, self._pushed = None, None, -1
         try:
             if publisher is not None:
                 publisher.close(self.transport.timeout_s)
         finally:
             self.transport.close()
 
+    def _agree(self, what: str, function: Callable[[], _T]) -> _T:
+        assert self._ranks is not None, "a hook fired before the first push"
+        return self._ranks.agree(what, function)
+
+    def _gathered(self) -> Weights:
+        assert self._ranks is not None, "weights were asked for before the first push"
+        return self._ranks.gathered()
+
     @property
     def _active(self) -> Run:
-        assert self._run is not None, "a hook fired before the first push"
+        assert self._run is not None, "the run was asked for before the first push, or on a rank other than 0"
         return self._run

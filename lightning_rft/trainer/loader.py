@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group
 
 __all__ = ["ExperienceLoader", "MicroBatch", "Source", "ValidationLoader", "split"]
+
+_T = TypeVar("_T")
 
 
 class Source(Protocol):
@@ -26,6 +28,24 @@ class Source(Protocol):
 
     def wanted(self, batch: int) -> list[Group]:
         """Waits for a batch and leases it."""
+        ...
+
+
+class Ranks(Protocol):
+    """The trainer's ranks, as the loaders see them."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        ...
+
+    def agree(self, what: str, function: Callable[[], _T]) -> _T:
+        """Calls a function on rank 0, and returns its result on every rank."""
         ...
 
 
@@ -75,11 +95,12 @@ def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
 class ExperienceLoader:
     """One epoch of micro-batches.
 
-    Each batch makes ``accumulate`` items, and the optimizer steps after the last. Where a limit ends the epoch within a
-    batch, that batch is made into as many items as are left, so that it is trained whole all the same.
+    Each batch makes ``accumulate`` items on each rank, and the optimizer steps after the last. Where a limit ends the
+    epoch within a batch, that batch is made into as many items as are left, so that it is trained whole all the same.
 
     Args:
-        source: Called when an epoch begins, for the run that is on.
+        source: Called on rank 0 when an epoch begins, for the run that is on.
+        ranks: The trainer's ranks, among which each batch is shared out.
         batches: Batches of an epoch before limits.
         accumulate: Micro-batches per optimizer step.
         items: Micro-batches of an epoch after limits.
@@ -87,9 +108,17 @@ class ExperienceLoader:
     """
 
     def __init__(
-        self, source: Callable[[], Source], *, batches: int, accumulate: int, items: int, max_staleness: int | None
+        self,
+        source: Callable[[], Source],
+        ranks: Ranks,
+        *,
+        batches: int,
+        accumulate: int,
+        items: int,
+        max_staleness: int | None,
     ) -> None:
         self._source = source
+        self._ranks = ranks
         self._batches = batches
         self._accumulate = accumulate
         self._items = items
@@ -116,20 +145,24 @@ class ExperienceLoader:
         return self._batches_left()
 
     def _batches_left(self) -> Iterator[MicroBatch]:
-        source, left = self._source(), self._items - self._done
+        ranks, left = self._ranks, self._items - self._done
         while left > 0:
-            batch, began = source.version, time.perf_counter()
-            groups = source.wanted(batch)
+            began = time.perf_counter()
+            batch, groups = ranks.agree("a batch of experience", self._next)
             waited = time.perf_counter() - began
             if self._max_staleness is not None:
                 check_staleness(groups, batch, self._max_staleness)
             tokens = sum(group.num_tokens for group in groups)
-            shares = split(groups, min(self._accumulate, left))
+            shares = split(groups, min(self._accumulate, left) * ranks.count)[ranks.rank :: ranks.count]
             for index, share in enumerate(shares, start=1):
                 last = index == len(shares)
                 self._done += 1
                 yield MicroBatch(batch, share, last=last, batch_tokens=tokens, wait_seconds=waited if last else 0.0)
             left -= len(shares)
+
+    def _next(self) -> tuple[int, list[Group]]:
+        source = self._source()
+        return source.version, source.wanted(source.version)
 
 
 def check_staleness(groups: Sequence[Group], batch: int, bound: int) -> None:

@@ -21,12 +21,14 @@ from lightning_rft.trainer.loader import MicroBatch
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.objective import GRPO, Objective
 from lightning_rft.trainer.packing import pack, shares_prompts
+from lightning_rft.trainer.sharding import shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["RFTModule", "check_model", "context_length"]
 
+_TOKEN = Turn((0,), (0,), (0.0,), (0,), "length")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
@@ -80,7 +82,10 @@ class RFTModule(L.LightningModule):
         self.policy: PreTrainedModel | None = None
 
     def configure_model(self) -> None:
-        """Loads the policy in float32, once; precision plugins take it from there."""
+        """Loads the policy in float32, once; precision plugins take it from there.
+
+        Under ``ModelParallelStrategy`` it is sharded over the ranks.
+        """
         if self.policy is not None:
             return
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,6 +99,8 @@ class RFTModule(L.LightningModule):
             self.model, config=config, dtype=torch.float32, attn_implementation=self.attn_implementation
         )
         self.policy.train()
+        if self.device_mesh is not None:
+            shard(self.policy, self.device_mesh)
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler as given."""
@@ -103,15 +110,21 @@ class RFTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of every entry of the policy's ``state_dict``, aliases of tied weights included."""
-        yield from self._policy.state_dict().items()
+        """Name and tensor of every entry of the policy's ``state_dict``, aliases of tied weights included.
+
+        Where the policy is sharded, all ranks must iterate together: each tensor is put together as it is reached.
+        """
+        for name, tensor in self._policy.state_dict().items():
+            yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Writes policy and tokenizer as a folder that transformers and vLLM load."""
+        """Writes policy and tokenizer as a folder that transformers and vLLM load; to be called on every rank."""
         from transformers import AutoTokenizer
 
-        self._policy.save_pretrained(path)
-        AutoTokenizer.from_pretrained(self.model).save_pretrained(path)
+        weights = dict(self.weights())
+        if self.global_rank == 0:
+            self._policy.save_pretrained(path, state_dict=weights)
+            AutoTokenizer.from_pretrained(self.model).save_pretrained(path)
 
     def on_train_start(self) -> None:
         """Starts the clock of ``rft/tokens_per_second``."""
@@ -125,7 +138,8 @@ class RFTModule(L.LightningModule):
             batch_idx: Position in the epoch.
 
         Returns:
-            The loss, summed over the share's tokens and divided by the whole batch's, times what Lightning divides by.
+            The loss, summed over the share's tokens and divided by the whole batch's, times what Lightning divides by:
+            micro-batches and ranks.
         """
         self.metrics.update_groups(batch.groups, batch.batch)
         loss = self._loss(batch.groups) / batch.batch_tokens
@@ -134,7 +148,7 @@ class RFTModule(L.LightningModule):
             values = self.metrics.collect()
             self.log("rft/reward", values.pop("rft/reward"), prog_bar=True, batch_size=1)
             self.log_dict(values | {"rft/wait_experience_s": batch.wait_seconds}, batch_size=1)
-        return loss * self.trainer.accumulate_grad_batches
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def validation_step(self, batch: list[Group], batch_idx: int) -> None:
         """Logs ``val/reward``, ``val/pass@1`` and ``val/version`` over answers to held-out tasks."""
@@ -145,15 +159,18 @@ class RFTModule(L.LightningModule):
         passed = (rewards >= self.pass_threshold).float()
         version = float(max(experience.oldest_version for experience in experiences))
         size = len(experiences)
-        self.log("val/reward", rewards.mean(), batch_size=size, prog_bar=True)
-        self.log("val/pass@1", passed.mean(), batch_size=size)
-        self.log("val/version", version, batch_size=size)
+        self.log("val/reward", rewards.mean(), batch_size=size, prog_bar=True, sync_dist=True)
+        self.log("val/pass@1", passed.mean(), batch_size=size, sync_dist=True)
+        self.log("val/version", version, batch_size=size, sync_dist=True)
 
     def _loss(self, groups: Sequence[Group]) -> Tensor:
         """Loss summed over the sampled tokens of some groups."""
-        chosen = self._with_advantages(groups)
+        chosen, weight = self._with_advantages(groups), 1.0
         if not chosen:
-            return self._zero()
+            if self.trainer.world_size == 1:
+                return self._zero()
+            # what the other ranks do are collectives, in which this one takes part with a token that does not count
+            chosen, weight = [[(_TOKEN, 0.0)]], 0.0
         turns = [[turn for turn, _ in group] for group in chosen]
         packed = pack(turns, shared=self._shares_prompts).to(self.device)
         flat: list[tuple[Turn, float]] = [pair for group in chosen for pair in group]
@@ -162,8 +179,8 @@ class RFTModule(L.LightningModule):
         advantages = torch.tensor([advantage for _, advantage in flat]).repeat_interleave(lengths).to(self.device)
         logprobs, entropy = token_logprobs(self._policy, packed, temperature=self.temperature)
         losses, statistics = self.objective.token_loss(logprobs, sampling, advantages)
-        self.metrics.update_tokens(entropy, statistics)
-        return losses.sum()
+        self.metrics.update_tokens(entropy, statistics, weight)
+        return losses.sum() * weight
 
     def _with_advantages(self, groups: Sequence[Group]) -> list[list[tuple[Turn, float]]]:
         """Each group's turns with their sample's advantage, those left out that cannot contribute to the gradient."""
@@ -185,7 +202,7 @@ class RFTModule(L.LightningModule):
         return [group for group in kept if group]
 
     def _zero(self) -> Tensor:
-        """A zero that touches every parameter, so that optimizer and ranks stay in step."""
+        """A zero that touches every parameter, so that the optimizer counts this step, too."""
         return torch.stack([p.reshape(-1)[0] for p in self.parameters() if p.requires_grad]).sum() * 0.0
 
     @functools.cached_property

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
+from lightning_rft.ranks import Ranks
 from lightning_rft.trainer.loader import ExperienceLoader, MicroBatch, ValidationLoader, check_staleness, split
 
 
@@ -89,7 +90,7 @@ class Batches:
 
 
 def make_loader(source: Batches, items: int, *, accumulate: int = 1, bound: int = 0) -> ExperienceLoader:
-    return ExperienceLoader(lambda: source, batches=3, accumulate=accumulate, items=items, max_staleness=bound)
+    return ExperienceLoader(lambda: source, Ranks(), batches=3, accumulate=accumulate, items=items, max_staleness=bound)
 
 
 def consume(loader: ExperienceLoader, source: Batches) -> list[MicroBatch]:

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Trainer:
     """What a training step asks of its trainer."""
 
+    world_size = 1
+
     def __init__(self, accumulate_grad_batches: int) -> None:
         self.accumulate_grad_batches = accumulate_grad_batches
 

@@ -1,0 +1,326 @@
+"""The trainer's ranks: what rank 0 finds out every rank is told, and what ends one of them ends all.
+
+Rank 0 alone owns explorers and buffer. Wherever it waits for them, the others wait for it: :meth:`Ranks.agree` is the
+one place where they meet. They talk over connections of their own and not over the trainer's process group, since a
+connection tells at once when the other end is gone, has no time limit that a long rollout could pass, and can be
+listened to while the main thread is inside a collective.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_rft.errors import DeadlineError, RankError, ScheduleError
+from lightning_rft.explorer.connection import Channel, Failure
+
+__all__ = ["SIGTERM_STATUS", "Ranks"]
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_MEET_S = 120.0  # for all ranks to come; they have just met in Lightning's own group
+_POLL_S = 0.2
+_SIGN_OF_LIFE_S = 2.0
+_SILENCE_S = 120.0  # without a sign of life, from a rank whose connection stands: it was stopped, or its host is gone
+_GRACE_S = 4.0  # for a rank to end by itself once another has, before it is ended inside a collective
+#: What a process exits with that SIGTERM ended.
+SIGTERM_STATUS = 143
+
+
+@dataclass(frozen=True)
+class _Told:
+    """To the others: what :meth:`Ranks.agree` came to."""
+
+    what: str
+    result: Any
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """To the others: take part in gathering the weights."""
+
+
+@dataclass(frozen=True)
+class _Alive:
+    """A sign of life."""
+
+
+@dataclass(frozen=True)
+class _Terminated:
+    """SIGTERM has come to the sender."""
+
+
+@dataclass(frozen=True)
+class _Bye:
+    """The sender ends as it should; the end of its connection says nothing more."""
+
+
+class Ranks:
+    """One of the trainer's ranks among the others. Alone, it does what it is asked and knows nobody.
+
+    Args:
+        rank: Of this process; 0 leads.
+        count: How many there are.
+        peers: Connections: of rank 0 one to every other rank, of the others one to rank 0.
+        weights: Called to gather the policy's weights, on all ranks together.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        count: int = 1,
+        peers: dict[int, Channel] | None = None,
+        weights: Callable[[], Iterable[Any]] = tuple,
+    ) -> None:
+        self.rank = rank
+        self.count = count
+        self._peers = peers or {}
+        self._weights = weights
+        self._news = threading.Condition()
+        self._inbox: deque[_Told | _Gather] = deque()
+        self._failure: BaseException | None = None  # of another rank
+        self._why = ""  # what the first rank that failed had to tell
+        self._terminated = False
+        self._noticed = False  # whether the main thread is on its way out
+        self._closing = threading.Event()
+        self._heard = dict.fromkeys(self._peers, time.monotonic())
+        self._thread = threading.Thread(target=self._listen, name="ranks", daemon=True)
+        self._alone = not self._peers
+        if not self._alone:
+            self._thread.start()
+
+    @classmethod
+    def meet(cls, trainer: L.Trainer, weights: Callable[[], Iterable[Any]]) -> Ranks:
+        """Connects the ranks of a trainer; to be called on each.
+
+        Raises:
+            DeadlineError: Some did not come.
+        """
+        if trainer.world_size == 1:
+            return cls(weights=weights)
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        host = "127.0.0.1" if environment is None or trainer.num_nodes == 1 else environment.main_address
+        rank, count = trainer.global_rank, trainer.world_size
+        where: tuple[int, bytes] | None = None
+        if rank != 0:
+            where = trainer.strategy.broadcast(where)
+            assert where is not None
+            return cls(rank, count, {0: _join(host, *where, rank)}, weights)
+        with socket.create_server((host, 0), backlog=count) as server:
+            token = secrets.token_bytes(32)
+            trainer.strategy.broadcast((server.getsockname()[1], token))
+            return cls(0, count, _welcome(server, token, count), weights)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def agree(self, what: str, function: Callable[[], _T]) -> _T:
+        """Calls a function on rank 0, and returns its result on every rank.
+
+        The others serve meanwhile: whenever rank 0 gathers weights they take part.
+
+        Args:
+            what: What it is about, equal on all ranks.
+            function: Called on rank 0 only.
+
+        Raises:
+            ScheduleError: The ranks are not at the same place.
+            RankError: Another rank is gone, or failed with an exception that cannot be made again here.
+            Exception: What the function raised, or what ended another rank.
+        """
+        self.check()
+        if not self.leads:
+            return self._attend(what)
+        try:
+            result = function()
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self._send(_Told(what, result))
+        return result
+
+    def gathered(self) -> list[Any]:
+        """The policy's weights, whole; on rank 0 inside :meth:`agree`. The others take part without keeping them."""
+        self._send(_Gather())
+        return list(self._weights())
+
+    def check(self) -> None:
+        """Raises what ended another rank, or ``SIGTERMException`` if any got SIGTERM."""
+        with self._news:
+            if self._failure is not None:
+                raise self._failure
+        if self._terminated:
+            error = SIGTERMException()
+            error.code = SIGTERM_STATUS
+            raise error
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the other ranks what ended this one; the first time counts."""
+        if self._noticed or self._alone:
+            return
+        self._noticed = True
+        self._send(Failure.of(error))
+        if isinstance(error, RuntimeError) and error is not self._failure:
+            # perhaps a collective that broke off: whoever left it tells why
+            with self._news:
+                self._news.wait_for(lambda: self._why, _SIGN_OF_LIFE_S)
+            if self._why:
+                _log.error(self._why)
+
+    def mind_sigterm(self) -> None:
+        """From now on, SIGTERM to any rank ends all of them, at the next :meth:`agree`.
+
+        Lightning's handler would begin a collective wherever this rank happens to be: in the middle of another one it
+        never returns.
+        """
+        if not self._alone and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def close(self) -> None:
+        """Leaves; safe to call twice."""
+        if self._closing.is_set() or self._alone:
+            return
+        self._noticed = True
+        self._send(_Bye())
+        self._closing.set()
+        self._thread.join()
+        for channel in list(self._peers.values()):
+            channel.close()
+
+    # How
+
+    def _attend(self, what: str) -> Any:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._inbox or self._failure or self._terminated, _POLL_S)
+                message = self._inbox.popleft() if self._inbox else None
+            if isinstance(message, _Gather):
+                deque(self._weights(), maxlen=0)
+            elif isinstance(message, _Told):
+                if message.what != what:
+                    raise ScheduleError(
+                        f"rank 0 is at {message.what}, but rank {self.rank} at {what}: the ranks run different code, "
+                        "or a callback acts on some of them only"
+                    )
+                return message.result
+            else:
+                self.check()
+                if not self._peers:
+                    raise ScheduleError(
+                        f"rank {self.rank} waits at {what}, but rank 0 has ended: the ranks run different code"
+                    )
+
+    def _send(self, message: Any) -> None:
+        for channel in list(self._peers.values()):
+            try:
+                channel.send(message)
+            except OSError:  # gone: the thread that listens notices, too
+                continue
+
+    def _on_sigterm(self, signum: int, frame: Any) -> None:
+        # nothing that takes a lock: the main thread may hold it just now
+        self._terminated = True
+
+    def _listen(self) -> None:
+        """Hears the others, and gives them signs of life. Ends this process if it does not follow another one's end."""
+        told = 0.0
+        passed_on = False
+        while not self._closing.is_set():
+            now = time.monotonic()
+            if now - told > _SIGN_OF_LIFE_S:
+                told = now
+                self._send(_Alive())
+            if self._terminated and not passed_on:
+                passed_on = True
+                self._send(_Terminated())
+            lines: list[Any] = list(self._peers.values())
+            ready: list[Any] = wait(lines, _POLL_S)
+            for rank, channel in list(self._peers.items()):
+                if channel in ready:
+                    self._hear(rank, channel)
+                elif now - self._heard[rank] > _SILENCE_S:
+                    self._lost(rank, RankError(f"rank {rank} has given no sign of life for {_SILENCE_S:.0f} seconds"))
+
+    def _hear(self, rank: int, channel: Channel) -> None:
+        try:
+            message = channel.receive(0)
+        except (EOFError, OSError):
+            self._lost(rank, RankError(f"rank {rank} is gone, without a word: it was killed; see its output"))
+            return
+        self._heard[rank] = time.monotonic()
+        if isinstance(message, Failure):
+            self._why = self._why or f"rank {rank} failed:\n{message.text}"
+            self._lost(rank, message.unpack(f"rank {rank}", RankError))
+        elif isinstance(message, _Terminated):
+            self._terminated = True
+        elif isinstance(message, _Bye):
+            self._heard[rank] = float("inf")
+            self._peers.pop(rank).close()
+        elif not isinstance(message, _Alive):
+            with self._news:
+                self._inbox.append(message)
+                self._news.notify_all()
+
+    def _lost(self, rank: int, error: BaseException) -> None:
+        self._peers.pop(rank).close()
+        with self._news:
+            self._failure = self._failure or error
+            self._news.notify_all()
+        threading.Thread(target=self._end_if_stuck, args=(rank, error), name="ranks-end", daemon=True).start()
+
+    def _end_if_stuck(self, rank: int, error: BaseException) -> None:
+        """Ends this process, if its main thread is inside a collective with the one that is gone."""
+        deadline = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline:
+            if self._noticed or self._closing.wait(_POLL_S):
+                return
+        sys.stderr.write(f"rank {self.rank} is ended, since it waits for rank {rank}: {error}\n{self._why}\n")
+        sys.stderr.flush()
+        os._exit(1)  # no hook can run: the main thread is in a collective that will not return
+
+
+def _welcome(server: socket.socket, token: bytes, world_size: int) -> dict[int, Channel]:
+    """Takes in every other rank that knows the token."""
+    deadline = time.monotonic() + _MEET_S
+    peers: dict[int, Channel] = {}
+    while len(peers) < world_size - 1:
+        server.settimeout(max(0.1, deadline - time.monotonic()))
+        try:
+            line, _ = server.accept()
+            with line:
+                line.settimeout(_MEET_S)
+                greeting = line.recv(len(token) + 4, socket.MSG_WAITALL)
+                rank = int.from_bytes(greeting[-4:], "big")
+                if hmac.compare_digest(greeting[:-4], token) and 0 < rank < world_size:
+                    line.settimeout(None)
+                    peers[rank] = Channel(line.detach())
+        except TimeoutError:
+            missing = sorted(set(range(1, world_size)) - peers.keys())
+            raise DeadlineError(f"ranks {missing} did not connect to rank 0 within {_MEET_S:.0f} s") from None
+    return peers
+
+
+def _join(host: str, port: int, token: bytes, rank: int) -> Channel:
+    line = socket.create_connection((host, port), _MEET_S)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    line.sendall(token + rank.to_bytes(4, "big"))
+    line.settimeout(None)
+    return Channel(line.detach())

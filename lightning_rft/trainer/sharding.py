@@ -1,0 +1,39 @@
+"""Parameters, gradients and optimizer state spread over the trainer's ranks: PyTorch's FSDP2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lightning_rft.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["shard"]
+
+
+def shard(policy: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards a model of transformers over the data-parallel ranks, each of its layers by itself.
+
+    Args:
+        policy: The whole model, the same on every rank. Its parameters become ``DTensor``.
+        mesh: The mesh of Lightning's ``ModelParallelStrategy``.
+
+    Raises:
+        ConfigurationError: The mesh asks for tensor parallelism.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        raise ConfigurationError(
+            f"ModelParallelStrategy makes tensor_parallel_size={mesh['tensor_parallel'].size()}: set "
+            "data_parallel_size to the number of devices and tensor_parallel_size=1"
+        )
+    from torch.distributed.fsdp import fully_shard
+
+    # what transformers itself would not split over devices: the decoder's layers
+    whole = set(getattr(policy, "_no_split_modules", None) or ())
+    for module in policy.modules():
+        if type(module).__name__ in whole:
+            fully_shard(module, mesh=mesh["data_parallel"])
+    fully_shard(policy, mesh=mesh["data_parallel"])

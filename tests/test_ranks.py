@@ -1,0 +1,226 @@
+"""Several trainer ranks: they train what one would, and what ends one of them ends all."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.processes import Script
+
+Start = Callable[[str], Script]
+StartRanks = Callable[[str], list[Script]]
+
+SHARDED = "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)"
+
+
+def test_lightnings_launcher(start: Start) -> None:
+    script = start("""
+        from tests.processes import fit
+        trainer = fit(devices=2, parallel="ddp", val_tasks=["2 + 2 ="], samples_per_task=3)
+        print("rank", trainer.global_rank, "steps", trainer.global_step, trainer.callback_metrics["val/version"])
+    """)
+    assert script.wait() == 0, script.stderr
+    script.gone()
+    assert sorted(script.stdout.splitlines()) == [f"rank {rank} steps 3 tensor(3.)" for rank in range(2)]
+    assert "Traceback" not in script.stderr
+
+
+# What is computed
+
+
+TRAIN = """
+    import os, torch
+    import lightning as L
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    import lightning_rft as rft
+    from tests.processes import MODEL
+
+    module = rft.RFTModule(os.environ[MODEL], optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    logged = []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch.last:
+                wanted = ("rft/loss", "rft/reward", "rft/entropy", "rft/kl", "rft/staleness_max", "rft/reward_std")
+                logged.append([float(trainer.callback_metrics[name]) for name in wanted])
+
+    data = rft.RFTDataModule(explorers=0, buffer="{buffer}", tasks_per_step=3, seed=1)
+    trainer = L.Trainer(
+        devices={devices}, strategy={strategy}, accelerator="cpu", callbacks=[Note()], logger=False, max_epochs=1,
+        accumulate_grad_batches={accumulate}, enable_checkpointing=False, enable_progress_bar=False,
+    )
+    trainer.fit(module, data)
+    weights = dict(module.weights())
+    module.save_pretrained("saved")
+    if trainer.global_rank == 0:
+        torch.save((weights, torch.tensor(logged)), "{result}")
+"""
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> Path:
+    """Seven groups, of which one without signal: in batches of 3, 3 and 1, some ranks have nothing to do."""
+    from lightning_rft.buffer.ledger import Ledger
+    from lightning_rft.experience import Experience, Group, GroupKey, Turn
+
+    path = tmp_path / "old.sqlite"
+    with Ledger.open(path) as ledger:
+        ledger.begin()
+        for number in range(7):
+            key = GroupKey(number // 3, number % 3)
+            ledger.issue(key, str(number), epoch=0, explorer=0)
+            length = 3 + 2 * number
+            turn = Turn((4, 5, 6 + number), tuple(range(7, 7 + length)), (-3.0,) * length, (0,) * length, "stop")
+            rewards = [0.0] * 4 if number == 6 else [0.0, 1.0, 0.5, float(number)]
+            experiences = [Experience(str(number), i, (turn,), reward) for i, reward in enumerate(rewards)]
+            ledger.ready(Group(key, str(number), tuple(experiences)))
+    return path
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("strategy", ["'ddp'", SHARDED])
+def test_two_ranks_train_what_one_does(
+    strategy: str, accumulate: int, buffer: Path, start: Start, start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    results = [tmp_path / "one.pt", tmp_path / "two.pt"]
+    for devices, result in zip((1, 2), results, strict=True):
+        source = TRAIN.format(
+            buffer=buffer,
+            devices=devices,
+            strategy=strategy if devices == 2 else "'auto'",
+            accumulate=accumulate,
+            result=result,
+        )
+        for script in [start(source)] if devices == 1 else start_ranks(source):
+            assert script.wait() == 0, script.stderr
+    (one, logged_one), (two, logged_two) = (torch.load(result) for result in results)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6), name
+    assert torch.allclose(logged_one, logged_two, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert not torch.equal(logged_one[0], logged_one[1]), "nothing was trained"
+
+
+@pytest.mark.parametrize("strategy", ["'ddp'", SHARDED])
+def test_what_explorers_get_is_what_the_ranks_have(strategy: str, start_ranks: StartRanks) -> None:
+    """On-policy, sampled and trained log-probs agree in every step: whatever was pushed is the whole new policy."""
+    scripts = start_ranks(f"""
+        import torch
+        from lightning.pytorch.strategies import ModelParallelStrategy
+        import lightning as L
+        import lightning_rft as rft
+        from tests.processes import fit
+
+        kl = []
+        class Module(rft.RFTModule):
+            def __init__(self, model):
+                super().__init__(model, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=5e-3))
+            def on_train_batch_end(self, *_):
+                kl.append(float(self.trainer.callback_metrics["rft/kl"]))
+
+        fit(Module, engine=rft.TransformersEngine(dtype="float32", device="cpu"), devices=2, parallel={strategy},
+            samples_per_task=4, tasks_per_step=3, max_new_tokens=16, tasks=[f"{{i}} =" for i in range(12)],
+            reward=lambda completion, task: float(sum(map(ord, completion)) % 7))
+        print(len(kl), max(kl))
+    """)
+    for script in scripts:
+        assert script.wait() == 0, script.stderr
+        steps, kl = script.stdout.split()
+        assert steps == "4"
+        assert float(kl) < 1e-8, "weights one step old are off by more than 1e-4"
+
+
+# How it ends
+
+WAITS = """
+    from tests.processes import LightEngine, fit, touch
+    class Engine(LightEngine):
+        def step(self):
+            touch("explores")
+            return []
+    fit(engine=Engine(), devices=2, parallel="ddp")
+"""
+TRAINS = """
+    import time
+    from lightning_rft import RFTModule
+    from tests.processes import fit, touch
+    class Module(RFTModule):
+        def training_step(self, batch, batch_idx):
+            touch("trains")
+            time.sleep(0.1)
+            return super().training_step(batch, batch_idx)
+    fit(Module, devices=2, parallel="ddp", tasks=[f"{i} =" for i in range(1000)])
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("source", [WAITS, TRAINS], ids=["while it waits", "while it trains"])
+def test_a_signal_to_one_rank_ends_all(source: str, number: signal.Signals, rank: int, start_ranks: StartRanks) -> None:
+    scripts = start_ranks(source)
+    scripts[0].wait_for("explores" if source == WAITS else "trains")
+    if source == TRAINS:
+        scripts[1].wait_for("trains")
+    scripts[rank].signal(number)
+    statuses = [script.wait(10) for script in scripts]
+    assert 0 not in statuses
+    for script in scripts:
+        script.gone()
+    if number == signal.SIGTERM:
+        assert statuses[rank] == 143
+
+
+def test_rank_0s_error_is_shown_by_all(start_ranks: StartRanks) -> None:
+    scripts = start_ranks("""
+        from tests.processes import fit
+        def reward(completion, task):
+            raise LookupError("no such answer")  # the line that is to blame
+        fit(reward=reward, devices=2, parallel="ddp", retries=0)
+    """)
+    for script in scripts:
+        assert script.wait() == 1
+        assert "LookupError: no such answer" in script.stderr
+        assert "the line that is to blame" in script.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_in_a_step_is_shown_by_all(rank: int, start_ranks: StartRanks) -> None:
+    scripts = start_ranks(f"""
+        from lightning_rft import RFTModule
+        from tests.processes import fit
+        class Module(RFTModule):
+            def training_step(self, batch, batch_idx):
+                if batch_idx == 1 and self.global_rank == {rank}:
+                    raise ZeroDivisionError("in the second step")  # the line that is to blame
+                return super().training_step(batch, batch_idx)
+        fit(Module, devices=2, parallel="ddp")
+    """)
+    assert 0 not in [script.wait() for script in scripts]
+    assert "ZeroDivisionError: in the second step" in scripts[rank].stderr
+    other = scripts[1 - rank]
+    assert "the line that is to blame" in other.stderr
+
+
+def test_settings_that_rank_0_refuses_are_refused_by_all(start_ranks: StartRanks) -> None:
+    scripts = start_ranks("""
+        from tests.processes import fit
+        fit(devices=2, parallel="ddp", max_new_tokens=100_000)
+    """)
+    for script in scripts:
+        assert script.wait() == 1
+        assert "max_new_tokens=100000" in script.stderr.splitlines()[-1]
+
+
+def test_tensor_parallelism_is_refused(start_ranks: StartRanks) -> None:
+    scripts = start_ranks("""
+        from lightning.pytorch.strategies import ModelParallelStrategy
+        from tests.processes import fit
+        fit(devices=2, parallel=ModelParallelStrategy(tensor_parallel_size=2))
+    """)
+    for script in scripts:
+        assert script.wait() == 1
+        assert "set data_parallel_size to the number of devices and tensor_parallel_size=1" in script.stderr
