@@ -28,7 +28,7 @@ from lightning_rft.explorer.tolerance import Tolerance
 from lightning_rft.explorer.vllm_engine import VLLMEngine
 from lightning_rft.explorer.worker import ExplorerSpec
 from lightning_rft.explorer.workflow import SingleTurn, Workflow, encode_prompt
-from lightning_rft.hardware import gpus_for_explorers
+from lightning_rft.hardware import available_cpus, gpus_for_explorers, share_cores
 from lightning_rft.monitor.spans import Span
 from lightning_rft.ranks import SIGTERM_STATUS, Ranks
 from lightning_rft.rewards import check_reward
@@ -201,6 +201,8 @@ class RFTDataModule(L.LightningDataModule):
         self._folder = Path()  # the run's own, from setup on
         self._path: str | Path = ""
         self._held = False
+        self._limit_val_batches: float | None = None  # of the trainer, where there is nothing to validate on
+        self._threads_before: int | None = None  # of the trainer, where they are fewer during a run
         self._restored: dict[str, Any] = {}  # from a checkpoint, until the run that resumes it begins
         self._last: dict[str, Any] = {}  # for a checkpoint that is saved after the run
 
@@ -231,6 +233,9 @@ class RFTDataModule(L.LightningDataModule):
         self.ranks = Ranks.meet(self._trainer, module.weights)
         self.ranks.agree("setup", lambda: self._start_explorers(module))
         module.temperature = self.temperature
+        if not self.val_tasks and self._limit_val_batches is None:  # else Lightning warns of an empty loader
+            self._limit_val_batches = self._trainer.limit_val_batches  # type: ignore[attr-defined]
+            self._trainer.limit_val_batches = 0  # type: ignore[attr-defined]
 
     def _start_explorers(self, module: RFTModule) -> None:
         if self._stored is None and not self._pool.assigned:
@@ -250,7 +255,7 @@ class RFTDataModule(L.LightningDataModule):
                 reward_timeout_s=self.reward_timeout_s,
                 sample_timeout_s=self.sample_timeout_s,
             )
-            self._pool.start(spec, self.start_timeout_s, self._folder, self._gpus())
+            self._pool.start(spec, self.start_timeout_s, self._folder, self._gpus(), self._threads[0])
 
     def begin(self, strategy: SyncStrategy) -> Coordinator:
         """Starts the run of this ``fit`` or ``validate`` under a strategy; called by the strategy, once."""
@@ -303,6 +308,9 @@ class RFTDataModule(L.LightningDataModule):
             observers=self.observers,
         )
         self._run.start()
+        if trainer.strategy.root_device.type == "cpu" and trainer.world_size == 1:
+            self._threads_before = torch.get_num_threads()
+            torch.set_num_threads(min(self._threads_before, self._threads[1]))
         if saved:
             restore_rng(saved["rng"])
         return self._run
@@ -537,6 +545,14 @@ class RFTDataModule(L.LightningDataModule):
         used = self._trainer.device_ids if root.type == "cuda" else []
         return gpus_for_explorers(visible, used, self.explorers, self.engine.world_size)
 
+    @property
+    def _threads(self) -> tuple[int, int]:
+        """CPU threads of each explorer and of the trainer."""
+        trains_on_cpu = self._trainer.strategy.root_device.type == "cpu"
+        fits = self._trainer.state.fn == TrainerFn.FITTING
+        overlap = trains_on_cpu and fits and self._strategy.overlaps
+        return share_cores(available_cpus(), self.explorers, overlap=overlap)
+
     def _check_interrupt(self) -> None:
         self.ranks.check()
         if self._trainer.received_sigterm:
@@ -544,6 +560,12 @@ class RFTDataModule(L.LightningDataModule):
 
     def _end_run(self) -> None:
         self._restored = {}  # of a fit that ended before its run began
+        if self._limit_val_batches is not None:
+            self._trainer.limit_val_batches = self._limit_val_batches  # type: ignore[attr-defined]
+            self._limit_val_batches = None
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
         with ExitStack() as ends:
             if self._ledger is not None:
                 ends.callback(self._ledger.close)

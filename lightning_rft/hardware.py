@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-__all__ = ["available_cpus", "bf16_is_fast", "gpus_for_explorers"]
+__all__ = ["available_cpus", "bf16_is_fast", "gpus_for_explorers", "share_cores"]
 
 
 def available_cpus() -> int:
@@ -15,6 +15,30 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def share_cores(cores: int, explorers: int, *, overlap: bool) -> tuple[int, int]:
+    """How many threads each explorer and the trainer get, where all compute on CPUs.
+
+    Sides that work at the same time share the cores, since threads that wait for a core hold up all threads of their
+    operation; sides that take turns get all of them each.
+
+    Args:
+        cores: Cores of this machine.
+        explorers: Number of explorers.
+        overlap: Whether explorers work while the trainer does.
+
+    Returns:
+        Threads of each explorer, and of the trainer.
+
+    Example:
+        >>> share_cores(16, explorers=2, overlap=True), share_cores(16, explorers=2, overlap=False)
+        ((4, 8), (8, 16))
+    """
+    if not overlap:
+        return max(1, cores // explorers), cores
+    each = max(1, cores // 2 // explorers)
+    return each, max(1, cores - each * explorers)
 
 
 @cache

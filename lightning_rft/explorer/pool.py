@@ -22,7 +22,7 @@ from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.connection import Channel, Connect, Explored, Failed, Load, Prepare, Started, spawn
 from lightning_rft.explorer.engine import Engine
 from lightning_rft.explorer.worker import ExplorerSpec
-from lightning_rft.hardware import available_cpus
+from lightning_rft.hardware import available_cpus, share_cores
 
 __all__ = ["Died", "ExplorerPool"]
 
@@ -78,6 +78,8 @@ class ExplorerPool:
         devices: ``CUDA_VISIBLE_DEVICES`` of each, such as ``["1", "2"]``, or ``["2,3", "4,5"]`` with two GPUs for each;
             left out, the data module hands out what the trainer does not use.
         log_dir: Folder that takes ``explorer-<i>.log``; left out, ``rft`` in the trainer's log folder.
+        threads: CPU threads of each; left out, an equal share of the cores, or of half of them where the strategy has
+            explorers and trainer work at the same time on CPUs.
         max_restarts: How many deaths within ``restart_window_s`` are survived; the next one ends the run.
         restart_window_s: Seconds after which a death is forgotten.
 
@@ -91,6 +93,7 @@ class ExplorerPool:
         count: int = 1,
         devices: Sequence[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
+        threads: int | None = None,
         max_restarts: int = 5,
         restart_window_s: float = 600.0,
     ) -> None:
@@ -101,12 +104,15 @@ class ExplorerPool:
                 f"devices={list(devices)} names GPUs for {len(devices)} explorers, but there are {count}: give each "
                 "one entry, such as '0' or '0,1'"
             )
+        if threads is not None and threads < 1:
+            raise ConfigurationError(f"threads={threads} must be at least 1")
         if max_restarts < 0:
             raise ConfigurationError(f"max_restarts={max_restarts} must be at least 0")
         self.engine = engine
         self.count = count
         self.devices = devices
         self.log_dir = log_dir
+        self.threads = threads
         self.max_restarts = max_restarts
         self.restart_window_s = restart_window_s
         self.restarts = 0
@@ -114,6 +120,7 @@ class ExplorerPool:
         self._spec: ExplorerSpec | None = None
         self._logs = Path()
         self._placed: Sequence[str] | None = None
+        self._threads = 1
         self._start_timeout_s = 0.0
         self._members: dict[int, _Member] = {}
         self._next_index = 0
@@ -122,7 +129,9 @@ class ExplorerPool:
         self._came_up: dict[int, Started] = {}  # by slot: what its engine is, once one came up
         self._finalizer: weakref.finalize[..., Any] | None = None
 
-    def launch(self, log_dir: Path | None = None, devices: Sequence[str] | None = None) -> None:
+    def launch(
+        self, log_dir: Path | None = None, devices: Sequence[str] | None = None, threads: int | None = None
+    ) -> None:
         """Starts the processes, which import what the engine needs, and returns at once; does nothing if they run.
 
         Nor does it on any of several trainer ranks but the first, which run the same script.
@@ -130,6 +139,7 @@ class ExplorerPool:
         Args:
             log_dir: Folder for logs where the pool names none.
             devices: GPUs where the pool names none.
+            threads: CPU threads of each where the pool names none.
 
         Raises:
             ConfigurationError: There is no folder for logs, or the engine cannot be sent to another process.
@@ -140,6 +150,7 @@ class ExplorerPool:
         if folder is None:
             raise ConfigurationError("set ExplorerPool(log_dir=...) to launch explorers before a trainer is known")
         self._logs, self._placed = Path(folder), self.devices or devices
+        self._threads = self.threads or threads or share_cores(available_cpus(), self.count, overlap=False)[0]
         _check_travels(engine=self.engine)
         self._logs.mkdir(parents=True, exist_ok=True)
         # ends the processes even if the owner forgets to, or the interpreter exits
@@ -153,6 +164,7 @@ class ExplorerPool:
         start_timeout_s: float,
         log_dir: Path | None = None,
         devices: Sequence[str] | None = None,
+        threads: int | None = None,
     ) -> None:
         """Has every process load its engine, launching it if need be, and returns at once; once is enough.
 
@@ -161,6 +173,7 @@ class ExplorerPool:
             start_timeout_s: Seconds within which an engine must be ready.
             log_dir: As for :meth:`launch`.
             devices: As for :meth:`launch`.
+            threads: As for :meth:`launch`.
 
         Raises:
             ConfigurationError: The reward or workflow cannot be sent to another process.
@@ -168,7 +181,7 @@ class ExplorerPool:
         if self.assigned:
             return
         _check_travels(reward=spec.reward, workflow=spec.workflow)
-        self.launch(log_dir, devices)
+        self.launch(log_dir, devices, threads)
         self._spec, self._start_timeout_s = spec, start_timeout_s
         self.assigned = True
         for index in self._members:
@@ -309,10 +322,9 @@ class ExplorerPool:
 
     def _spawn(self, slot: int) -> int:
         index, self._next_index = self._next_index, self._next_index + 1
-        threads = max(1, available_cpus() // self.count)
         process, channel = spawn(
             "lightning_rft.explorer.worker",
-            environment=self.engine.environment(threads)
+            environment=self.engine.environment(self._threads)
             | ({} if self._placed is None else {"CUDA_VISIBLE_DEVICES": self._placed[slot]}),
             log=self._log(slot),
             own_session=True,

@@ -18,6 +18,8 @@ class Rule(ABC):
     #: False: batches are trained in the order in which they were issued, and the trainer waits for every push.
     #: True: a step trains the groups with the oldest weights first, and pushes happen in the background.
     asynchronous: bool = False
+    #: Whether explorers work while the trainer does; then they share the cores of a CPU.
+    overlaps: bool = True
     #: Whether an explorer may change weights while it works on groups; else it finishes them first.
     in_flight: bool = False
     #: Whether explorers load one after another, so that exploration never stops as a whole.

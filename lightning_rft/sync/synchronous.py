@@ -31,6 +31,8 @@ class Synchronous(SyncStrategy):
         trainer = L.Trainer(max_steps=100, callbacks=[Synchronous()])
     """
 
+    overlaps = False
+
     def __init__(self, sync_interval: int = 1, transport: Transport | None = None) -> None:
         super().__init__(sync_interval=sync_interval, transport=transport)
 

@@ -1,0 +1,73 @@
+"""Who gets how many CPU cores: all of them where sides take turns, a share where they work at the same time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+import lightning_rft as rft
+from lightning_rft import datamodule
+from tests.processes import LightEngine
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield 4
+    torch.set_num_threads(before)
+
+
+class Look(L.Callback):
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.trainers = torch.get_num_threads()
+        children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+        for pid in " ".join(path.read_text() for path in children).split():
+            if b"explorer.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                self.explorers = next(line for line in environment if line.startswith(b"OMP_NUM_THREADS="))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "explorers", "trainers"),
+    [(rft.Synchronous(), 4, 4), (rft.OneStepOffPolicy(), 2, 2), (rft.FullyAsynchronous(), 2, 2)],
+)
+def test_cores(
+    strategy: rft.SyncStrategy,
+    explorers: int,
+    trainers: int,
+    threads: int,
+    tiny_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(datamodule, "available_cpus", lambda: threads)
+    look = Look()
+    data = rft.RFTDataModule(
+        tasks=["1 + 1 =", "1 + 2 ="],
+        reward=lambda completion, task: float(len(completion)),
+        engine=LightEngine(),
+        tasks_per_step=1,
+        samples_per_task=2,
+        max_new_tokens=4,
+        buffer=":memory:",
+    )
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[look, strategy],
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(rft.RFTModule(tiny_model_path), data)
+    assert look.trainers == trainers
+    assert look.explorers == f"OMP_NUM_THREADS={explorers}".encode()
+    assert torch.get_num_threads() == threads
