@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import GroupKey, Progress
 
-__all__ = ["moved_groups", "would_be_late"]
+__all__ = ["best_groups", "moved_groups", "would_be_late"]
 
 
 def moved_groups(progress: Progress, size: Callable[[int], int]) -> dict[GroupKey, int]:
@@ -72,11 +72,69 @@ def would_be_late(
         False
     """
     left = [*waiting, *unfinished]
+    return any(
+        sum(version + bound <= due for version in left) > places
+        for due, places in _places({version + bound for version in unfinished}, step, room)
+    )
+
+
+def best_groups(
+    ready: Mapping[GroupKey, int],
+    unfinished: Iterable[int],
+    scores: Mapping[GroupKey, float],
+    *,
+    bound: int,
+    step: int,
+    room: Callable[[int], int],
+) -> list[GroupKey]:
+    """The groups with the highest scores for a step, as far as it leaves none without room until it is too old.
+
+    Of all groups that are due by step ``d``, those that the steps after this one up to ``d`` have no room for must be
+    in this one, whatever their scores. Such demands are nested, so taking the best that every demand still permits
+    yields the highest scores there can be. Without scores these are the oldest groups, which meet every demand that
+    can be met; so a wait that suffices for them (see :func:`would_be_late`) suffices for any choice made here.
+
+    Args:
+        ready: Groups that have come back -> version; at least as many as the step trains.
+        unfinished: Versions of those that have not come back.
+        scores: Scores of the former; one that is not there is 0.
+        bound: Most batches that a token may lag behind.
+        step: The step.
+        room: Number of groups that a step trains; 0 where there is none.
+
+    Returns:
+        As many groups as the step trains, the oldest first.
+
+    Example:
+        >>> ready = {GroupKey(0, slot): slot for slot in range(3)}
+        >>> best_groups(ready, [], {GroupKey(0, 2): 0.5}, bound=2, step=1, room=lambda step: 1)
+        [GroupKey(batch=0, slot=2)]
+        >>> best_groups(ready, [], {GroupKey(0, 2): 0.5}, bound=2, step=2, room=lambda step: 1)
+        [GroupKey(batch=0, slot=0)]
+    """
+    size = room(step)
+    oldest = sorted(ready, key=lambda group: (ready[group], group))
+    versions = [*ready.values(), *unfinished]
+    spare: dict[int, int] = {}  # due -> how many of those that are due later this step may take
+    for due, places in _places({version + bound for version in versions}, step, room):
+        demand = sum(version + bound <= due for version in versions) - places
+        at_hand = sum(version + bound <= due for version in ready.values())
+        spare[due] = size - max(0, min(demand, at_hand, size))
+    chosen: set[GroupKey] = set()
+    for group in sorted(oldest, key=lambda group: -scores.get(group, 0.0)):  # stable: of equal ones the oldest first
+        earlier = [due for due in spare if due < ready[group] + bound]
+        if len(chosen) < size and all(spare[due] for due in earlier):
+            chosen.add(group)
+            for due in earlier:
+                spare[due] -= 1
+    return [group for group in oldest if group in chosen]
+
+
+def _places(dues: Iterable[int], step: int, room: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+    """For each due step in order: how many groups the steps after ``step`` up to it train."""
     places = 0
-    for due in sorted({version + bound for version in unfinished}):
+    for due in sorted(dues):
         while step < due and room(step + 1):
             step += 1
             places += room(step)
-        if sum(version + bound <= due for version in left) > places:
-            return True
-    return False
+        yield due, places

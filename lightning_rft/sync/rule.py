@@ -16,7 +16,8 @@ class Rule(ABC):
     """What makes one strategy differ from another: two answers, and how strict it is about order."""
 
     #: False: batches are trained in the order in which they were issued, and the trainer waits for every push.
-    #: True: a step trains the groups with the oldest weights first, and pushes happen in the background.
+    #: True: a step trains the groups with the oldest weights first, or with the highest scores of those that leave
+    #: nothing else too old, and pushes happen in the background.
     asynchronous: bool = False
     #: Whether explorers work while the trainer does; then they share the cores of a CPU.
     overlaps: bool = True

@@ -18,7 +18,7 @@ from math import inf
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Progress
 from lightning_rft.sync.actions import Action, Drop, Issue, Lease, Load, Publish
-from lightning_rft.sync.feasibility import moved_groups, would_be_late
+from lightning_rft.sync.feasibility import best_groups, moved_groups, would_be_late
 from lightning_rft.sync.rule import Rule, check_rule
 
 __all__ = ["Action", "Drop", "Issue", "Lease", "Load", "Publish", "Rule", "Schedule"]
@@ -56,6 +56,7 @@ class Schedule:
             other. Groups that are left from earlier batches are issued first and trained first.
         ready: Groups that have come back before and were not trained -> oldest version of their tokens. One that this
             rule cannot train in time is dropped and issued again.
+        scores: Of those in ``ready``; see :meth:`ready`.
 
     Raises:
         ConfigurationError: The rule or the capacity can never make progress; the message has the arithmetic.
@@ -87,6 +88,7 @@ class Schedule:
         capacity: int | None = None,
         progress: Progress | None = None,
         ready: Mapping[GroupKey, int] | None = None,
+        scores: Mapping[GroupKey, float] | None = None,
     ) -> None:
         progress = progress or Progress(first)
         self.rule = rule
@@ -105,6 +107,7 @@ class Schedule:
         self._ready: dict[GroupKey, int] = {}
         self._leased: dict[GroupKey, int] = {}
         self._again: dict[GroupKey, int] = {}  # to be issued once more
+        self._scores = dict(scores or {})  # of what is ready or leased
         self._wanted: int | None = None
         self._due: int | None = None
         check_rule(rule, self._first, stop)
@@ -153,15 +156,18 @@ class Schedule:
         member.loaded, member.loading, member.alone = version, False, alone
         return self._actions()
 
-    def ready(self, group: GroupKey, version: int | None = None) -> list[Action]:
+    def ready(self, group: GroupKey, version: int | None = None, score: float = 0.0) -> list[Action]:
         """A group came back with its experience.
 
         Args:
             group: The group.
             version: Oldest version of its tokens; left out, the one that its explorer had loaded when it was issued.
+            score: Where steps go by age, those with the highest are trained first, as far as no other becomes too old
+                by that; of equal ones the oldest.
         """
         issued = self._take_back(group)
         self._ready[group] = issued if version is None else version
+        self._scores[group] = score
         return self._actions()
 
     def failed(self, group: GroupKey) -> list[Action]:
@@ -195,6 +201,8 @@ class Schedule:
         self._behind -= self._leased.keys()
         self._ahead |= self._leased.keys()
         self._ahead = {group for group in self._ahead if group.batch > batch}
+        for group in self._leased:
+            self._scores.pop(group, None)
         self.version += 1
         self._leased = {}
         if self.rule.publishes_after(batch):
@@ -440,12 +448,12 @@ class Schedule:
             return []
         batch = self._wanted
         if self.rule.asynchronous:
-            oldest = sorted(self._ready, key=lambda group: (self._ready[group], group))
-            groups = oldest[: self._size(batch)]
-            if len(groups) < self._size(batch):
+            if len(self._ready) < self._size(batch):
                 return []
+            oldest = sorted(self._ready, key=lambda group: (self._ready[group], group))
             if self.rule.overdue == "wait" and self._would_be_late(oldest[self._size(batch) :]):
                 return []
+            groups = self._best()
         elif self._complete(batch):
             groups = sorted(group for group in self._ready if self._step(group) == batch)
         else:
@@ -461,8 +469,23 @@ class Schedule:
             [*self._running.values(), *self._again.values()],
             bound=self.rule.max_staleness,
             step=self.version,
-            room=lambda step: self._size(step) if self._exists(step) else 0,
+            room=self._room,
         )
+
+    def _best(self) -> list[GroupKey]:
+        """What the next step trains, of what is ready."""
+        return best_groups(
+            self._ready,
+            [*self._running.values(), *self._again.values()],
+            self._scores,
+            bound=self.rule.max_staleness,
+            step=self.version,
+            room=self._room,
+        )
+
+    def _room(self, step: int) -> int:
+        """How many groups a step trains."""
+        return self._size(step) if self._exists(step) else 0
 
     def _drops(self) -> list[Action]:
         """Gives up whatever is too old once the leased batch is trained.

@@ -116,7 +116,7 @@ def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
     """The conformance test of a strategy: runs its schedule under many random circumstances and checks the rules.
 
     Answers take heavy-tailed times, groups fail, explorers die and others take their place, the trainer dies and goes
-    on from a checkpoint, batches are short, room is scarce.
+    on from a checkpoint, batches are short, room is scarce, and scores say which groups are to be trained first.
 
     Args:
         rule: The strategy.
@@ -149,6 +149,11 @@ def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
         def groups(batch: int, sizes: dict[int, int] = sizes, size: int = size) -> int:
             return sizes.get(batch, size)
 
+        scored = random.choice([False, True])
+
+        def score(group: GroupKey, seed: int = random.randrange(2**32), scored: bool = scored) -> float:
+            return Random(repr((seed, group))).random() if scored else 0.0
+
         deaths = [(random.uniform(0, 20), explorer) for explorer in range(random.choice([0, 0, explorers + 1]))]
         joins = [(when + random.uniform(0, 5), explorers + explorer) for when, explorer in deaths]
         crashes = [Crash(random.uniform(0, 20), random.randrange(3)) for _ in range(random.choice([0, 0, 1, 2]))]
@@ -166,5 +171,6 @@ def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
             crashes=crashes,
             capacity=random.choice([None, size, 2 * size]),
             room=random.choice([None, 1, 3]),
+            score=score,
         )
         check_events(rule, events, batches=batches, groups_per_batch=groups, crashes=crashes)

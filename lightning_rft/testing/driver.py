@@ -75,6 +75,7 @@ def drive(
     crashes: Sequence[Crash] = (),
     capacity: int | None = None,
     room: int | None = None,
+    score: Callable[[GroupKey], float] = lambda group: 0.0,
 ) -> list[Event]:
     """Runs the real schedule of a strategy with a fake clock: no process, no tensor, no waiting.
 
@@ -97,6 +98,7 @@ def drive(
         crashes: When the trainer dies.
         capacity: Most groups that may be issued and not yet trained.
         room: Most groups that one explorer works on at the same time.
+        score: Score of a group, for strategies that train the highest first.
 
     Returns:
         What happened, in order.
@@ -123,6 +125,7 @@ def drive(
         joins=joins,
         capacity=capacity,
         room=room,
+        score=score,
     )
     driver.begin(Progress(0), {})
     for crash in sorted(crashes, key=lambda crash: crash.time):
@@ -150,6 +153,7 @@ class _Driver:
     joins: Sequence[tuple[float, int]]
     capacity: int | None
     room: int | None
+    score: Callable[[GroupKey], float]
 
     now: float = 0.0
     events: list[Event] = field(default_factory=list)
@@ -160,7 +164,13 @@ class _Driver:
     def begin(self, progress: Progress, ready: dict[GroupKey, int]) -> None:
         """Starts a run."""
         self.schedule = Schedule(
-            self.rule, size=self.size, stop=self.batches, capacity=self.capacity, progress=progress, ready=ready
+            self.rule,
+            size=self.size,
+            stop=self.batches,
+            capacity=self.capacity,
+            progress=progress,
+            ready=ready,
+            scores={group: self.score(group) for group in ready},
         )
         self.agenda: list[tuple[float, int, Callable[[], None]]] = []
         self.order = count()
@@ -278,7 +288,7 @@ class _Driver:
         else:
             self.stored[group] = version, self.loaded[explorer]
             self.note("ready", version, group, explorer)
-            self.carry_out(self.schedule.ready(group, version))
+            self.carry_out(self.schedule.ready(group, version, self.score(group)))
 
     def load(self, explorer: int, version: int, alone: bool = False) -> None:
         if explorer in self.loaded:

@@ -6,17 +6,17 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import combinations, count
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lightning_rft as rft
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Progress
-from lightning_rft.sync.feasibility import moved_groups
+from lightning_rft.sync.feasibility import best_groups, moved_groups
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Rule, Schedule
 from lightning_rft.sync.synchronous import Synchronous
 from lightning_rft.testing import Crash, Event, check_events, check_strategy, drive
@@ -258,6 +258,75 @@ def test_explorers_that_die_while_a_push_goes_on_are_not_waited_for():
     assert schedule.died(1) == [issue(1, 0, 3)]
 
 
+def ready_with_scores(schedule: Schedule, scores: dict[tuple[int, int], float]) -> list[Action]:
+    return [action for group, score in scores.items() for action in schedule.ready(GroupKey(*group), score=score)]
+
+
+def test_the_best_come_first_unless_others_would_be_too_old():
+    schedule, _ = started(rft.FullyAsynchronous(max_staleness=2))  # 0.* to 2.* are explored with version 0
+    ready_with_scores(schedule, {(0, 0): 0.0, (0, 1): -1.0, (1, 0): 3.0, (1, 1): 0.0, (2, 0): 2.0, (2, 1): 0.0})
+    assert schedule.wanted(0) == [Lease(0, (GroupKey(1, 0), GroupKey(2, 0)))]
+    schedule.trained(0)
+    schedule.published(1)
+    schedule.loaded(0, 1)
+    ready_with_scores(schedule, {(3, 0): 9.0, (3, 1): 9.0})  # of version 1
+    # four are due by step 2, which has room for two
+    assert schedule.wanted(1) == [Lease(1, (GroupKey(0, 0), GroupKey(1, 1)))]
+
+
+def test_the_best_are_taken_from_what_a_resumed_run_kept():
+    ready = {GroupKey(6, 0): 5, GroupKey(5, 0): 5, GroupKey(5, 1): 5}
+    rule, scores = rft.FullyAsynchronous(max_staleness=2), {GroupKey(6, 0): 1.0}
+    schedule, _ = started(rule, first=5, ready=ready, scores=scores)
+    assert schedule.wanted(5) == [Lease(5, (GroupKey(5, 0), GroupKey(6, 0)))]
+    # what was sent back as too old has no score any more, and the rest keeps its own
+    assert schedule.refused([GroupKey(5, 0)])[0] == Lease(5, (GroupKey(5, 1), GroupKey(6, 0)))
+
+
+def test_scores_change_nothing_where_order_is_kept():
+    schedule, _ = started(OneStepOff())
+    schedule.wanted(0)
+    assert ready_with_scores(schedule, {(1, 0): 9.0, (1, 1): 9.0, (0, 0): 0.0, (0, 1): 1.0}) == [lease(0)]
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    ready=st.dictionaries(st.builds(GroupKey, st.integers(0, 4), st.integers(0, 2)), st.integers(0, 4), max_size=9),
+    unfinished=st.lists(st.integers(0, 4), max_size=4),
+    values=st.lists(st.integers(0, 3), min_size=9, max_size=9),
+    bound=st.integers(0, 4),
+    step=st.integers(0, 5),
+    sizes=st.lists(st.integers(1, 3), min_size=10, max_size=10),
+)
+def test_no_choice_that_leaves_as_much_room_has_higher_scores(
+    ready: dict[GroupKey, int], unfinished: list[int], values: list[int], bound: int, step: int, sizes: list[int]
+):
+    """Against all choices there are."""
+    ready = {group: version for group, version in ready.items() if version + bound >= step}
+    size, oldest = sizes[step], sorted(ready, key=lambda group: (ready[group], group))
+    assume(len(ready) >= size)
+    scores = dict(zip(ready, map(float, values), strict=False))
+
+    def too_late(chosen: Sequence[GroupKey]) -> list[int]:
+        """For each due step: how many more than there is room for are left."""
+        left = [*(version for group, version in ready.items() if group not in chosen), *unfinished]
+        dues = range(step, max([*ready.values(), *unfinished]) + bound + 1)
+        room = [sum(sizes[later] for later in range(step + 1, due + 1)) for due in dues]
+        late = [sum(version + bound <= due for version in left) for due in dues]
+        return [max(0, number - places) for number, places in zip(late, room, strict=True)]
+
+    def best(scores: dict[GroupKey, float]) -> list[GroupKey]:
+        room = dict(enumerate(sizes)).get
+        return best_groups(ready, unfinished, scores, bound=bound, step=step, room=lambda step: room(step, 0))
+
+    least = too_late(oldest[:size])  # nothing leaves less behind than the oldest
+    as_good = [choice for choice in combinations(oldest, size) if too_late(choice) == least]
+    chosen = best(scores)
+    assert tuple(chosen) in as_good
+    assert sum(map(scores.__getitem__, chosen)) == max(sum(map(scores.__getitem__, choice)) for choice in as_good)
+    assert best({}) == best(dict.fromkeys(ready, 1.0)) == oldest[:size]
+
+
 def test_progress_is_what_was_trained_in_whatever_order():
     schedule, _ = started(rft.FullyAsynchronous(max_staleness=2))  # batches 0 to 2 are explored with version 0
     steps = [
@@ -445,6 +514,7 @@ CIRCUMSTANCES: dict[str, Any] = {
     "outages": st.lists(st.tuples(st.floats(0, 60), st.integers(0, 4), st.floats(0, 20)), max_size=5),
     "late": st.lists(st.floats(0, 60), max_size=2),
     "most": st.sampled_from([None, 1, 2, 5]),
+    "scored": st.booleans(),
     "seed": st.integers(0, 2**32),
 }
 
@@ -468,6 +538,7 @@ def run(
     outages: list[tuple[float, int, float]],
     late: list[float],
     most: int | None,
+    scored: bool,
     seed: int,
     crashes: Sequence[Crash] = (),
 ) -> tuple[list[Event], Callable[[int], int], int | None]:
@@ -493,6 +564,7 @@ def run(
         crashes=crashes,
         capacity=capacity,
         room=most,
+        score=lambda group: draw("score", group).random() if scored else 0.0,
     )
     return events, size, capacity
 
@@ -570,6 +642,30 @@ def test_versions_repeat_exactly_in_strategies_that_keep_order(k: int):
             )
             versions = {event.group: event.version for event in events if event.what == "ready"}
             assert versions == {GroupKey(b, slot): rule.admit(b) for b in range(9) for slot in range(3)}
+
+
+def test_scores_are_heard_within_the_bound_and_starve_nobody():
+    rule = rft.FullyAsynchronous(max_staleness=8)
+    liked = {GroupKey(batch, slot) for batch in range(40) for slot in (1, 3)}  # two of four
+
+    def mean_lags(score: Callable[[GroupKey], float], capacity: int | None = 16) -> tuple[float, float]:
+        """Of the liked, and of the others."""
+        events = drive(rule, batches=40, groups_per_batch=4, train_time=2.0, capacity=capacity, score=score)
+        check_events(rule, events, batches=40, groups_per_batch=4)  # the bound among other things
+        lags: dict[bool, list[int]] = {True: [], False: []}
+        version = {event.group: event.version for event in events if event.what == "ready"}
+        for event in events:
+            for group in event.groups if event.what == "training" else ():
+                lags[group in liked].append(event.version - version[group])
+        return sum(lags[True]) / len(lags[True]), sum(lags[False]) / len(lags[False])
+
+    first, others = mean_lags(lambda group: 0.0)
+    assert first == others
+    first, others = mean_lags(lambda group: float(group in liked))
+    assert first < others / 2
+    # explorers that keep up fill the bound when nothing else limits them, and then all is due in order
+    first, others = mean_lags(lambda group: float(group in liked), capacity=None)
+    assert first > others - 1
 
 
 def long_tailed(overdue: Any) -> tuple[list[float], list[float]]:
