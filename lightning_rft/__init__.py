@@ -26,6 +26,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_rft.buffer.filters import has_signal as has_signal
+    from lightning_rft.buffer.policies import Priority as Priority
+    from lightning_rft.buffer.policies import Replay as Replay
+    from lightning_rft.buffer.policies import recency as recency
+    from lightning_rft.buffer.policies import reward_variance as reward_variance
     from lightning_rft.buffer.rows import read_buffer as read_buffer
     from lightning_rft.cli import RFTCLI as RFTCLI
     from lightning_rft.datamodule import RFTDataModule as RFTDataModule
@@ -60,6 +65,8 @@ if TYPE_CHECKING:
     from lightning_rft.trainer.objective import Objective as Objective
 
 _MODULES = {
+    "lightning_rft.buffer.filters": ["has_signal"],
+    "lightning_rft.buffer.policies": ["Priority", "Replay", "recency", "reward_variance"],
     "lightning_rft.buffer.rows": ["read_buffer"],
     "lightning_rft.cli": ["RFTCLI"],
     "lightning_rft.datamodule": ["RFTDataModule"],

@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_rft.buffer.filters import Filter
 from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.buffer.policies import ReplayMemory
 from lightning_rft.errors import DeadlineError, LinkError, ScheduleError
 from lightning_rft.experience import Group, GroupKey, Task, TensorInfo
 from lightning_rft.explorer.connection import (
@@ -62,6 +64,9 @@ class Coordinator:
         temperature: Softmax temperature of training samples.
         progress_timeout_s: Seconds without progress after which an explorer that has work is ended.
         check_interrupt: Called during every wait; raises to end it.
+        group_filter: Says which groups are not to be trained: another task takes the place of each.
+        score: Says what is to be trained first, where the strategy leaves a choice; ``None`` for the oldest.
+        replay: Says what comes along with a batch.
         folder: The run's own folder.
         strategy: Loads weights where the schedule says so.
         observers: Called with every span of the timeline.
@@ -81,6 +86,9 @@ class Coordinator:
         temperature: float,
         progress_timeout_s: float,
         check_interrupt: Callable[[], None],
+        group_filter: Filter,
+        score: Callable[[Group], float] | None,
+        replay: ReplayMemory,
         folder: Path,
         strategy: SyncStrategy,
         observers: Sequence[Callable[[Span], None]],
@@ -95,6 +103,9 @@ class Coordinator:
         self._tolerance = tolerance
         self._temperature = temperature
         self._check_interrupt = check_interrupt
+        self._filter = group_filter
+        self._score = score
+        self._replay = replay
         self.folder = folder
         self._strategy = strategy
         self._observers = observers
@@ -142,7 +153,7 @@ class Coordinator:
     # What the loader asks
 
     def wanted(self, batch: int) -> list[Group]:
-        """Waits for a batch and leases it.
+        """Waits for a batch and leases it; returns it, and what is replayed along with it.
 
         Raises:
             ScheduleError: It is not the batch that comes next.
@@ -158,7 +169,7 @@ class Coordinator:
         self._idle.trainer("experience", time.monotonic() - began)
         self.observe("trainer", "wait", began, batch=batch, detail="experience")
         assert self._leased is not None
-        return self._leased
+        return [*self._leased, *self._replay.chosen(batch)]
 
     # What the strategy tells and asks
 
@@ -174,6 +185,7 @@ class Coordinator:
             self._ledger.trained(batch)
             for group in self._leased:
                 self._cursor.done(group.key)
+            self._replay.trained(batch, self._leased)
             self._leased = None
         self._tell(lambda: self._schedule.trained(batch))
 
@@ -314,6 +326,8 @@ class Coordinator:
             return self._idle.metrics() | {
                 "rft/dropped_groups": float(self._dropped),
                 "rft/failed_groups": float(self._failed),
+                "rft/filtered_groups": float(self._filter.refused),
+                "rft/replayed_groups": float(self._replay.replayed),
                 "rft/failed_samples": float(self._tolerance.failed),
                 "rft/retried_samples": float(self._tolerance.retried),
                 "rft/explorer_restarts": float(self._pool.restarts - self._restarts),
@@ -514,11 +528,17 @@ class Coordinator:
         elif self._is_stale(group, self._schedule.version):
             self._refuse(group, self._schedule.version)
             self._carry_out(self._schedule.failed(key))
+        elif self._filter.refuses(group):
+            self._deaths.pop(key, None)
+            self._ledger.filtered(key, step=self._schedule.version)
+            self._cursor.replace(key)
+            self._carry_out(self._schedule.failed(key))
         else:
             self._deaths.pop(key, None)
+            score = 0.0 if self._score is None else self._score(group)
             self._ledger.ready(group)
             self.observe("buffer", "put", now, version, key.batch)
-            self._carry_out(self._schedule.ready(key, version))
+            self._carry_out(self._schedule.ready(key, version, score))
 
     def _ask(self) -> None:
         able = [explorer for explorer in self._pool.members() if explorer in self._loaded]

@@ -17,11 +17,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import Self
 
+from lightning_rft.buffer.filters import Filter
 from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.buffer.policies import Priority, Replay, ReplayMemory
 from lightning_rft.buffer.stored import StoredExperience
 from lightning_rft.coordinator import Coordinator
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import GroupKey, Progress, Task
+from lightning_rft.experience import Group, GroupKey, Progress, Task
 from lightning_rft.explorer.engine import Engine
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.tolerance import Tolerance
@@ -79,6 +81,11 @@ class RFTDataModule(L.LightningDataModule):
         buffer: File of the buffer, or ``":memory:"``; left out, ``rft/buffer.sqlite`` in the trainer's log folder, or
             when a run is resumed the file that it had.
         buffer_capacity: Most groups that may be explored ahead of training; left out, what the strategy admits.
+        group_filter: ``group_filter(group)``, called once for every complete group; where it returns false, the group's
+            task has ended and the next one takes its place. :func:`~lightning_rft.has_signal` is one. It runs in the
+            trainer's process, while explorers are listened to: it should be quick.
+        selection: Which groups are trained first under an asynchronous strategy; left out, the oldest.
+        replay: Has groups trained more than once; left out, each is trained once.
         max_model_len: Most tokens of prompt and answer together; left out, what the prompts need, or with a workflow
             of your own the model's context.
         retries: How often a sample is tried again when its reward or workflow raised.
@@ -113,6 +120,9 @@ class RFTDataModule(L.LightningDataModule):
         steps_per_epoch: int | None = None,
         buffer: str | Path | None = None,
         buffer_capacity: int | None = None,
+        group_filter: Callable[[Group], object] | None = None,
+        selection: Priority | None = None,
+        replay: Replay | None = None,
         max_model_len: int | None = None,
         retries: int = 2,
         min_samples: int | None = None,
@@ -145,7 +155,11 @@ class RFTDataModule(L.LightningDataModule):
         self.tasks_per_step = tasks_per_step
         self.samples_per_task = samples_per_task
         self.max_error_rate = max_error_rate
+        self.group_filter = group_filter
+        self.selection = selection
+        self.replay = replay
         self._new_tolerance()  # checks it
+        self._new_filter()  # checks it too
         if explorers != 0:
             if reward is None:
                 raise ConfigurationError("reward is missing: give a callable, or explorers=0 to train from a buffer")
@@ -154,6 +168,11 @@ class RFTDataModule(L.LightningDataModule):
             raise ConfigurationError(
                 "explorers=0 trains from a stored buffer: set buffer=... to its file, and leave val_tasks out, since "
                 "nobody can answer them"
+            )
+        elif group_filter or selection or replay:
+            raise ConfigurationError(
+                "explorers=0 trains on all that is stored, epoch after epoch: leave group_filter, selection and replay "
+                "out"
             )
         at_most = steps_per_epoch and steps_per_epoch * tasks_per_step
         self.tasks = [] if explorers == 0 else _read(tasks, "tasks", at_most)
@@ -292,6 +311,7 @@ class RFTDataModule(L.LightningDataModule):
                 capacity=self.buffer_capacity,
                 progress=progress,
                 ready=ready,
+                scores=self._scores(ready),
             ),
             cursor=cursor,
             pool=self._pool,
@@ -303,6 +323,9 @@ class RFTDataModule(L.LightningDataModule):
             temperature=self.temperature,
             progress_timeout_s=self.rollout_timeout_s,
             check_interrupt=self._check_interrupt,
+            group_filter=self._new_filter(),
+            score=self.selection,
+            replay=ReplayMemory(self.replay, self.tasks_per_step, strategy.max_staleness),
             folder=self._folder,
             strategy=strategy,
             observers=self.observers,
@@ -343,6 +366,13 @@ class RFTDataModule(L.LightningDataModule):
                 "from another checkpoint since: what it held and was not trained is explored again"
             )
         return resumed or (self._ledger.begin(progress.version), {})
+
+    def _scores(self, ready: Iterable[GroupKey]) -> dict[GroupKey, float]:
+        """Scores of what a resumed run starts with."""
+        if self.selection is None:
+            return {}
+        assert self._ledger is not None
+        return {group.key: self.selection(group) for group in self._ledger.read(ready)}
 
     # What a checkpoint holds
 
@@ -452,6 +482,9 @@ class RFTDataModule(L.LightningDataModule):
     def _new_tolerance(self) -> Tolerance:
         return Tolerance(self.max_error_rate, 2 * self.tasks_per_step * self.samples_per_task)
 
+    def _new_filter(self) -> Filter:
+        return Filter(self.group_filter, self.tasks_per_step)
+
     @property
     def _min_samples(self) -> int:
         if self.min_samples is not None:
@@ -482,7 +515,12 @@ class RFTDataModule(L.LightningDataModule):
         """The module, after all checks that need no file."""
         trainer = self._trainer
         if self._stored is None:
-            self._strategy.check(self.explorers)
+            strategy = self._strategy
+            strategy.check(self.explorers)
+            if self.selection is not None:
+                self.selection.check(type(strategy).__name__, strategy.asynchronous)
+            if self.replay is not None:
+                self.replay.check(type(strategy).__name__, strategy.max_staleness)
         elif self._strategies:
             raise ConfigurationError(
                 f"explorers=0 has nothing to synchronise: take {type(self._strategies[0]).__name__} out of "

@@ -93,6 +93,10 @@ def test_what_is_refused_here_would_start_otherwise(fit: Fit) -> None:
         ({"tasks": (str(i) for i in range(3))}, "tasks has no length: set steps_per_epoch"),
         ({"reward": lambda completion: 1.0}, r"signature \(completion\).*: give a function `reward\(completion"),
         ({"reward": 1.0}, "reward is 1.0, which cannot be called: give a function"),
+        ({"group_filter": 1}, "group_filter is 1, which cannot be called: give a function"),
+        ({"explorers": 0, "buffer": "b", "group_filter": rft.has_signal}, "leave group_filter, selection and replay"),
+        ({"explorers": 0, "buffer": "b", "selection": rft.Priority("recency")}, "leave group_filter, selection and"),
+        ({"explorers": 0, "buffer": "b", "replay": rft.Replay()}, "leave group_filter, selection and replay out"),
     ],
 )
 def test_settings_of_the_datamodule(settings: dict[str, Any], message: str) -> None:
@@ -230,6 +234,28 @@ def test_other_data(tmp_path: Path, tiny_model_path: Path, kind: str) -> None:
         trainer.fit(rft.RFTModule(tiny_model_path), data)
 
 
+<<<<<<< HEAD
+=======
+def test_two_devices(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(L.Trainer, "world_size", 2)  # a real second rank would run all of pytest again
+    with pytest.raises(rft.ConfigurationError, match="makes 2 ranks: one is supported, set devices=1"):
+        fit()
+
+
+@pytest.mark.parametrize("strategy", [rft.Synchronous(2), rft.OneStepOffPolicy(in_flight=True)])
+def test_a_priority_where_order_is_kept(fit: Fit, strategy: rft.SyncStrategy) -> None:
+    name = type(strategy).__name__
+    with pytest.raises(rft.ConfigurationError, match=f"nothing to choose under {name}, which .* in the order in which"):
+        fit(callbacks=[strategy], selection=rft.Priority("recency"))
+
+
+@pytest.mark.parametrize("strategy", [rft.Synchronous(), rft.FullyAsynchronous(max_staleness=0)])
+def test_a_replay_where_nothing_may_be_stale(fit: Fit, strategy: rft.SyncStrategy) -> None:
+    with pytest.raises(rft.ConfigurationError, match=r"\(b \+ 1\) - b = 1 batch old .* above max_staleness=0"):
+        fit(callbacks=[strategy], replay=rft.Replay())
+
+
+>>>>>>> 633ce27 (Groups can be filtered, chosen by score, and trained more than once)
 def test_validation_without_tasks(fit: Fit) -> None:
     with pytest.raises(rft.ConfigurationError, match=r"trainer.validate\(\) needs RFTDataModule\(val_tasks"):
         fit(method="validate")

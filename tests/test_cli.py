@@ -167,6 +167,25 @@ def test_the_saved_config_repeats_the_run_in_the_same_folder(
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == saved
 
 
+def test_policies_of_the_buffer(
+    printed: Callable[..., dict[str, Any]], config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "given.yaml"
+    config["data"]["group_filter"] = "lightning_rft.has_signal"
+    for score, expected in [("recency", "recency"), ("lightning_rft.reward_variance", rft.reward_variance)]:
+        config["data"]["selection"] = {"class_path": "Priority", "init_args": {"score": score}}
+        config["data"]["replay"] = {"class_path": "Replay", "init_args": {"groups": 3}}
+        given.write_text(yaml.safe_dump(config))
+        config = printed(given)  # which must mean the same
+        monkeypatch.setattr(sys, "argv", ["notebook"])
+        args = {name: value for name, value in config.items() if name in ("model", "data", "trainer")}
+        data = RFTCLI(args=args, run=False, seed_everything_default=False).datamodule
+        assert data.group_filter is rft.has_signal
+        assert isinstance(data.selection, rft.Priority) and isinstance(data.replay, rft.Replay)
+        assert data.selection.score == expected
+        assert (data.replay.times, data.replay.groups) == (2, 3)
+
+
 def test_a_printed_config_prints_itself(
     printed: Callable[..., dict[str, Any]], config: dict[str, Any], tmp_path: Path
 ) -> None:

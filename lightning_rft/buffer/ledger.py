@@ -11,7 +11,7 @@ change that returned survives the death of the process, while a power cut may co
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -255,13 +255,15 @@ class Ledger:
             self._change(key, State.FAILED, State.ISSUED, step=step, error=error)
 
     def filtered(self, key: GroupKey, step: int) -> None:
-        """Notes that a ready or leased group was judged not worth training, at version ``step``. That ends its task.
+        """Notes that an issued, ready or leased group was judged not worth training, at version ``step``.
+
+        That ends its task. What was not stored yet is not stored.
 
         Raises:
             ScheduleError: The group is in another state.
         """
         with self._file.transaction():
-            self._change(key, State.FILTERED, State.READY, State.LEASED, step=step)
+            self._change(key, State.FILTERED, State.ISSUED, State.READY, State.LEASED, step=step)
         self._unleased.pop(key, None)
 
     def dropped(self, key: GroupKey) -> None:
@@ -275,6 +277,19 @@ class Ledger:
         self._unleased.pop(key, None)
 
     # Questions
+
+    def read(self, keys: Iterable[GroupKey]) -> list[Group]:
+        """The ready groups of these keys, without taking them.
+
+        Raises:
+            ScheduleError: One of them is not ready.
+        """
+        with self._file.transaction():
+            groups = []
+            for key in keys:
+                current = self._check(key, self._current(key), State.READY, State.READY)
+                groups.append(self._unleased.get(key) or self._stored(key, current))
+        return groups
 
     def counts(self) -> dict[State, int]:
         """How many groups of the run are in each state, zeros included; each task that a slot had counts as one."""

@@ -77,7 +77,7 @@ LEGAL = {
     "ready": {State.ISSUED},
     "leased": {State.READY},
     "trained": {State.LEASED},
-    "filtered": {State.READY, State.LEASED},
+    "filtered": {State.ISSUED, State.READY, State.LEASED},
     "failed": {State.ISSUED},
     "dropped": {State.ISSUED, State.READY, State.LEASED},
 }

@@ -273,12 +273,17 @@ class Simulation:
             self.again.append(key)
 
     def filter(self, choice: int) -> None:
-        if self.ready:
+        if self.issued and choice % 2:
+            self.end(self.issued.pop(choice % len(self.issued)))
+        elif self.ready:
             key = sorted(self.ready)[choice % len(self.ready)]
             del self.ready[key]
-            self.ledger.filtered(key, self.run.version)
-            self.run.end(key, State.FILTERED)
-            self.again.append(key)
+            self.end(key)
+
+    def end(self, key: GroupKey) -> None:
+        self.ledger.filtered(key, self.run.version)
+        self.run.end(key, State.FILTERED)
+        self.again.append(key)
 
     def drop(self, choice: int) -> None:
         if self.ready:

@@ -127,6 +127,9 @@ class Model:
             row.state = State.LEASED
         return [row.group for row in rows]
 
+    def read(self, keys: list[GroupKey]) -> list[Group | None]:
+        return [self.current(key, State.READY).group for key in keys]
+
     def release(self) -> None:
         for row in self.in_state(State.LEASED):
             row.state = State.READY
@@ -143,7 +146,7 @@ class Model:
         row.state, row.error, row.step = State.FAILED, error, step
 
     def filtered(self, key: GroupKey, step: int) -> None:
-        row = self.current(key, State.READY, State.LEASED)
+        row = self.current(key, State.ISSUED, State.READY, State.LEASED)
         row.state, row.step = State.FILTERED, step
 
     def dropped(self, key: GroupKey) -> None:
@@ -222,6 +225,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("issue"), KEYS, st.sampled_from("ab"), st.integers(0, 1), st.just(0)),
     st.tuples(st.just("ready"), st.builds(make_group, KEYS, st.sampled_from("ab"), STEPS, st.integers(1, 3))),
     st.tuples(st.just("lease"), st.lists(KEYS, unique=True, max_size=3)),
+    st.tuples(st.just("read"), st.lists(KEYS, unique=True, max_size=3)),
     st.tuples(st.just("release")),
     st.tuples(st.just("trained"), STEPS),
     st.tuples(st.just("failed"), KEYS, st.just("boom"), STEPS),

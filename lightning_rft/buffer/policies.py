@@ -1,0 +1,182 @@
+"""Which group next: by what score groups are chosen, and which are trained once more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import pvariance
+from typing import Literal
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import Group, GroupKey
+
+__all__ = ["Priority", "Replay", "ReplayMemory", "recency", "reward_variance"]
+
+
+def reward_variance(group: Group) -> float:
+    """Variance of a group's rewards: highest for tasks that the policy solves about half the time.
+
+    Those have the largest advantages, hence the most to teach.
+    """
+    return pvariance([experience.reward for experience in group.experiences])
+
+
+def recency(group: Group) -> float:
+    """Version that sampled a group's oldest token: the newest weights come first, which is nearest to on-policy."""
+    return float(group.oldest_version)
+
+
+_SCORES: dict[str, Callable[[Group], float]] = {"reward_variance": reward_variance, "recency": recency}
+
+
+class Priority:
+    """Trains the groups with the highest scores first, under a strategy that does not keep the order of issue.
+
+    Whatever would be too old after a step is trained in it all the same, so no group waits for longer than the
+    strategy's ``max_staleness`` allows. There is a choice only as long as less is explored ahead than that allows:
+    explorers that keep up with the trainer explore everything as early as they may, and then it is due in the order of
+    issue. So set ``buffer_capacity``, to half of ``max_staleness * tasks_per_step`` for example.
+
+    Args:
+        score: ``"reward_variance"``, ``"recency"``, or a function of a finished group that returns a finite number. It
+            is called once per group, in the trainer's process while explorers are listened to: it should be quick.
+
+    Raises:
+        ConfigurationError: ``score`` is neither.
+
+    Example::
+
+        data = RFTDataModule(
+            tasks=tasks, reward=reward, selection=Priority("reward_variance"), tasks_per_step=8, buffer_capacity=32
+        )
+        trainer = L.Trainer(max_steps=100, callbacks=[FullyAsynchronous(max_staleness=8)])
+    """
+
+    def __init__(self, score: Literal["reward_variance", "recency"] | Callable[[Group], float]) -> None:
+        found = _SCORES.get(score) if isinstance(score, str) else score
+        if not callable(found):
+            names = " or ".join(map(repr, _SCORES))
+            raise ConfigurationError(f"Priority(score={score!r}): give {names}, or a function `score(group) -> float`")
+        self.score = score
+        self._function = found
+
+    def __call__(self, group: Group) -> float:
+        """Scores a group.
+
+        Raises:
+            ConfigurationError: The score is not a finite number.
+        """
+        score = self._function(group)
+        try:
+            number = float(score)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            name = getattr(self._function, "__qualname__", repr(self._function))
+            raise ConfigurationError(
+                f"Priority(score={name}) returned {score!r} for task {group.task_id!r}: return a finite number"
+            )
+        return number
+
+    def check(self, strategy: str, asynchronous: bool) -> None:
+        """Checks that there is something to choose.
+
+        Args:
+            strategy: Its name.
+            asynchronous: Whether it trains groups in another order than that of issue.
+
+        Raises:
+            ConfigurationError: There is not.
+        """
+        if not asynchronous:
+            raise ConfigurationError(
+                f"selection=Priority(...) has nothing to choose under {strategy}, which trains groups in the order in "
+                "which they were issued: take FullyAsynchronous or MultiExplorerAsynchronous, or leave selection out"
+            )
+
+
+class Replay:
+    """Trains groups more than once: some that were trained before come along with each batch.
+
+    A batch has its fresh groups as ever. With them come groups that were trained fewer than ``times`` times and are
+    still within the strategy's ``max_staleness``, the newest first; importance ratios correct for their age as for that
+    of any other. They live in memory: after a resume there are none at first. As with :class:`Priority`, groups that
+    are already as old as allowed when they are trained cannot come along later: set ``buffer_capacity`` under an
+    asynchronous strategy.
+
+    Args:
+        times: Most trainings of a group, the first included; at least 2.
+        groups: Most groups that come along with a batch; left out, half of ``tasks_per_step``, and at least 1.
+
+    Raises:
+        ConfigurationError: ``times`` is below 2, or ``groups`` below 1.
+
+    Example::
+
+        data = RFTDataModule(tasks=tasks, reward=reward, replay=Replay(times=2), tasks_per_step=8, buffer_capacity=16)
+        trainer = L.Trainer(max_steps=100, callbacks=[FullyAsynchronous(max_staleness=4)])
+    """
+
+    def __init__(self, times: int = 2, groups: int | None = None) -> None:
+        if times < 2:
+            raise ConfigurationError(f"Replay(times={times}) must be at least 2: it counts the first training too")
+        if groups is not None and groups < 1:
+            raise ConfigurationError(f"Replay(groups={groups}) must be at least 1")
+        self.times = times
+        self.groups = groups
+
+    def check(self, strategy: str, max_staleness: int) -> None:
+        """Checks that any group can ever come along.
+
+        Args:
+            strategy: Its name.
+            max_staleness: Its bound.
+
+        Raises:
+            ConfigurationError: None can.
+        """
+        if max_staleness < 1:
+            raise ConfigurationError(
+                f"replay=Replay(...) can never happen under {strategy}: a group of version b that was trained in batch "
+                f"b is (b + 1) - b = 1 batch old in the next one, above max_staleness={max_staleness}. Take a strategy "
+                "that allows 1 or more, or leave replay out"
+            )
+
+
+class ReplayMemory:
+    """The groups of one run that may come along once more.
+
+    Args:
+        replay: What is asked for; ``None``: nothing ever comes along.
+        tasks_per_step: Fresh groups of a batch.
+        max_staleness: Most batches that a token may lag behind the version that is trained.
+    """
+
+    def __init__(self, replay: Replay | None, tasks_per_step: int, max_staleness: int) -> None:
+        #: How many groups came along with the batch that was trained last.
+        self.replayed = 0
+        self._times = 1 if replay is None else replay.times
+        self._at_most = 0 if replay is None else replay.groups or max(1, tasks_per_step // 2)
+        self._max_staleness = max_staleness
+        self._trainings: dict[GroupKey, tuple[Group, int]] = {}  # of those that may still be trained again
+
+    def chosen(self, batch: int) -> list[Group]:
+        """What comes along with a batch: the groups with the newest weights. Asking changes nothing."""
+        able = [group for group, _ in self._trainings.values() if self._is_fresh(group, batch)]
+        return sorted(able, key=lambda group: (-group.oldest_version, group.key))[: self._at_most]
+
+    def trained(self, batch: int, fresh: Sequence[Group]) -> None:
+        """Notes that a batch was trained, and with its fresh groups those that were chosen to come along."""
+        along = self.chosen(batch)
+        self.replayed = len(along)
+        for group in [*fresh, *along]:
+            _, before = self._trainings.get(group.key, (group, 0))
+            self._trainings[group.key] = group, before + 1
+        self._trainings = {
+            key: (group, trainings)
+            for key, (group, trainings) in self._trainings.items()
+            if trainings < self._times and self._is_fresh(group, batch + 1)
+        }
+
+    def _is_fresh(self, group: Group, batch: int) -> bool:
+        return batch - group.oldest_version <= self._max_staleness
