@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
@@ -12,14 +14,41 @@ from lightning_rft.datamodule import RFTDataModule
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.trainer.module import RFTModule
 
-__all__ = ["RFTCLI", "main"]
+__all__ = ["RFTCLI", "ExploringTrainer", "main"]
 
 # Lightning's own would list every option of the trainer, sixty lines above each message.
 _USAGE = "%(prog)s [--config FILE] [--KEY VALUE ...]"
 
 
+class ExploringTrainer(L.Trainer):
+    """Lightning's trainer, which can also explore without training."""
+
+    # LightningCLI runs a subcommand by the trainer's method of that name.
+
+    def explore(
+        self,
+        model: RFTModule,
+        datamodule: RFTDataModule,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Explore every task once with the weights as they are, into the buffer.
+
+        It is ``predict``, whose predictions are not kept since the buffer has them.
+
+        Args:
+            model: The module.
+            datamodule: The tasks, and who explores them.
+            ckpt_path: Checkpoint whose weights explore; left out, those of the module's model.
+            weights_only: As for ``torch.load``.
+        """
+        self.predict(
+            model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=weights_only
+        )
+
+
 class RFTCLI(LightningCLI):
-    """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning: ``fit`` and ``validate``.
+    """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning: ``fit``, ``validate``, ``explore``.
 
     A config has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the
     sync strategy is one of ``trainer.callbacks``. What this package exports needs no more than its name as
@@ -38,7 +67,8 @@ class RFTCLI(LightningCLI):
         datamodule_class: A subclass of :class:`RFTDataModule`.
         args: What to parse in place of the command line.
         run: Whether to run the subcommand; if not, there are no subcommands and objects are only made.
-        kwargs: Anything else that ``LightningCLI`` takes; wins over what is set here.
+        kwargs: Anything else that ``LightningCLI`` takes; wins over what is set here. A function as ``trainer_class``
+            has to make an :class:`ExploringTrainer`; a class of yours is made one.
 
     Raises:
         SystemExit: With status 2, after a message, if the config cannot be used.
@@ -62,6 +92,10 @@ class RFTCLI(LightningCLI):
             "seed_everything_default": 0,
             "auto_configure_optimizers": False,
         }
+        trainer_class = kwargs.pop("trainer_class", ExploringTrainer)
+        if isinstance(trainer_class, type) and not issubclass(trainer_class, ExploringTrainer):
+            trainer_class = type(trainer_class.__name__, (ExploringTrainer, trainer_class), {})
+        defaults["trainer_class"] = trainer_class
         defaults["parser_kwargs"] = usage | kwargs.pop("parser_kwargs", {})
         # jsonargparse finds a class by its short name only once it is imported
         for name in lightning_rft.__all__:
@@ -70,8 +104,13 @@ class RFTCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """What can be run: a test is a validation here, and predictions are an engine's work."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+        """What can be run: a test is a validation here, and a prediction is what explorers sample."""
+        lightnings = LightningCLI.subcommands()
+        return {
+            "fit": lightnings["fit"],
+            "validate": lightnings["validate"],
+            "explore": {"model", "datamodule"},
+        }
 
     def instantiate_classes(self) -> None:
         """Makes the objects; a setting that one of them refuses ends the program as a parser's error does."""

@@ -50,7 +50,7 @@ _DEATHS = 2  # of explorers with the same group: it may be what kills them
 
 
 class Coordinator:
-    """Connects schedule, explorers and buffer for the length of one ``fit`` or ``validate``.
+    """Connects schedule, explorers and buffer for the length of one ``fit``, ``validate`` or ``predict``.
 
     Args:
         schedule: Decides what is explored when.
@@ -170,6 +170,26 @@ class Coordinator:
         self.observe("trainer", "wait", began, batch=batch, detail="experience")
         assert self._leased is not None
         return [*self._leased, *self._replay.chosen(batch)]
+
+    def kept(self, index: int) -> tuple[int, list[Group]]:
+        """Waits for a batch that nobody will train in this run: it stays in the buffer, ready.
+
+        Args:
+            index: Counts the batches of this run.
+
+        Returns:
+            The batch's number, and its groups.
+
+        Raises:
+            DeadlineError: Explorers sent no news for ``rollout_timeout_s``.
+            Exception: Whatever failed in an explorer.
+        """
+        self.raise_failures()
+        batch = self._schedule.version + index  # nothing is trained, so the version stays
+        self._wait_served(lambda: self._schedule.is_ready(batch), f"batch {batch} of experience")
+        keys = [GroupKey(batch, slot) for slot in range(self._cursor.plan.size(batch))]
+        with self._news:
+            return batch, list(self._ledger.read(keys))
 
     # What the strategy tells and asks
 

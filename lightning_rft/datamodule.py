@@ -14,13 +14,13 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import Self
 
 from lightning_rft.buffer.filters import Filter
-from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.buffer.policies import Priority, Replay, ReplayMemory
-from lightning_rft.buffer.stored import StoredExperience
+from lightning_rft.buffer.stored import StoredExperience, stored_keys
 from lightning_rft.coordinator import Coordinator
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, GroupKey, Progress, Task
@@ -34,10 +34,11 @@ from lightning_rft.hardware import available_cpus, gpus_for_explorers, share_cor
 from lightning_rft.monitor.spans import Span
 from lightning_rft.ranks import SIGTERM_STATUS, Ranks
 from lightning_rft.rewards import check_reward
+from lightning_rft.sync.exploration import Exploration
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.tasks import TaskCursor, TaskPlan, as_tasks, read_jsonl
-from lightning_rft.trainer.loader import ExperienceLoader, ValidationLoader
+from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
 from lightning_rft.trainer.module import RFTModule, check_model, context_length
 from lightning_rft.trainer.rng import restore_rng, rng_state
 
@@ -53,11 +54,14 @@ _PROMPT_ROOM = 128
 class RFTDataModule(L.LightningDataModule):
     """Turns tasks into experience: starts explorers, hands them tasks, and feeds the trainer what comes back.
 
-    Explorers live as long as one ``fit`` or ``validate``; inside ``with data:`` they live until its end::
+    Explorers live as long as one ``fit``, ``validate`` or ``predict``; inside ``with data:`` they live until its end::
 
         with data:
             trainer.validate(module, data)
             trainer.fit(module, data)
+
+    ``trainer.predict(module, data)`` explores every task once with the weights as they are, and trains nothing: the
+    groups stay in the buffer, as a further run of the file if there is one. Only the strategy's transport matters then.
 
     With ``explorers=0`` it trains from a stored buffer, in epochs over its groups, with neither tasks nor strategy::
 
@@ -277,11 +281,13 @@ class RFTDataModule(L.LightningDataModule):
             self._pool.start(spec, self.start_timeout_s, self._folder, self._gpus(), self._threads[0])
 
     def begin(self, strategy: SyncStrategy) -> Coordinator:
-        """Starts the run of this ``fit`` or ``validate`` under a strategy; called by the strategy, once."""
+        """Starts the run of this call of the trainer under a strategy; called by the strategy, once."""
         assert self._pool.assigned, "begin before setup"
         trainer, items = self._trainer, self._items
         saved = self._restored if trainer.state.fn == TrainerFn.FITTING else {}
-        self._restored, self._last = {}, {}
+        self._restored = {}
+        if not self._explores_only:
+            self._last = {}
         if saved and saved["samples_per_task"] != self.samples_per_task:
             raise ConfigurationError(
                 f"samples_per_task is {self.samples_per_task}, but {saved['samples_per_task']} in the checkpoint: set "
@@ -292,7 +298,10 @@ class RFTDataModule(L.LightningDataModule):
             TaskPlan(
                 tasks=self.tasks,
                 tasks_per_step=self.tasks_per_step,
-                batches_per_epoch=max(1, -(-items // trainer.accumulate_grad_batches)),
+                # what limits leave out of exploring is what failed tasks are replaced with
+                batches_per_epoch=self.steps_per_epoch
+                if self._explores_only
+                else max(1, -(-items // trainer.accumulate_grad_batches)),
                 shuffle=self.shuffle,
                 seed=self.seed,
                 first_batch=trainer.global_step,
@@ -304,11 +313,11 @@ class RFTDataModule(L.LightningDataModule):
         incarnation, ready = self._incarnate(saved, progress, cursor, strategy.max_staleness)
         self._run = Coordinator(
             schedule=Schedule(
-                strategy,
+                Exploration() if self._explores_only else strategy,
                 size=cursor.plan.size,
                 first=progress.version,
                 stop=self._stop_batch(cursor.plan.batches_per_epoch if items else 0),
-                capacity=self.buffer_capacity,
+                capacity=None if self._explores_only else self.buffer_capacity,  # only training makes room
                 progress=progress,
                 ready=ready,
                 scores=self._scores(ready),
@@ -440,6 +449,11 @@ class RFTDataModule(L.LightningDataModule):
             chunk,
         )
 
+    def predict_dataloader(self) -> ExplorationLoader:
+        """Every task once, explored with the weights as they are."""
+        self.ranks.mind_sigterm()
+        return ExplorationLoader(lambda index: self._active.kept(index), self.ranks, self.steps_per_epoch)
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leaves the batch where it is: the training step makes its tensors on the device."""
         return batch
@@ -457,6 +471,10 @@ class RFTDataModule(L.LightningDataModule):
     def _trainer(self) -> L.Trainer:
         assert self.trainer is not None, "the datamodule is not attached to a trainer"
         return self.trainer
+
+    @property
+    def _explores_only(self) -> bool:
+        return self._trainer.state.fn == TrainerFn.PREDICTING
 
     @property
     def _active(self) -> Coordinator:
@@ -502,6 +520,8 @@ class RFTDataModule(L.LightningDataModule):
     def _stop_batch(self, per_epoch: int) -> int | None:
         """The batch at which the trainer will stop by ``max_steps`` or ``max_epochs``."""
         trainer = self._trainer
+        if self._explores_only:
+            return trainer.global_step + int(sum(trainer.num_predict_batches))
         if trainer.state.fn != TrainerFn.FITTING or per_epoch == 0:
             return trainer.global_step
         stops = []
@@ -514,6 +534,12 @@ class RFTDataModule(L.LightningDataModule):
     def _checked(self) -> RFTModule:
         """The module, after all checks that need no file."""
         trainer = self._trainer
+        if self._explores_only and self._stored is not None:
+            raise ConfigurationError("explorers=0 has nobody who explores: set explorers to 1 or more")
+        if self._explores_only and str(self.buffer) == ":memory:":
+            raise ConfigurationError(
+                "buffer=':memory:' would be gone once the tasks are explored: set buffer to a file, or leave it out"
+            )
         if self._stored is None:
             strategy = self._strategy
             strategy.check(self.explorers)
@@ -607,10 +633,22 @@ class RFTDataModule(L.LightningDataModule):
         with ExitStack() as ends:
             if self._ledger is not None:
                 ends.callback(self._ledger.close)
+                if self._run is not None and self._explores_only:
+                    ends.callback(self._tell_explored, self._ledger)
             if self._run is not None:
                 ends.callback(self._run.close)
-                self._last = self.state_dict()
+                if not self._explores_only:
+                    self._last = self.state_dict()
             self._run = self._ledger = None
+
+    def _tell_explored(self, ledger: Ledger) -> None:
+        """Says what there is to train on, and how; also of a run that was cut short."""
+        counts, path = ledger.counts(), Path(self._path)
+        rank_zero_info(
+            f"Explored {counts[State.READY]} groups into {path}, {counts[State.FAILED]} tasks failed. The file holds "
+            f"{len(stored_keys(path))} groups: to train on them, set explorers=0 and buffer={str(path)!r} in "
+            "RFTDataModule or the config's data, and leave val_tasks and the sync strategy out"
+        )
 
     def _stop(self) -> None:
         try:

@@ -234,14 +234,6 @@ def test_other_data(tmp_path: Path, tiny_model_path: Path, kind: str) -> None:
         trainer.fit(rft.RFTModule(tiny_model_path), data)
 
 
-<<<<<<< HEAD
-=======
-def test_two_devices(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(L.Trainer, "world_size", 2)  # a real second rank would run all of pytest again
-    with pytest.raises(rft.ConfigurationError, match="makes 2 ranks: one is supported, set devices=1"):
-        fit()
-
-
 @pytest.mark.parametrize("strategy", [rft.Synchronous(2), rft.OneStepOffPolicy(in_flight=True)])
 def test_a_priority_where_order_is_kept(fit: Fit, strategy: rft.SyncStrategy) -> None:
     name = type(strategy).__name__
@@ -255,7 +247,6 @@ def test_a_replay_where_nothing_may_be_stale(fit: Fit, strategy: rft.SyncStrateg
         fit(callbacks=[strategy], replay=rft.Replay())
 
 
->>>>>>> 633ce27 (Groups can be filtered, chosen by score, and trained more than once)
 def test_validation_without_tasks(fit: Fit) -> None:
     with pytest.raises(rft.ConfigurationError, match=r"trainer.validate\(\) needs RFTDataModule\(val_tasks"):
         fit(method="validate")

@@ -13,7 +13,7 @@ from lightning_rft.buffer.rows import connect
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, GroupKey
 
-__all__ = ["StoredExperience"]
+__all__ = ["StoredExperience", "stored_keys"]
 
 _KEYS = "run, batch, slot, round"
 
@@ -43,11 +43,7 @@ class StoredExperience:
         self._shuffle = shuffle
         self._seed = seed
         self._version = version
-        with storage_errors(self._path), closing(connect(self._path)) as connection:
-            self._keys: list[tuple[int, ...]] = connection.execute(
-                f"SELECT DISTINCT {_KEYS} FROM groups JOIN experiences USING ({_KEYS})"
-                f" WHERE state IN ('ready', 'leased', 'trained') ORDER BY {_KEYS}"
-            ).fetchall()
+        self._keys = stored_keys(self._path)
         if not self._keys:
             raise ConfigurationError(f"buffer={str(path)!r} holds no experience to train on: explore some first")
 
@@ -80,3 +76,17 @@ class StoredExperience:
                 experiences = tuple(from_row(task_id, row[len(key) :]) for row in rows)
                 groups.append(Group(GroupKey(key[1], key[2]), task_id, experiences))
         return groups
+
+
+def stored_keys(path: Path) -> list[tuple[int, ...]]:
+    """Run, batch, slot and round of every group of a file that can be trained on, of all its runs.
+
+    Raises:
+        ConfigurationError: There is no such file, or it is no buffer.
+        StorageError: The file is damaged.
+    """
+    with storage_errors(path), closing(connect(path)) as connection:
+        return connection.execute(
+            f"SELECT DISTINCT {_KEYS} FROM groups JOIN experiences USING ({_KEYS})"
+            f" WHERE state IN ('ready', 'leased', 'trained') ORDER BY {_KEYS}"
+        ).fetchall()

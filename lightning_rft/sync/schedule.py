@@ -240,6 +240,10 @@ class Schedule:
         """Those that have joined and not died."""
         return list(self._explorers)
 
+    def is_ready(self, batch: int) -> bool:
+        """Whether every group of a batch has come back and can be trained."""
+        return all(GroupKey(batch, slot) in self._ready for slot in range(self._size(batch)))
+
     def waits_for(self, explorer: int) -> str | None:
         """Why an explorer does nothing: ``"weights"``, ``"room"`` or, at the end, ``"nothing"``; ``None`` if it works.
 

@@ -124,7 +124,7 @@ class SyncStrategy(Callback, Rule):
                 f"{type(self).__name__} needs an RFTDataModule: call trainer.fit(module, datamodule=RFTDataModule(...))"
             )
 
-    # The first push: whichever of the three comes first
+    # The first push: whichever of these comes first
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pushes the first version."""
@@ -132,6 +132,10 @@ class SyncStrategy(Callback, Rule):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pushes the first version, if no training came before."""
+        self._begin(trainer)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Pushes the one version that explores."""
         self._begin(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group
 
-__all__ = ["ExperienceLoader", "MicroBatch", "Source", "ValidationLoader", "split"]
+__all__ = ["ExperienceLoader", "ExplorationLoader", "MicroBatch", "Source", "ValidationLoader", "split"]
 
 _T = TypeVar("_T")
 
@@ -175,6 +175,33 @@ def check_staleness(groups: Sequence[Group], batch: int, bound: int) -> None:
                         f"task {group.task_id!r} reached the training step of version {batch} with tokens of versions "
                         f"{sorted(set(turn.versions))}, but the strategy allows a staleness of 0 to {bound}"
                     )
+
+
+class ExplorationLoader:
+    """Batches that are explored and not trained, in order, shared out among the ranks.
+
+    Args:
+        kept: Waits on rank 0 for the batch of that index; returns its number and its groups.
+        ranks: The trainer's ranks.
+        batches: Batches before limits.
+    """
+
+    def __init__(self, kept: Callable[[int], tuple[int, list[Group]]], ranks: Ranks, batches: int) -> None:
+        self._kept = kept
+        self._ranks = ranks
+        self._batches = batches
+
+    def __len__(self) -> int:
+        """Batches before limits, which are Lightning's to apply."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Waits for each batch only when it is asked for."""
+        ranks = self._ranks
+        for index in range(self._batches):
+            batch, groups = ranks.agree(f"explored batch {index}", lambda: self._kept(index))  # noqa: B023
+            tokens = sum(group.num_tokens for group in groups)
+            yield MicroBatch(batch, split(groups, ranks.count)[ranks.rank], last=True, batch_tokens=tokens)
 
 
 class ValidationLoader:

@@ -163,6 +163,23 @@ class RFTModule(L.LightningModule):
         self.log("val/pass@1", passed.mean(), batch_size=size, sync_dist=True)
         self.log("val/version", version, batch_size=size, sync_dist=True)
 
+    def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """What explorers answered to some tasks: the weights that sample are theirs, and the buffer keeps all of it.
+
+        Args:
+            batch: A batch.
+            batch_idx: Its position.
+
+        Returns:
+            A row per sample with ``task_id``, ``sample``, ``reward`` and ``text``, named as in :func:`read_buffer`,
+            which has the tokens too.
+        """
+        return [
+            {"task_id": group.task_id, "sample": sample.sample, "reward": sample.reward, "text": sample.text}
+            for group in batch.groups
+            for sample in group.experiences
+        ]
+
     def _loss(self, groups: Sequence[Group]) -> Tensor:
         """Loss summed over the sampled tokens of some groups."""
         chosen, weight = self._with_advantages(groups), 1.0
