@@ -14,7 +14,9 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger, State
@@ -47,7 +49,7 @@ def make_data(folder: Path, **changes: Any) -> rft.RFTDataModule:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rft.RFTDataModule]:
     """Its explorers serve several runs; each sets where its buffer is."""
-    with make_data(tmp_path_factory.mktemp("shared")) as data:
+    with make_data(tmp_path_factory.mktemp("shared"), explorers=2) as data:
         yield data
 
 
@@ -104,6 +106,14 @@ def train_from(buffer: Path, model: Path, folder: Path) -> Counter[tuple[Any, ..
     return module.seen
 
 
+@torch.no_grad()
+def score(policy: torch.nn.Module, prompt: list[int], sampled: list[int]) -> list[float]:
+    """Log-probs of sampled tokens."""
+    logits = policy(torch.tensor([prompt + sampled])).logits[0, len(prompt) - 1 : -1]
+    chosen: list[float] = logits.log_softmax(-1)[range(len(sampled)), sampled].tolist()
+    return chosen
+
+
 def counts(buffer: Path) -> dict[State, int]:
     """Groups of the last run, by state; only those of which there are any."""
     with Ledger.open(buffer) as ledger:
@@ -133,10 +143,29 @@ def test_explores_every_task_once_and_trains_exactly_that(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_any_strategy_lends_its_transport(strategy: str, tiny_model_path: Path, tmp_path: Path) -> None:
-    data = make_data(tmp_path, explorers=2, engine=rft.TransformersEngine(), seed=1)
+def test_any_strategy_lends_its_transport(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, strategy: str
+) -> None:
+    data.buffer, data.buffer_capacity = tmp_path / "new.sqlite", None
     explore(data, tiny_model_path, tmp_path, STRATEGIES[strategy]())
-    assert counts(tmp_path / "explored.sqlite") == {State.READY: 10}
+    assert counts(data.buffer) == {State.READY: 10}
+
+
+def test_explores_with_the_weights_of_the_module(tiny_model_path: Path, tmp_path: Path) -> None:
+    module = rft.RFTModule(tiny_model_path)
+    module.configure_model()
+    assert module.policy is not None
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    data = make_data(tmp_path, tasks=TASKS[:2], engine=rft.TransformersEngine(dtype="float32"))
+    make_trainer(tmp_path, rft.Synchronous()).predict(module, data)
+    original = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+    for row in rft.read_buffer(tmp_path / "explored.sqlite"):
+        (prompt,), (sampled,), (logprobs,) = row["prompt_ids"], row["token_ids"], row["logprobs"]
+        assert logprobs == pytest.approx(score(module.policy, prompt, sampled), abs=1e-4)
+        assert logprobs != pytest.approx(score(original, prompt, sampled), abs=1e-3)
 
 
 def test_limits_and_precision(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
@@ -246,10 +275,10 @@ SCRIPT = """
         tasks=[f"{{index}} + 1 =" for index in range(10_000)],
         reward=lambda completion, task: float(len(completion) % 3),
         explorers=rft.ExplorerPool(LightEngine({engine}), 1),
-        tasks_per_step=2, samples_per_task=2, max_new_tokens=8, start_timeout_s=60.0, {settings}
+        tasks_per_step=2, samples_per_task=2, max_new_tokens=8, start_timeout_s=60.0,
     )
     trainer = L.Trainer(
-        accelerator="cpu", callbacks=[Announce(), rft.Synchronous()], logger=False, enable_progress_bar=False,
+        accelerator="cpu", callbacks=[Announce(), rft.{strategy}], logger=False, enable_progress_bar=False,
         {trainer}
     )
     trainer.predict(rft.RFTModule(os.environ[MODEL]), data, return_predictions=False)
@@ -260,7 +289,7 @@ SCRIPT = """
 def test_cut_short_what_was_explored_can_be_used(
     start: Callable[[str], Script], tiny_model_path: Path, tmp_path: Path, number: int, status: int
 ) -> None:
-    script = start(SCRIPT.format(engine="tokens_per_second=400, mean_tokens=5", settings="", trainer=""))
+    script = start(SCRIPT.format(engine="tokens_per_second=400, mean_tokens=5", strategy="Synchronous()", trainer=""))
     script.wait_for("explored")
     script.signal(number)
     assert script.wait() == status, script.stderr
@@ -272,11 +301,10 @@ def test_cut_short_what_was_explored_can_be_used(
     assert train_from(tmp_path / "rft" / "buffer.sqlite", tiny_model_path, tmp_path) == stored
 
 
-def test_an_explorer_that_dies_is_replaced(
-    start: Callable[[str], Script], tiny_model_path: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("strategy", ["Synchronous()", "FullyAsynchronous(max_staleness=1)"])
+def test_an_explorer_that_dies_is_replaced(start: Callable[[str], Script], tmp_path: Path, strategy: str) -> None:
     engine = "tokens_per_second=60, mean_tokens=5"
-    script = start(SCRIPT.format(engine=engine, settings="", trainer="limit_predict_batches=8"))
+    script = start(SCRIPT.format(engine=engine, strategy=strategy, trainer="limit_predict_batches=8"))
     script.wait_for("explored")
     (explorer,) = script.children("lightning_rft.explorer.worker")
     os.kill(explorer, signal.SIGKILL)
