@@ -151,7 +151,7 @@ def test_any_strategy_lends_its_transport(
     assert counts(data.buffer) == {State.READY: 10}
 
 
-def test_explores_with_the_weights_of_the_module(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_explores_with_the_weights_of_the_module_or_a_checkpoint(tiny_model_path: Path, tmp_path: Path) -> None:
     module = rft.RFTModule(tiny_model_path)
     module.configure_model()
     assert module.policy is not None
@@ -160,7 +160,13 @@ def test_explores_with_the_weights_of_the_module(tiny_model_path: Path, tmp_path
         for parameter in module.policy.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     data = make_data(tmp_path, tasks=TASKS[:2], engine=rft.TransformersEngine(dtype="float32"))
-    make_trainer(tmp_path, rft.Synchronous()).predict(module, data)
+    with data:
+        trainer = make_trainer(tmp_path, rft.Synchronous())
+        trainer.predict(module, data)
+        trainer.save_checkpoint(tmp_path / "changed.ckpt", weights_only=True)
+        again = make_trainer(tmp_path, rft.Synchronous())
+        again.predict(rft.RFTModule(tiny_model_path), data, ckpt_path=tmp_path / "changed.ckpt")
+    assert samples(tmp_path / "explored.sqlite", run=1) == samples(tmp_path / "explored.sqlite", run=2) != Counter()
     original = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
     for row in rft.read_buffer(tmp_path / "explored.sqlite"):
         (prompt,), (sampled,), (logprobs,) = row["prompt_ids"], row["token_ids"], row["logprobs"]
