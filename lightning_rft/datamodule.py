@@ -284,9 +284,9 @@ class RFTDataModule(L.LightningDataModule):
         """Starts the run of this call of the trainer under a strategy; called by the strategy, once."""
         assert self._pool.assigned, "begin before setup"
         trainer, items = self._trainer, self._items
-        saved = self._restored if trainer.state.fn == TrainerFn.FITTING else {}
+        saved = self._restored if self._fits else {}
         self._restored = {}
-        if not self._explores_only:
+        if self._fits:
             self._last = {}
         if saved and saved["samples_per_task"] != self.samples_per_task:
             raise ConfigurationError(
@@ -473,6 +473,10 @@ class RFTDataModule(L.LightningDataModule):
         return self.trainer
 
     @property
+    def _fits(self) -> bool:
+        return self._trainer.state.fn == TrainerFn.FITTING
+
+    @property
     def _explores_only(self) -> bool:
         return self._trainer.state.fn == TrainerFn.PREDICTING
 
@@ -522,7 +526,7 @@ class RFTDataModule(L.LightningDataModule):
         trainer = self._trainer
         if self._explores_only:
             return trainer.global_step + int(sum(trainer.num_predict_batches))
-        if trainer.state.fn != TrainerFn.FITTING or per_epoch == 0:
+        if not self._fits or per_epoch == 0:
             return trainer.global_step
         stops = []
         if trainer.max_steps not in (None, -1):
@@ -613,8 +617,7 @@ class RFTDataModule(L.LightningDataModule):
     def _threads(self) -> tuple[int, int]:
         """CPU threads of each explorer and of the trainer."""
         trains_on_cpu = self._trainer.strategy.root_device.type == "cpu"
-        fits = self._trainer.state.fn == TrainerFn.FITTING
-        overlap = trains_on_cpu and fits and self._strategy.overlaps
+        overlap = trains_on_cpu and self._fits and self._strategy.overlaps
         return share_cores(available_cpus(), self.explorers, overlap=overlap)
 
     def _check_interrupt(self) -> None:
@@ -637,7 +640,7 @@ class RFTDataModule(L.LightningDataModule):
                     ends.callback(self._tell_explored, self._ledger)
             if self._run is not None:
                 ends.callback(self._run.close)
-                if not self._explores_only:
+                if self._fits:
                     self._last = self.state_dict()
             self._run = self._ledger = None
 

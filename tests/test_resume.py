@@ -211,18 +211,20 @@ def test_settings_that_would_lose_or_repeat_tasks(
 
 
 def test_a_checkpoint_saved_after_fit(tmp_path: Path, tiny_model_path: Path) -> None:
-    data = make_data()
+    data = make_data(val_tasks=["2 + 2 ="])
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "default_root_dir": tmp_path,
         "logger": False,
-        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
     trainer = L.Trainer(max_steps=2, callbacks=[rft.Synchronous()], **settings)
-    trainer.fit(rft.RFTModule(tiny_model_path), data)
+    module = rft.RFTModule(tiny_model_path)
+    trainer.fit(module, data)
+    trainer.validate(module, data, verbose=False)  # which is not what the checkpoint is of
     trainer.save_checkpoint(tmp_path / "late.ckpt")
     L.Trainer(max_steps=3, callbacks=[rft.Synchronous()], **settings).fit(
         rft.RFTModule(tiny_model_path), data, ckpt_path=tmp_path / "late.ckpt"

@@ -224,8 +224,9 @@ class ValidationLoader:
         """Items before limits."""
         return -(-self._size // self._chunk)
 
-    def __iter__(self) -> Iterator[list[Group]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         """Has every task explored at once, then waits for each chunk."""
         count = self._begin()
-        for start in range(0, count, self._chunk):
-            yield [self._explored(index) for index in range(start, min(start + self._chunk, count))]
+        for index, start in enumerate(range(0, count, self._chunk)):
+            groups = [self._explored(task) for task in range(start, min(start + self._chunk, count))]
+            yield MicroBatch(index, groups, last=True, batch_tokens=sum(group.num_tokens for group in groups))

@@ -150,9 +150,9 @@ class RFTModule(L.LightningModule):
             self.log_dict(values | {"rft/wait_experience_s": batch.wait_seconds}, batch_size=1)
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
-    def validation_step(self, batch: list[Group], batch_idx: int) -> None:
+    def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Logs ``val/reward``, ``val/pass@1`` and ``val/version`` over answers to held-out tasks."""
-        experiences = [experience for group in batch for experience in group.experiences]
+        experiences = [experience for group in batch.groups for experience in group.experiences]
         if not experiences:  # all of these failed after every retry, which is counted and bounded elsewhere
             return
         rewards = torch.tensor([experience.reward for experience in experiences])

@@ -179,6 +179,6 @@ def test_validation_explores_at_once_and_waits_in_order() -> None:
     assert len(loader) == 4
     assert events == []
     iterator = iter(loader)
-    assert [group.key.slot for group in next(iterator)] == [0, 1]
+    assert [group.key.slot for group in next(iterator).groups] == [0, 1]
     assert events == ["begin", "wait 0", "wait 1"]
-    assert slots(list(iterator)) == [[2, 3], [4]]  # as many as were begun
+    assert [[group.key.slot for group in item.groups] for item in iterator] == [[2, 3], [4]]  # as many as were begun
