@@ -51,11 +51,11 @@ class BatchMetrics(nn.Module):
             version: The version that is trained.
         """
         for group in groups:
-            rewards = torch.tensor([experience.reward for experience in group.experiences])
+            rewards = torch.tensor([experience.reward for experience in group.experiences], dtype=torch.float32)
             self.reward.update(rewards)
             self.reward_std.update(rewards.std() if len(rewards) > 1 else 0.0)
             self.completion_length.update(
-                torch.tensor([float(experience.num_tokens) for experience in group.experiences])
+                torch.tensor([experience.num_tokens for experience in group.experiences], dtype=torch.float32)
             )
             versions = [v for experience in group.experiences for turn in experience.turns for v in turn.versions]
             staleness = version - torch.tensor(versions, dtype=torch.float32)

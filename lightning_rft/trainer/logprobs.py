@@ -1,30 +1,39 @@
-"""Log-probabilities and entropies of the trained tokens, without holding all logits in fp32."""
+"""Log-probabilities and entropies of the trained tokens, from logits that are never all held if that can be helped."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_rft.errors import ConfigurationError
+from lightning_rft.trainer.linear_logprobs import linear_logprobs
 from lightning_rft.trainer.packing import Packed
 
-__all__ = ["token_logprobs"]
+__all__ = ["kept_logits", "replaced_head", "token_logprobs"]
 
 _CHUNK = 256  # tokens; 256 x 150k vocabulary x 4 bytes is 150 MB
 
 
-def token_logprobs(model: nn.Module, packed: Packed, *, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model: nn.Module, packed: Packed, *, temperature: float, chunked_head: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each trained token and entropy of the distribution that it was drawn from.
 
-    The softmax is computed in fp32, some hundred tokens at a time, and recomputed in the backward pass: the logits of
-    all tokens stay in the dtype that the model returns them in.
+    The softmax is computed in fp32, some hundred tokens at a time, and recomputed in the backward pass. So are the
+    logits with ``chunked_head``; without it those of all tokens are held, in the dtype that the model returns them in.
 
     Args:
         model: A ``transformers`` causal language model, or a module that wraps one and is called like it. May run
             under ``torch.autocast``.
         packed: Rows on the model's device.
         temperature: What the logits are divided by, as it was in sampling. Greater than 0.
+        chunked_head: Whether the logits are computed in chunks too. Right only for models whose logits are those of
+            their output head, unchanged: see :func:`~lightning_rft.trainer.fast_path.probe`.
 
     Returns:
         Natural-log probabilities [N], differentiable, and entropies in nats [N], detached; both float32, in the order
@@ -37,13 +46,9 @@ def token_logprobs(model: nn.Module, packed: Packed, *, temperature: float) -> t
         raise ConfigurationError(
             f"temperature={temperature} cannot be trained with: log-probabilities need a temperature above 0"
         )
-    logits = model(
-        input_ids=packed.input_ids,
-        attention_mask=_as_queries(packed.attention_mask),
-        position_ids=packed.position_ids,
-        logits_to_keep=packed.keep,
-        use_cache=False,
-    ).logits
+    if chunked_head:
+        return _inside_head(model, packed, temperature)
+    logits = kept_logits(model, packed)
     # Gathered once and then split: indexing inside the chunks would make a gradient of all logits for each chunk.
     chunks = zip(
         torch.split(logits[packed.row, packed.column], _CHUNK), torch.split(packed.target, _CHUNK), strict=True
@@ -54,6 +59,52 @@ def token_logprobs(model: nn.Module, packed: Packed, *, temperature: float) -> t
     ]
     logprobs, entropy = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
+
+
+def kept_logits(model: nn.Module, packed: Packed) -> Tensor:
+    """What the model returns as logits of the kept columns, [R, K, V] unless its head was replaced."""
+    logits: Tensor = model(
+        input_ids=packed.input_ids,
+        attention_mask=_as_queries(packed.attention_mask),
+        position_ids=packed.position_ids,
+        logits_to_keep=packed.keep,
+        use_cache=False,
+    ).logits
+    return logits
+
+
+@contextmanager
+def replaced_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within this context the module computes something else when it is called; its hooks run as ever."""
+    before = head.__dict__.get("forward")
+    head.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del head.__dict__["forward"]
+        if before is not None:
+            head.__dict__["forward"] = before
+
+
+def _inside_head(model: Any, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    """Lets the head compute log-probs where it would have computed logits.
+
+    There, and not after the model's forward, because there a sharded model (FSDP2) has its weights gathered; and the
+    log-probs leave the model in the place of logits, because its hooks look for what has a gradient there.
+    """
+    head = model.get_output_embeddings()
+    entropies = []
+
+    def logprobs(hidden: Tensor) -> Tensor:
+        chosen = hidden[packed.row, packed.column]
+        values, entropy = linear_logprobs(chosen, head.weight, head.bias, packed.target, temperature=temperature)
+        entropies.append(entropy)
+        return values[None, :, None]
+
+    with replaced_head(head, logprobs):
+        values = kept_logits(model, packed)
+    (entropy,) = entropies
+    return values[0, :, 0].float(), entropy
 
 
 def _chunk(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from lightning_rft.experience import Turn
 
 __all__ = ["Packed", "pack", "shares_prompts"]
+
+_CAUSAL = 0.4  # time of causal attention, for which the kernels are made, over that of attention with a mask
+_WORTH = 0.95  # of the time of ordinary rows; for less gain they stay
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,12 @@ class Packed:
 
 
 def pack(
-    turns: Sequence[Sequence[Turn]], *, shared: bool, mask_dtype: torch.dtype = torch.float32, pad_id: int = 0
+    turns: Sequence[Sequence[Turn]],
+    *,
+    shared: bool,
+    mask_dtype: torch.dtype = torch.float32,
+    pad_id: int = 0,
+    balance: float = 1000.0,
 ) -> Packed:
     """Lay turns out in rows.
 
@@ -61,11 +70,14 @@ def pack(
 
     Args:
         turns: Groups of turns.
-        shared: Whether turns of a group that have the same prompt share a row. Exact only for models that
-            :func:`shares_prompts` accepts. Otherwise each turn is an ordinary row, padded on the right.
+        shared: Whether turns of a group that have the same prompt may share a row. Exact only for models that
+            :func:`shares_prompts` accepts. They do as long as that is cheaper: in long rows attention, which goes over
+            what the mask hides too, takes longer than the prompts that are saved. Otherwise, and where nothing is
+            worth sharing, each turn is an ordinary row, padded on the right.
         mask_dtype: Floating-point dtype of the mask of shared rows: that of the attention queries. Under autocast
             :func:`~lightning_rft.trainer.logprobs.token_logprobs` casts it.
         pad_id: Token id that fills the rows. Any valid id will do, since nothing is read from padding.
+        balance: Length of a shared row, in tokens, at which attention takes as long as the rest of the model.
 
     Raises:
         ValueError: If no turn has a sampled token, or one that has was given an empty prompt.
@@ -77,35 +89,34 @@ def pack(
         >>> packed.keep, packed.column, packed.target
         (tensor([1, 2, 3]), tensor([0, 1, 0, 2]), tensor([7, 8, 9, 4]))
     """
-    ids: list[list[int]] = []
-    positions: list[list[int]] = []
-    segments: list[list[int]] = []  # 0: the prompt, s > 0: the row's s-th completion
-    row: list[int] = []
+    sampled = [[turn for turn in group if turn.token_ids] for group in turns]
+    if not any(sampled):
+        raise ValueError("nothing to pack: no turn has a sampled token")
+    if any(not turn.prompt_ids for group in sampled for turn in group):
+        raise ValueError("a turn has an empty prompt: there is no position to predict its first token from")
+    row = list(range(sum(map(len, sampled))))
+    if shared:
+        row = _cheapest(sampled, balance)
+    shared = len(set(row)) < len(row)
+
+    ids: list[list[int]] = [[] for _ in set(row)]
+    positions: list[list[int]] = [[] for _ in ids]
+    segments: list[list[int]] = [[] for _ in ids]  # 0: the prompt, s > 0: the row's s-th completion
     column: list[int] = []
     target: list[int] = []
-    for group in turns:
-        rows: dict[tuple[int, ...], int] = {}
-        for turn in group:
-            prompt, tokens = tuple(turn.prompt_ids), turn.token_ids
-            if not tokens:
-                continue
-            if not prompt:
-                raise ValueError("a turn has an empty prompt: there is no position to predict its first token from")
-            r = rows.get(prompt) if shared else None
-            if r is None:
-                r = rows[prompt] = len(ids)
-                ids.append(list(prompt))
-                positions.append(list(range(len(prompt))))
-                segments.append([0] * len(prompt))
-            start, length, segment = len(ids[r]), len(tokens) - 1, segments[r][-1] + 1
-            ids[r] += tokens[:-1]
-            positions[r] += range(len(prompt), len(prompt) + length)
-            segments[r] += [segment] * length
-            row += [r] * len(tokens)
-            column += [len(prompt) - 1, *range(start, start + length)]
-            target += tokens
-    if not target:
-        raise ValueError("nothing to pack: no turn has a sampled token")
+    flat = [turn for group in sampled for turn in group]
+    for turn, r in zip(flat, row, strict=True):
+        prompt, tokens = turn.prompt_ids, turn.token_ids
+        if not ids[r]:
+            ids[r] += prompt
+            positions[r] += range(len(prompt))
+            segments[r] += [0] * len(prompt)
+        start, length, segment = len(ids[r]), len(tokens) - 1, segments[r][-1] + 1
+        ids[r] += tokens[:-1]
+        positions[r] += range(len(prompt), len(prompt) + length)
+        segments[r] += [segment] * length
+        column += [len(prompt) - 1, *range(start, start + length)]
+        target += tokens
 
     keep, kept = torch.unique(torch.tensor(column), return_inverse=True)
     segment_ids = _rectangle(segments, -1)
@@ -114,10 +125,50 @@ def pack(
         position_ids=_rectangle(positions, 0),
         attention_mask=_additive_mask(segment_ids, mask_dtype) if shared else (segment_ids >= 0).long(),
         keep=keep,
-        row=torch.tensor(row),
+        row=torch.tensor(row).repeat_interleave(torch.tensor([len(turn.token_ids) for turn in flat])),
         column=kept,
         target=torch.tensor(target),
     )
+
+
+def _cheapest(groups: Sequence[Sequence[Turn]], balance: float) -> list[int]:
+    """The row of each turn, of all groups in order, in the layout that is computed soonest."""
+    flat = [turn for group in groups for turn in group]
+    alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # turns with the same prompt, group by group
+    group_of = [number for number, group in enumerate(groups) for _ in group]
+    for index, turn in enumerate(flat):
+        alike.setdefault((group_of[index], tuple(turn.prompt_ids)), []).append(index)
+    lengths = [len(turn.token_ids) - 1 for turn in flat]
+
+    def fill(width: int) -> tuple[list[int], list[int]]:
+        """The row of each turn and the columns of each row, where a row takes what it can within this width."""
+        row = [0] * len(flat)
+        used: list[int] = []
+        for (_, prompt), members in alike.items():
+            mine: list[int] = []
+            for index in members:
+                r = next((r for r in mine if used[r] + lengths[index] <= width), len(used))
+                if r == len(used):
+                    mine.append(r)
+                    used.append(len(prompt))
+                used[r] += lengths[index]
+                row[index] = r
+        return row, used
+
+    ordinary = [len(turn.prompt_ids) + length for turn, length in zip(flat, lengths, strict=True)]
+    best, least = list(range(len(flat))), _WORTH * len(flat) * max(ordinary) * (balance + _CAUSAL * max(ordinary))
+    # All rows are as wide as the widest, so what is chosen is that width: where some row is just full.
+    full = {
+        len(prompt) + columns
+        for (_, prompt), members in alike.items()
+        for columns in accumulate(lengths[index] for index in members)
+    }
+    for width in sorted({max(width, *ordinary) for width in full}):
+        row, used = fill(width)
+        cost = len(used) * max(used) * (balance + max(used))
+        if cost < least:
+            best, least = row, cost
+    return best
 
 
 def _rectangle(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

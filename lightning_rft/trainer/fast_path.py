@@ -1,0 +1,147 @@
+"""Which shortcuts of the training step compute what the plain model computes, found by trying them once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_rft.experience import Turn
+from lightning_rft.trainer.logprobs import kept_logits, replaced_head, token_logprobs
+from lightning_rft.trainer.packing import Packed, pack, shares_prompts
+
+__all__ = ["FastPath", "probe"]
+
+_BALANCE = 1.25  # times the hidden size: measured on a CPU; kernels waste a part of what the mask hides
+_SHORTEST_BALANCE = 500.0  # models that are so small that other things take the time
+_SHORT = 16  # columns of the row that the head is tried with
+# Mean difference, in nats, between log-probs that were computed in rows of different layouts. Rounding gives about
+# 1e-5 in float32 and 1e-2 in bfloat16; a mask or position that is ignored gives 0.1 and more.
+_TOLERANCE = {torch.float32: 1e-3}
+_HALF_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """What may be done with a model.
+
+    Args:
+        chunked_head: Whether log-probs may be computed chunk by chunk from what the output head is given; for
+            :func:`~lightning_rft.trainer.logprobs.token_logprobs`.
+        shared: Whether the samples of a group may share rows.
+        balance: Length of a shared row at which attention takes as long as the rest of the model.
+        mask_dtype: What attention computes in, autocast aside.
+    """
+
+    chunked_head: bool
+    shared: bool
+    balance: float
+    mask_dtype: torch.dtype
+
+    def pack(self, turns: Sequence[Sequence[Turn]]) -> Packed:
+        """Lays turns out for the model; see :func:`~lightning_rft.trainer.packing.pack`."""
+        return pack(turns, shared=self.shared, mask_dtype=self.mask_dtype, balance=self.balance)
+
+
+def probe(model: Any, turns: Sequence[Sequence[Turn]], *, attn_implementation: str) -> FastPath:
+    """Tries a model, without a gradient and on made-up rows, and says on rank zero what will be done without.
+
+    Of the ranks of one training all must call it together, since a sharded model's forward is a collective. How many
+    forwards it runs follows from the model's kind alone, never from ``turns`` or from what was found.
+
+    Args:
+        model: A ``transformers`` causal language model on its device, under ``torch.autocast`` if it is trained so.
+        turns: Groups of turns, or nothing. The shared row that is compared with ordinary ones is as long as the
+            longest of these, because what makes the difference may be a window.
+        attn_implementation: What the model's attention runs on.
+    """
+    path = FastPath(
+        chunked_head=True,
+        shared=shares_prompts(model.config, attn_implementation),
+        balance=max(_SHORTEST_BALANCE, _BALANCE * model.get_input_embeddings().weight.shape[-1]),
+        mask_dtype=model.dtype,
+    )
+    with torch.no_grad():
+        trouble = _head_trouble(model)
+        if trouble is not None:
+            path = replace(path, chunked_head=False)
+            rank_zero_info(f"Log-probs are computed from all logits at once, which takes more memory: {trouble}.")
+        if path.shared:
+            difference, tolerance = _row_difference(model, path, turns)
+            if not difference <= tolerance:  # NaN, too
+                path = replace(path, shared=False)
+                rank_zero_info(
+                    f"Samples of a group are trained in rows of their own: in shared rows their log-probs differ by "
+                    f"{difference:.2g} nats on average, and rounding explains no more than {tolerance:g}."
+                )
+    # Autocast keeps the weights that it cast, and these have no gradient.
+    torch.clear_autocast_cache()
+    return path
+
+
+def _head_trouble(model: Any) -> str | None:
+    """Why the model's logits are not what its head makes of its input, if they are not.
+
+    The head is made to return known numbers, which must leave the model as they are. They are as large as logits get,
+    so that softcapping shows whatever the weights are; and whole, so that no dtype rounds them.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        return "the output head is not a plain linear layer"
+    returned: list[Tensor] = []
+    split: list[bool] = []
+
+    def known(hidden: Tensor) -> Tensor:
+        shape = (*hidden.shape[:-1], head.out_features)
+        returned.append(
+            (torch.arange(torch.Size(shape).numel(), device=hidden.device) % 101 - 50).view(shape).to(hidden)
+        )
+        split.append(hasattr(head.weight, "placements"))
+        return returned[-1]
+
+    packed = pack(_made_up(model, _SHORT), shared=False).to(model.device)
+    with replaced_head(head, known):
+        logits = kept_logits(model, packed)
+    if len(returned) != 1 or logits.shape != returned[0].shape or not torch.equal(logits.float(), returned[0].float()):
+        return "the logits are not those of the output head as it gives them (softcapping, scaling, a mask)"
+    if split[0]:
+        return "the output head is split among devices"
+    return None
+
+
+def _row_difference(model: Any, path: FastPath, turns: Sequence[Sequence[Turn]]) -> tuple[float, float]:
+    """Mean difference between log-probs in a shared row and in ordinary ones, and how large rounding makes it."""
+    sampled = any(turn.token_ids for group in turns for turn in group)
+    made_up = _made_up(model, max(_SHORT, path.pack(turns).input_ids.shape[1] if sampled else 0))
+    dtypes: list[torch.dtype] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+    try:
+        shared, ordinary = (
+            token_logprobs(model, packed.to(model.device), temperature=1.0, chunked_head=path.chunked_head)[0]
+            for packed in (
+                # Whatever attention costs: what is made up shares its row.
+                replace(path, balance=1e12).pack(made_up),
+                replace(path, shared=False).pack(made_up),
+            )
+        )
+    finally:
+        hook.remove()
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtypes[0]
+    return float((shared - ordinary).abs().mean()), _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+
+
+def _made_up(model: Any, length: int) -> list[list[Turn]]:
+    """Two completions of one prompt; together a shared row of this length."""
+    vocabulary = model.config.get_text_config().vocab_size
+    # Low and high ids are often special.
+    ids = torch.randint(
+        vocabulary // 8, vocabulary // 4, (length + 2,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    third = length // 3 + 1  # of a completion's tokens the last is no column
+    prompt, first, second = ids[: -2 * third], ids[-2 * third : -third], ids[-third:]
+    return [[Turn(tuple(prompt), tuple(tokens), (), (), "length") for tokens in (first, second)]]

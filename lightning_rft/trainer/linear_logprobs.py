@@ -1,0 +1,124 @@
+"""Log-probabilities of targets under a linear output head, without ever holding the logits of all tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["linear_logprobs"]
+
+_CHUNK = 128  # tokens; 128 x 150k vocabulary x 4 bytes is 75 MB, and two or three such tensors live at a time
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target under ``softmax((hidden @ weight.T + bias) / temperature)``, and its entropy.
+
+    Logits are made some hundred tokens at a time, forgotten, and made again in the backward pass, where the gradient
+    of a token's logits is ``(onehot(target) - softmax) / temperature`` times what arrives for its log-probability
+    (the fused linear cross entropy of `Liger <https://arxiv.org/abs/2410.10989>`_, for one number per token). Matrices
+    are multiplied in the dtype of ``torch.autocast`` where it is on; softmax, and the sum of the weight's gradient
+    over the chunks, are in float32.
+
+    Args:
+        hidden: What the head is given [N, H].
+        weight: Of the head [V, H].
+        bias: Of the head [V], if it has one.
+        target: Token ids [N], int64.
+        temperature: What the logits are divided by.
+
+    Returns:
+        Natural-log probabilities [N], differentiable once, and entropies in nats [N], detached; both float32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, target, temperature, dtype)
+    return logprobs, entropy
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy = torch.empty(2, len(hidden), device=hidden.device, dtype=torch.float32).unbind()
+        probabilities = None
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = weight.to(dtype)
+            for part in _parts(len(hidden)):
+                logits = _logits(hidden[part].to(dtype), head, bias, temperature)
+                # Few passes over the logits: on CPUs they would take as long as the multiplication.
+                largest, index = logits.max(-1, keepdim=True)
+                probabilities = logits.softmax(-1)
+                normaliser = (largest - probabilities.gather(-1, index).log())[:, 0]
+                logprobs[part] = logits.gather(-1, target[part, None])[:, 0] - normaliser
+                entropy[part] = normaliser - torch.linalg.vecdot(probabilities, logits)
+        ctx.save_for_backward(hidden, weight, bias, target)
+        ctx.last = probabilities  # backward begins with this part, often the only one, so as not to make it twice
+        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        to_hidden = torch.empty_like(hidden) if wants_hidden else None
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        to_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        scale = -upstream.float() / ctx.temperature
+        errors, ctx.last = ctx.last, None
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = weight.to(ctx.dtype)
+            for part in reversed(_parts(len(hidden))):
+                inputs = hidden[part].to(ctx.dtype)
+                if errors is None:
+                    errors = _logits(inputs, head, bias, ctx.temperature).softmax(-1)
+                errors.scatter_add_(
+                    -1, target[part, None], torch.full_like(target[part, None], -1, dtype=torch.float32)
+                )
+                # What arrives from above scales the small matrices, not the one that is as wide as the vocabulary.
+                if to_bias is not None:
+                    to_bias += scale[part] @ errors
+                errors = errors.to(ctx.dtype)
+                if to_hidden is not None:
+                    to_hidden[part] = (errors @ head) * scale[part, None]
+                if to_weight is not None:
+                    scaled = (inputs * scale[part, None]).to(ctx.dtype)
+                    if ctx.dtype == torch.float32:
+                        to_weight.addmm_(errors.T, scaled)
+                    else:
+                        to_weight += errors.T @ scaled
+                errors = None
+        return (
+            to_hidden,
+            None if to_weight is None else to_weight.to(weight.dtype),
+            None if to_bias is None else to_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _parts(tokens: int) -> list[slice]:
+    return [slice(start, start + _CHUNK) for start in range(0, tokens, _CHUNK)]
+
+
+def _logits(inputs: Tensor, head: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """Logits [tokens, V], float32, in memory of their own."""
+    logits = (inputs @ head.T).float()
+    if bias is not None:
+        # A bias of -inf keeps a token from being sampled; times its probability, 0, it would be NaN.
+        logits.add_(bias).clamp_(min=torch.finfo(torch.float32).min)
+    return logits if temperature == 1 else logits.div_(temperature)

@@ -1,0 +1,83 @@
+"""Optimizing a model whose weights are in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+__all__ = ["MasterWeights"]
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """Steps float32 copies of half-precision parameters, and rounds the copies to the parameters after each step.
+
+    A bfloat16 weight does not change by less than 1/256 of itself, so that the small steps of fine-tuning would all be
+    lost. The copies and the optimizer's state take the memory that they take when the model itself is in float32.
+
+    Args:
+        parameters: Of the model, in half precision or not.
+        optimizer: Makes the optimizer that is stepped, from the float32 copies.
+
+    Example::
+
+        MasterWeights(model.parameters(), lambda p: torch.optim.AdamW(p, lr=1e-6))
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], optimizer: OptimizerCallable) -> None:
+        pairs = [(p, p if p.dtype == torch.float32 else p.detach().float().requires_grad_()) for p in parameters]
+        self.inner: torch.optim.Optimizer = optimizer([master for _, master in pairs])
+        parameter_of = {id(master): parameter for parameter, master in pairs}
+        groups = [
+            {**group, "params": [parameter_of[id(master)] for master in group["params"]]}
+            for group in self.inner.param_groups
+        ]
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Steps the copies with the parameters' gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._pass_on_settings()
+        for parameter, master in self._copied():
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.inner.step()
+        for parameter, master in self._copied():
+            parameter.copy_(master)
+            master.grad = None
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimizer, and the copies."""
+        self._pass_on_settings()
+        return {"optimizer": self.inner.state_dict(), "masters": [master.detach() for _, master in self._copied()]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+        self.inner.load_state_dict(state_dict["optimizer"])
+        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            group.update({name: value for name, value in inner.items() if name != "params"})
+        for (parameter, master), saved in zip(self._copied(), state_dict["masters"], strict=True):
+            master.copy_(saved)
+            parameter.copy_(master)
+
+    def _copied(self) -> list[tuple[Tensor, Tensor]]:
+        pairs = zip(self.param_groups, self.inner.param_groups, strict=True)
+        return [
+            (parameter, master)
+            for ours, inner in pairs
+            for parameter, master in zip(ours["params"], inner["params"], strict=True)
+            if parameter is not master
+        ]
+
+    def _pass_on_settings(self) -> None:
+        """Schedulers change the learning rate of the outer groups."""
+        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update({name: value for name, value in group.items() if name != "params"})
