@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["linear_logprobs"]
 
-_CHUNK = 128  # tokens; 128 x 150k vocabulary x 4 bytes is 75 MB, and two or three such tensors live at a time
+_CHUNK = 256  # tokens; 256 x 150k vocabulary x 4 bytes is 150 MB, and two such tensors live at a time
 
 
 def linear_logprobs(
@@ -75,7 +75,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
-        to_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        to_weight: Tensor | None = None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         scale = -upstream.float() / ctx.temperature
         errors, ctx.last = ctx.last, None
@@ -94,9 +94,11 @@ class _LinearLogprobs(torch.autograd.Function):
                 errors = errors.to(ctx.dtype)
                 if to_hidden is not None:
                     to_hidden[part] = (errors @ head) * scale[part, None]
-                if to_weight is not None:
+                if wants_weight:
                     scaled = (inputs * scale[part, None]).to(ctx.dtype)
-                    if ctx.dtype == torch.float32:
+                    if to_weight is None:
+                        to_weight = (errors.T @ scaled).float()
+                    elif ctx.dtype == torch.float32:
                         to_weight.addmm_(errors.T, scaled)
                     else:
                         to_weight += errors.T @ scaled
@@ -119,6 +121,8 @@ def _logits(inputs: Tensor, head: Tensor, bias: Tensor | None, temperature: floa
     """Logits [tokens, V], float32, in memory of their own."""
     logits = (inputs @ head.T).float()
     if bias is not None:
-        # A bias of -inf keeps a token from being sampled; times its probability, 0, it would be NaN.
-        logits.add_(bias).clamp_(min=torch.finfo(torch.float32).min)
-    return logits if temperature == 1 else logits.div_(temperature)
+        logits += bias
+    if temperature != 1:
+        logits /= temperature
+    # A bias of -inf keeps a token from being sampled; times its probability, 0, it would be NaN.
+    return logits if bias is None else logits.clamp_(min=torch.finfo(torch.float32).min)

@@ -20,7 +20,7 @@ from lightning_rft.experience import Turn
 
 __all__ = ["Packed", "pack", "shares_prompts"]
 
-_CAUSAL = 0.4  # time of causal attention, for which the kernels are made, over that of attention with a mask
+_CAUSAL = 0.5  # time of causal attention, for which the kernels are made, over that of attention with a mask
 _WORTH = 0.95  # of the time of ordinary rows; for less gain they stay
 
 
@@ -60,7 +60,7 @@ def pack(
     shared: bool,
     mask_dtype: torch.dtype = torch.float32,
     pad_id: int = 0,
-    balance: float = 1000.0,
+    balance: float = 3000.0,
 ) -> Packed:
     """Lay turns out in rows.
 
