@@ -1,0 +1,180 @@
+"""How fast an explorer is, with all that is around its engine, in shares of the engine alone.
+
+    python -m benchmarks.rollout
+
+On one side the whole path of a rollout: the trainer's process issues groups, an explorer process encodes, samples,
+decodes and scores them, and the answers are written to the buffer; nothing is trained. On the other ``vllm.LLM.generate``
+in a process of its own, with the same prompts, number of samples, limits, seeds, dtype, threads and engine settings, and
+log-probs, which training needs. No token ends an answer, so both sample equally many. They take turns; ``ratio`` is the
+median of the rounds' ratios. Writes ``benchmarks/results/rollout.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+import lightning_rft as rft
+from benchmarks.overlap import restless, spans
+from lightning_rft.explorer.connection import Channel, spawn
+from lightning_rft.hardware import available_cpus, bf16_is_fast
+from lightning_rft.testing import tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+RESULTS = Path(__file__).parent / "results"
+GROUPS, SAMPLES, MAX_MODEL_LEN, MAX_NUM_SEQS = 4, 8, 256, 64
+
+
+class Consumes(rft.RFTModule):
+    """Takes experience and trains nothing."""
+
+    tokens = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Counts; the optimizer leaves parameters alone that have no gradient."""
+        self.tokens += batch.batch_tokens
+
+
+def endless(folder: Path) -> dict[str, Any]:
+    """Engine arguments with which no token ends an answer."""
+    folder.mkdir()
+    (folder / "generation_config.json").write_text("{}")
+    return {"generation_config": str(folder)}
+
+
+def questions(batches: int) -> list[rft.Task]:
+    """Tasks as in the demo; two sides that are given as many explore the same."""
+    return [
+        rft.Task([{"role": "user", "content": f"What is {index}+{index % 7}? Answer with a number."}])
+        for index in range(GROUPS * batches)
+    ]
+
+
+def ours(model: Path, data: rft.RFTDataModule, batches: int) -> tuple[float, int]:
+    """Seconds from the first group issued to the last one stored, and tokens; all by one version, so none is pushed."""
+    module = Consumes(model)
+    found = spans(rft.Synchronous(sync_interval=batches), module, data, batches)
+    rollouts = [span for span in found if span.what == "rollout"]
+    stored = [span for span in found if span.what == "put"]
+    assert len(rollouts) == len(stored) == GROUPS * batches
+    return max(span.end for span in stored) - min(span.begin for span in rollouts), module.tokens
+
+
+def reference(fd: int) -> None:
+    """The other side's process: an engine, and a round each time that it is asked for one."""
+    channel = Channel(fd)
+    engine = rft.VLLMEngine()
+    engine.prepare()
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    settings: dict[str, Any] = channel.receive()
+    on_cpu = current_platform.is_cpu()
+    llm = LLM(enforce_eager=on_cpu, async_scheduling=False, **({"block_size": 32} if on_cpu else {}), **settings)
+    tokenizer = llm.get_tokenizer()
+    channel.send(None)
+    while (asked := channel.receive()) is not None:
+        tasks, tokens = asked
+        prompts = [
+            tokenizer.apply_chat_template(list(task.prompt), add_generation_prompt=True, tokenize=False)
+            for task in tasks
+            for _ in range(SAMPLES)
+        ]
+        params = [
+            SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, logprobs=0, seed=seed)
+            for seed in range(len(prompts))
+        ]
+        llm.reset_prefix_cache()
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        channel.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs)))
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=6, help="of 4 groups of 8 samples, in each round")
+    parser.add_argument("--tokens", type=int, default=64, help="of every answer")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, for a look at the benchmark itself")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    rates: dict[str, list[float]] = {"ours_tokens_per_s": [], "vllm_tokens_per_s": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if arguments.tiny:
+            model = tiny_model(folder / "tiny")
+        else:
+            from convert_smollm2 import smollm2
+
+            model = smollm2(Path("runs/models/SmolLM2-135M-Instruct"))
+        tasks = questions(arguments.batches)
+        other, channel = spawn(
+            "benchmarks.rollout",
+            environment=rft.VLLMEngine().environment(available_cpus()),
+            log=folder / "vllm.log",
+        )
+        try:
+            dtype = "bfloat16" if torch.cuda.is_available() or bf16_is_fast() else "float32"
+            channel.send(
+                {
+                    "model": str(model),
+                    "dtype": dtype,
+                    "max_model_len": MAX_MODEL_LEN,
+                    "max_num_seqs": MAX_NUM_SEQS,
+                    "logprobs_mode": "processed_logprobs",
+                }
+            )
+            channel.receive()  # up; so that neither start disturbs the other's
+            with rft.RFTDataModule(
+                tasks=tasks,
+                reward=restless,
+                engine=rft.VLLMEngine(dtype=dtype, max_num_seqs=MAX_NUM_SEQS, engine_args=endless(folder / "endless")),
+                tasks_per_step=GROUPS,
+                samples_per_task=SAMPLES,
+                max_new_tokens=arguments.tokens,
+                max_model_len=MAX_MODEL_LEN,
+                shuffle=False,
+            ) as data:
+                expected = len(tasks) * SAMPLES * arguments.tokens
+                for repeat in range(arguments.repeats + 1):
+                    seconds, tokens = ours(model, data, arguments.batches)
+                    channel.send((tasks, arguments.tokens))
+                    theirs, their_tokens = channel.receive()
+                    assert tokens == their_tokens == expected
+                    if repeat > 0:  # everything runs for the first time in the first
+                        rates["ours_tokens_per_s"].append(expected / seconds)
+                        rates["vllm_tokens_per_s"].append(expected / theirs)
+        except (EOFError, OSError) as error:
+            raise SystemExit((folder / "vllm.log").read_text()[-3000:]) from error
+        finally:
+            channel.close()
+            other.terminate()
+            other.wait()
+    rates = {"ratio": [a / b for a, b in zip(*rates.values(), strict=True)]} | rates
+    results = {name: round(statistics.median(values), 3) for name, values in rates.items()} | {"dtype": dtype}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "rollout.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name, values in rates.items():
+        print(f"{name:18} {results[name]:8}   of", *(f"{value:.3f}" for value in values))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and sys.argv[1].isdigit():
+        reference(int(sys.argv[1]))
+    else:
+        main()
