@@ -5,7 +5,8 @@
 PARALLEL := -n 2 --dist loadfile
 MODEL := runs/models/SmolLM2-135M-Instruct
 CONFIG := examples/synchronous.yaml
-.PHONY: help install model demo train test test-quick chaos check format clean
+BENCHMARKS := $(filter-out __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
+.PHONY: help install model demo train test test-quick chaos bench check format clean
 
 help:
 	@echo "make demo        train a small model with reinforcement, here and now (installs what it needs into .venv)"
@@ -13,6 +14,7 @@ help:
 	@echo "make test        all tests"
 	@echo "make test-quick  the tests that need no vLLM and kill nothing at random"
 	@echo "make chaos       the tests that kill processes, with CHAOS=5 times as many kills"
+	@echo "make bench       all benchmarks, for about two hours; BENCHMARKS='overhead rollout' chooses"
 	@echo "make check       lint, formatting, types and the examples in docstrings"
 	@echo "make format      rewrite the code in the project's style"
 	@echo "make install     only make .venv complete; PYTHON=python3.12 chooses the interpreter"
@@ -43,6 +45,11 @@ test-quick: install
 CHAOS ?= 5
 chaos: install
 	CHAOS=$(CHAOS) .venv/bin/python -m pytest -m chaos $(ARGS)
+
+# One after another, and with nothing else running: they measure times.
+bench: model
+	.venv/bin/python -m pip install --quiet --editable ".[bench]"
+	@set -e; for name in $(BENCHMARKS); do echo "=== $$name"; .venv/bin/python -m benchmarks.$$name $(ARGS); done
 
 check: install
 	.venv/bin/ruff check .

@@ -2,12 +2,12 @@
 
     python -m benchmarks.overhead
 
-With ``FakeEngine``, whose generation time is known, and a tiny model, synchronous, so that nothing hides behind anything
-else. What is subtracted is measured the same way: the very batches of that run once more, with the same module, through
-a bare Lightning loop with neither strategy nor data module, whose loader sleeps as long as the engine did. (It does sleep:
-after it, caches are cold, and the same training takes longer than it does back to back.) ``ms_per_step`` is the
-difference of the two step times; ``push_ms`` of it is the weight transfer.
-Writes ``benchmarks/results/overhead.json``.
+With ``FakeEngine``, whose generation time is known, and a tiny model, synchronous, so that nothing hides behind
+anything. What is subtracted is measured the same way: the very batches of that run once more, with the same module,
+through a bare Lightning loop with neither strategy nor data module, whose loader sleeps as long as the engine did. (It
+does sleep: after it, caches are cold, and the same training takes longer than it does back to back.) ``ms_per_step``
+is the difference of the two step times; ``push_ms`` of it is the weight transfer. Writes
+``benchmarks/results/overhead.json``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Batches(Callback):
     def seconds_per_step(self) -> float:
         """From the end of one step to that of the next."""
         times = self.times[FIRST:]
-        return statistics.median(after - before for before, after in zip(times, times[1:], strict=False))
+        return statistics.median(times[i + 1] - times[i] for i in range(len(times) - 1))
 
 
 class ReadyMade:

@@ -3,10 +3,10 @@
     python -m benchmarks.rollout
 
 On one side the whole path of a rollout: the trainer's process issues groups, an explorer process encodes, samples,
-decodes and scores them, and the answers are written to the buffer; nothing is trained. On the other ``vllm.LLM.generate``
-in a process of its own, with the same prompts, number of samples, limits, seeds, dtype, threads and engine settings, and
-log-probs, which training needs. No token ends an answer, so both sample equally many. They take turns; ``ratio`` is the
-median of the rounds' ratios. Writes ``benchmarks/results/rollout.json``.
+decodes and scores them, and the answers are written to the buffer; nothing is trained. On the other is a process with
+``vllm.LLM.generate``, with the same prompts, number of samples, limits, dtype, threads and engine settings, a seed for
+every sample, and log-probs, which training needs. No token ends an answer, so both sample equally many. They take
+turns; ``ratio`` is the median of the rounds' ratios. Writes ``benchmarks/results/rollout.json``.
 """
 
 from __future__ import annotations

@@ -4,14 +4,16 @@
     python -m benchmarks.vs_trl
 
 Two lines. *equal*: no token ends an answer and the reward differs within every group, so both sides sample and train
-exactly as many completion tokens, which is checked by what was counted. *used*: the demo's task as it is, with whatever
-each side does about it. TRL runs as it does for a user of this machine: its defaults (gradient checkpointing among them),
-generation by vLLM on a GPU and by transformers elsewhere, one optimizer step a batch; ``trl_plain`` is TRL once more with
-gradient checkpointing off, which a small model does not need. Ours is ``Synchronous`` and ``FullyAsynchronous``.
+exactly as many completion tokens, which is checked by what was counted. *used*: the demo's task as it is, with
+whatever each side does about it. TRL runs as a user of this machine would run it: with its defaults (gradient
+checkpointing among them), one optimizer step a batch, and generation by vLLM on a GPU and by transformers elsewhere;
+``trl_plain`` is TRL once more without gradient checkpointing, which a small model does not need. Ours is
+``Synchronous`` and ``FullyAsynchronous``.
 
-Both compute in bfloat16 autocast over float32 weights; on a CPU without units for bfloat16, where it is a hundred times
-slower, both in float32. All take turns, each time in a process of its own; steps are counted after a warm-up. Writes
-``benchmarks/results/vs_trl.json``: a figure is the median of the rounds' ratios of samples per second, ours / TRL's.
+Both compute in bfloat16 autocast over float32 weights; on a CPU without units for bfloat16, where it is a hundred
+times slower, both in float32. All take turns, each time in a process of its own; steps are counted after a warm-up.
+Writes ``benchmarks/results/vs_trl.json``: a figure is the median of the rounds' ratios of samples per second, ours /
+TRL's.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for both sides, as in the demo
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,8 +129,6 @@ def trl(line: str, steps: int, model: str, out: str, *, checkpointing: bool) -> 
 
 def ours(line: str, steps: int, model: str, out: str, *, synchronous: bool) -> dict[str, Any]:
     """Our side, in this process."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the demo
-
     import lightning as L
     import torch
     from demo import sums
@@ -172,9 +173,7 @@ def ours(line: str, steps: int, model: str, out: str, *, synchronous: bool) -> d
         enable_progress_bar=False,
         default_root_dir=out,
     ).fit(
-        rft.RFTModule(
-            model, optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        ),
+        rft.RFTModule(model, optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0, fused=True)),
         rft.RFTDataModule(
             tasks=tasks,
             reward=(lambda completion, task: restless(completion)) if line == "equal" else last_number,
@@ -264,7 +263,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """As Markdown."""
-    lines = ["| | samples/s | s/step | generation | training | push | load | tokens |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | samples/s | s/step | generation | training | push | load | tokens |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     names = ("samples_per_s", "seconds_per_step", "generation_s", "training_s", "push_s", "load_s", "tokens_per_step")
     for name, values in results.items():
         if isinstance(values, dict):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_rft.errors import DeadlineError
@@ -22,6 +23,13 @@ from lightning_rft.rewards import as_reward
 __all__ = ["Scorer"]
 
 _START_S = 60.0
+
+
+@dataclass
+class _Call:
+    completion: str
+    task: Task
+    answer: asyncio.Future[float]
 
 
 class Scorer:
@@ -37,6 +45,10 @@ class Scorer:
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
+        self._waiting: list[_Call] = []
+        self._work: asyncio.Task[None] | None = None
+        self._asked = False  # whether the process has all of the calls that are worked on
+        self._stopped = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
 
     async def __call__(self, completion: str, task: Task) -> float:
@@ -52,20 +64,48 @@ class Scorer:
                 return as_reward(await asyncio.wait_for(self._reward(completion, task), self._timeout_s), task.id)
             except asyncio.TimeoutError as error:
                 raise self._late(task) from error
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, completion, task)
+        call = _Call(completion, task, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._ask_waiting())
+        return await call.answer
 
     def stop(self) -> None:
         """Ends the process and the thread."""
+        self._stopped = True
         self._kill()
         self._thread.shutdown(wait=False)
 
-    def _ask(self, completion: str, task: Task) -> float:
+    async def _ask_waiting(self) -> None:
+        # All that wait are sent at once: samples often end together, and a round trip takes longer than most rewards.
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            calls, self._waiting = [call for call in self._waiting if not call.answer.done()], []
+            await loop.run_in_executor(self._thread, self._ask, calls, loop)
+
+    def _ask(self, calls: list[_Call], loop: asyncio.AbstractEventLoop) -> None:
+        for index, call in enumerate(calls):
+            if self._stopped:
+                return
+            answer: float | Exception
+            try:
+                answer = self._first_answer(calls[index:])
+            except Exception as error:  # whatever it is, it is raised where the reward was asked for
+                answer = error
+            loop.call_soon_threadsafe(_settle, call.answer, answer)
+        self._asked = False
+
+    def _first_answer(self, calls: list[_Call]) -> float:
+        """The reward of the first of the calls that are left."""
+        task = calls[0].task
         try:
             if self._channel is None:
                 self._process, self._channel = spawn(__name__)
                 self._channel.send(self._reward)
                 self._channel.receive(max(_START_S, self._timeout_s))  # its imports are not the reward's time
-            self._channel.send((completion, task))
+            if not self._asked:
+                self._channel.send([(call.completion, call.task) for call in calls])
+                self._asked = True
             answer = self._channel.receive(self._timeout_s)
         except TimeoutError as error:
             self._kill()
@@ -85,10 +125,20 @@ class Scorer:
 
     def _kill(self) -> None:
         process, channel, self._process, self._channel = self._process, self._channel, None, None
+        self._asked = False
         if process is not None and channel is not None:
             channel.close()
             process.kill()
             process.wait(timeout=10)
+
+
+def _settle(future: asyncio.Future[float], answer: float | Exception) -> None:
+    if future.done():  # its sample was cancelled
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
 
 
 def main(fd: int) -> None:
@@ -98,12 +148,12 @@ def main(fd: int) -> None:
         reward = channel.receive()
         channel.send(None)
         while True:
-            completion, task = channel.receive()
-            try:
-                answer: float | Failure = as_reward(reward(completion, task), task.id)
-            except Exception as error:  # everything a user's function raises is reported where the call was made
-                answer = Failure.of(error)
-            channel.send(answer)
+            for completion, task in channel.receive():
+                try:
+                    answer: float | Failure = as_reward(reward(completion, task), task.id)
+                except Exception as error:  # everything a user's function raises is reported where the call was made
+                    answer = Failure.of(error)
+                channel.send(answer)
     except (EOFError, OSError):
         pass  # the explorer is gone, and with it the need for rewards
 

@@ -146,8 +146,9 @@ class Explorer:
 
     async def _explore(self, request: Explore, inbox: asyncio.Queue[Any]) -> None:
         retried = [0]
+        encoded: dict[bytes, tuple[int, ...]] = {}
         samples = [
-            asyncio.ensure_future(self._sample(request, index, seed, retried))
+            asyncio.ensure_future(self._sample(request, index, seed, retried, encoded))
             for index, seed in enumerate(request.seeds)
         ]
         try:
@@ -169,11 +170,13 @@ class Explorer:
             Explored(request.run, request.key, request.attempt, request.task.id, experiences, failures, retried[0])
         )
 
-    async def _sample(self, request: Explore, index: int, seed: int, retried: list[int]) -> Experience:
+    async def _sample(
+        self, request: Explore, index: int, seed: int, retried: list[int], encoded: dict[bytes, tuple[int, ...]]
+    ) -> Experience:
         attempt = 0
         while True:
             try:
-                return await self._in_time(self._try(request, index, seed, attempt), request.task)
+                return await self._in_time(self._try(request, index, seed, attempt, encoded), request.task)
             except ConfigurationError:
                 raise  # trying again changes nothing
             except Exception:
@@ -196,7 +199,9 @@ class Explorer:
             "workflow faster or raise the setting"
         )
 
-    async def _try(self, request: Explore, index: int, seed: int, attempt: int) -> Experience:
+    async def _try(
+        self, request: Explore, index: int, seed: int, attempt: int, encoded: dict[bytes, tuple[int, ...]]
+    ) -> Experience:
         spec, task = self._spec, request.task
         policy = Policy(
             self._stepper.sample,
@@ -206,6 +211,7 @@ class Explorer:
             max_new_tokens=spec.max_new_tokens,
             max_model_len=spec.max_model_len,
             seed=seed,
+            encoded=encoded,
         )
         loop = asyncio.get_running_loop()
         text = await spec.workflow(task, policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ class Policy:
         max_new_tokens: Most tokens of one answer.
         max_model_len: Most tokens of prompt and answer together.
         seed: Seed of this sample.
+        encoded: Prompts that were encoded before, to be shared by the samples of a group, which mostly have the same.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Policy:
         max_new_tokens: int,
         max_model_len: int,
         seed: int,
+        encoded: dict[bytes, tuple[int, ...]] | None = None,
     ) -> None:
         self.turns: list[Turn] = []
         self.seconds = 0.0
@@ -56,6 +59,7 @@ class Policy:
         self._max_new_tokens = max_new_tokens
         self._max_model_len = max_model_len
         self._seed = seed
+        self._encoded = {} if encoded is None else encoded
 
     async def __call__(self, prompt: Prompt) -> str:
         """Samples an answer.
@@ -69,7 +73,7 @@ class Policy:
         Raises:
             ConfigurationError: Prompt and answer do not fit the model's context.
         """
-        prompt_ids = encode_prompt(self._tokenizer, prompt)
+        prompt_ids = self._encode(prompt)
         if len(prompt_ids) + self._max_new_tokens > self._max_model_len:
             raise ConfigurationError(
                 f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={self._max_new_tokens} do not fit a context "
@@ -90,6 +94,12 @@ class Policy:
         self.turns.append(Turn(prompt_ids, done.token_ids, done.logprobs, done.versions, done.finish_reason))
         text: str = self._tokenizer.decode(done.token_ids, skip_special_tokens=True)
         return text
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        key = pickle.dumps(prompt)  # by value: a workflow may go on to change its list of messages
+        if key not in self._encoded:
+            self._encoded[key] = encode_prompt(self._tokenizer, prompt)
+        return self._encoded[key]
 
 
 class Workflow(Protocol):

@@ -235,3 +235,47 @@ def test_a_slow_reward_does_not_hold_up_the_explorer() -> None:
         return ticks
 
     assert scored(lambda completion, task: time.sleep(0.2) or 1.0, use) > 10
+
+
+def test_calls_that_wait_together_are_answered_each_by_its_own() -> None:
+    def reward(completion: str, task: Task) -> float:
+        if completion == "2":
+            os._exit(3)
+        if completion == "4":
+            raise LookupError(completion)
+        if completion == "6":
+            time.sleep(3600)
+        return float(completion)
+
+    async def use(scorer: Scorer) -> list[Any]:
+        calls = [asyncio.ensure_future(scorer(str(index), TASK)) for index in range(10)]
+        await asyncio.sleep(0)  # all wait now
+        calls[8].cancel()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = scored(reward, use, timeout_s=2.0)
+    kinds = {2: RuntimeError, 4: LookupError, 6: DeadlineError, 8: asyncio.CancelledError}
+    for index, answer in enumerate(answers):
+        assert isinstance(answer, kinds[index]) if index in kinds else answer == float(index)
+
+
+def test_a_scorer_that_is_stopped_starts_no_process_for_calls_that_wait() -> None:
+    async def use(scorer: Scorer) -> None:
+        await scorer("", TASK)
+        first, second = (asyncio.ensure_future(scorer("hang", TASK)) for _ in range(2))
+        await asyncio.sleep(0)
+        while not scorer._asked:
+            await asyncio.sleep(0.001)
+        process = scorer._process
+        scorer.stop()
+        assert process is not None and process.poll() is not None
+        with pytest.raises(RuntimeError, match="ended its process"):
+            await first
+        second.cancel()
+
+    def reward(completion: str, task: Task) -> float:
+        if completion:
+            time.sleep(3600)
+        return 1.0
+
+    scored(reward, use)

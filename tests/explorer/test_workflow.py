@@ -105,3 +105,31 @@ def test_what_does_not_fit_the_context(tokenizer: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"prompt of 46 tokens and max_new_tokens=5 do not fit .* 50 tokens"):
         asyncio.run(policy("x" * 46))
     assert len(sampler.requests) == len(policy.turns) == 1
+
+
+def test_samples_of_a_group_encode_a_prompt_once_and_a_changed_one_anew(tokenizer: Any) -> None:
+    class Counts:
+        calls = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return tokenizer.apply_chat_template(*args, **kwargs)
+
+    counts, sampler = Counts(), Sampler(tokenizer)
+    encoded: dict[bytes, tuple[int, ...]] = {}
+    messages = [{"role": "user", "content": "1+1"}]
+
+    async def twice(task: Task, policy: Policy) -> str:
+        said = await policy(messages)
+        messages.append({"role": "assistant", "content": said})  # the very same list
+        return await policy(messages)
+
+    for _ in range(3):
+        del messages[1:]
+        asyncio.run(twice(Task(messages), make_policy(counts, sampler, encoded=encoded)))
+    assert counts.calls == 2
+    first, second = encode_prompt(tokenizer, messages[:1]), encode_prompt(tokenizer, messages)
+    assert [request.prompt_ids for request in sampler.requests] == [first, second] * 3 and first != second
