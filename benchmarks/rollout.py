@@ -108,8 +108,8 @@ def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=6, help="of 4 groups of 8 samples, in each round")
-    parser.add_argument("--tokens", type=int, default=64, help="of every answer")
+    parser.add_argument("--batches", type=int, default=4, help="of 4 groups of 8 samples, in each round")
+    parser.add_argument("--tokens", type=int, default=48, help="of every answer")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a look at the benchmark itself")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")

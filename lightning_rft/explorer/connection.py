@@ -23,7 +23,7 @@ from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo
 
 __all__ = [
     *("Advanced", "Cancel", "Channel", "Connect", "Explore", "Explored", "Failed", "Failure", "Load", "LoadFailed"),
-    *("Loaded", "Prepare", "Started", "spawn"),
+    *("Loaded", "Prepare", "Started", "spawn", "unpack"),
 ]
 
 _SEND_DEADLINE_S = 20
@@ -212,17 +212,29 @@ class Channel:
             TimeoutError: Nothing came within ``timeout_s``.
             UnpicklingError: What came cannot be rebuilt in this process.
         """
+        return unpack(self.receive_packed(timeout_s))
+
+    def receive_packed(self, timeout_s: float | None = None) -> bytes:
+        """The next message, to be rebuilt by :func:`unpack`; raises as :meth:`receive` does, but for the last."""
         if not self._connection.poll(timeout_s):
             raise TimeoutError(f"no message within {timeout_s} s")
-        packed = self._connection.recv_bytes()
-        try:
-            return pickle.loads(packed)
-        except Exception as error:  # of a user's class; an OSError among them must not pass for a broken line
-            raise pickle.UnpicklingError(f"an object cannot be rebuilt in another process: {error!r}") from error
+        return self._connection.recv_bytes()
 
     def close(self) -> None:
         """Closes this end; the other side reads end of file."""
         self._connection.close()
+
+
+def unpack(packed: bytes) -> Any:
+    """Rebuilds a message, importing what it refers to: a reward's module, for example, and all that this imports.
+
+    Raises:
+        UnpicklingError: It cannot be rebuilt in this process.
+    """
+    try:
+        return pickle.loads(packed)
+    except Exception as error:  # of a user's class; an OSError among them must not pass for a broken line
+        raise pickle.UnpicklingError(f"an object cannot be rebuilt in another process: {error!r}") from error
 
 
 def spawn(

@@ -18,6 +18,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+import cloudpickle
+
 from lightning_rft.errors import ConfigurationError, DeadlineError, LinkError
 from lightning_rft.experience import Experience, Task
 from lightning_rft.explorer.connection import (
@@ -34,6 +36,7 @@ from lightning_rft.explorer.connection import (
     LoadFailed,
     Prepare,
     Started,
+    unpack,
 )
 from lightning_rft.explorer.engine import Engine
 from lightning_rft.explorer.scorer import Scorer
@@ -44,6 +47,7 @@ __all__ = ["Explorer", "ExplorerSpec"]
 
 _ORPHAN_POLL_S = 1.0
 _REPORT_S = 1.0
+_END = cloudpickle.dumps(None)
 
 
 @dataclass(frozen=True)
@@ -238,27 +242,27 @@ def _listen(channel: Channel, loop: asyncio.AbstractEventLoop, inbox: asyncio.Qu
     parent = os.getppid()
     while True:
         try:
-            message = channel.receive(_ORPHAN_POLL_S)
+            packed = channel.receive_packed(_ORPHAN_POLL_S)
         except TimeoutError:
             # another process may have inherited rank 0's end, and then it never reads as closed
             if os.getppid() != parent:
                 break
         except (EOFError, OSError):
             break
-        except Exception as error:
-            loop.call_soon_threadsafe(inbox.put_nowait, error)
         else:
-            loop.call_soon_threadsafe(inbox.put_nowait, message)
-            if message is None:
+            loop.call_soon_threadsafe(inbox.put_nowait, packed)
+            if packed == _END:
                 return  # told to end: the main thread does
     os.killpg(0, signal.SIGKILL)
 
 
 async def _next(inbox: asyncio.Queue[Any]) -> Any:
     message = await inbox.get()
-    if isinstance(message, Exception):  # what came could not be read
+    if isinstance(message, Exception):
         raise message
-    return message
+    # Here and not on the listener's thread: what a reward's module imports would be imported beside what the engine
+    # needs, and two threads that import transformers at once may each see half of it.
+    return unpack(message) if isinstance(message, bytes) else message
 
 
 async def _main(channel: Channel) -> None:
