@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,32 +22,28 @@ from lightning_rft.buffer.policies import Priority, Replay, ReplayMemory
 from lightning_rft.buffer.stored import StoredExperience, stored_keys
 from lightning_rft.coordinator import Coordinator
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import Group, GroupKey, Progress, Task
+from lightning_rft.experience import Group, GroupKey, Progress
+from lightning_rft.explorer.context import fitting_length
 from lightning_rft.explorer.engine import Engine
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.tolerance import Tolerance
 from lightning_rft.explorer.vllm_engine import VLLMEngine
 from lightning_rft.explorer.worker import ExplorerSpec
-from lightning_rft.explorer.workflow import SingleTurn, Workflow, encode_prompt
+from lightning_rft.explorer.workflow import SingleTurn, Workflow
 from lightning_rft.hardware import available_cpus, gpus_for_explorers, share_cores
+from lightning_rft.model_folder import check_model
 from lightning_rft.monitor.spans import Span
 from lightning_rft.ranks import SIGTERM_STATUS, Ranks
 from lightning_rft.rewards import check_reward
 from lightning_rft.sync.exploration import Exploration
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.tasks import TaskCursor, TaskPlan, as_tasks, read_jsonl
+from lightning_rft.tasks import TaskCursor, TaskPlan, Tasks, read_tasks
 from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
-from lightning_rft.trainer.module import RFTModule, check_model, context_length
+from lightning_rft.trainer.module import RFTModule
 from lightning_rft.trainer.rng import restore_rng, rng_state
 
 __all__ = ["RFTDataModule"]
-
-# Lists first: jsonargparse takes the first type that fits, and a str fits everything when a config is saved.
-Tasks = Iterable[Task | Mapping[str, Any] | str] | str | Path
-
-_MEASURED_PROMPTS = 512
-_PROMPT_ROOM = 128
 
 
 class RFTDataModule(L.LightningDataModule):
@@ -179,8 +174,8 @@ class RFTDataModule(L.LightningDataModule):
                 "out"
             )
         at_most = steps_per_epoch and steps_per_epoch * tasks_per_step
-        self.tasks = [] if explorers == 0 else _read(tasks, "tasks", at_most)
-        self.val_tasks = [] if val_tasks is None else _read(val_tasks, "val_tasks", None)
+        self.tasks = [] if explorers == 0 else read_tasks(tasks, "tasks", at_most)
+        self.val_tasks = [] if val_tasks is None else read_tasks(val_tasks, "val_tasks", None)
         self.reward = reward
         self._stored: StoredExperience | None = None
         if isinstance(explorers, ExplorerPool):
@@ -272,7 +267,13 @@ class RFTDataModule(L.LightningDataModule):
                 workflow=self.workflow,
                 reward=self.reward,
                 max_new_tokens=self.max_new_tokens,
-                max_model_len=self._fitting_length(model),
+                max_model_len=fitting_length(
+                    model,
+                    [task.prompt for task in [*self.tasks, *self.val_tasks]],
+                    max_new_tokens=self.max_new_tokens,
+                    max_model_len=self.max_model_len,
+                    single_turn=isinstance(self.workflow, SingleTurn),
+                ),
                 seed=self.seed,
                 retries=self.retries,
                 reward_timeout_s=self.reward_timeout_s,
@@ -570,40 +571,6 @@ class RFTDataModule(L.LightningDataModule):
             raise ConfigurationError("trainer.validate() needs RFTDataModule(val_tasks=[...])")
         return module
 
-    def _fitting_length(self, model: str) -> int:
-        """Tokens of prompt and answer together that engines are made for."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"model={model!r} has no tokenizer that can be loaded: {error}") from error
-        prompts = [task.prompt for task in [*self.tasks, *self.val_tasks]]
-        if not all(isinstance(prompt, str) for prompt in prompts) and not tokenizer.chat_template:
-            raise ConfigurationError(
-                f"tasks have chat messages as prompts, but the tokenizer of model={model!r} has no chat template: set "
-                "tokenizer.chat_template and save it, or give plain text"
-            )
-        # tokenising all of a large set would take minutes; the longest by characters are the longest by tokens, nearly
-        longest = sorted(prompts, key=_characters, reverse=True)[:_MEASURED_PROMPTS]
-        prompt_tokens = max(len(encode_prompt(tokenizer, prompt)) for prompt in longest)
-        context = self.max_model_len or context_length(model)
-        if context is not None and prompt_tokens > context:
-            raise ConfigurationError(
-                f"a prompt of {prompt_tokens} tokens is longer than the context of {context} tokens: shorten or drop it"
-                + ("" if self.max_model_len is None else ", or raise max_model_len")
-            )
-        needed = prompt_tokens + self.max_new_tokens
-        if context is not None and needed > context:
-            raise ConfigurationError(
-                f"max_new_tokens={self.max_new_tokens} and the longest prompt of {prompt_tokens} tokens do not fit a "
-                f"context of {context} tokens: lower max_new_tokens to at most {context - prompt_tokens}, or drop long "
-                "prompts"
-            )
-        if self.max_model_len is not None or (context is not None and not isinstance(self.workflow, SingleTurn)):
-            return context or needed
-        return needed + _PROMPT_ROOM if context is None else min(context, needed + _PROMPT_ROOM)
-
     def _gpus(self) -> list[str] | None:
         """``CUDA_VISIBLE_DEVICES`` of every explorer, where it can have GPUs of its own."""
         count = torch.cuda.device_count()
@@ -671,15 +638,3 @@ def _progress(saved: Mapping[str, Any], global_step: int) -> Progress:
         )
     behind, ahead = (frozenset(GroupKey(*key) for key in saved[name]) for name in ("behind", "ahead"))
     return Progress(global_step, behind, ahead)
-
-
-def _read(tasks: Tasks, setting: str, at_most: int | None) -> list[Task]:
-    if isinstance(tasks, (str, Path)):
-        tasks = read_jsonl(tasks)
-    if at_most is None and not hasattr(tasks, "__len__"):
-        raise ConfigurationError(f"{setting} has no length: set steps_per_epoch, or give a list")
-    return as_tasks(islice(tasks, at_most), setting=setting)
-
-
-def _characters(prompt: str | Sequence[Mapping[str, Any]]) -> int:
-    return len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content", ""))) for message in prompt)

@@ -10,13 +10,17 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Task
 
-__all__ = ["TaskCursor", "TaskPlan", "as_tasks", "read_jsonl", "reasoning_gym_tasks"]
+__all__ = ["TaskCursor", "TaskPlan", "Tasks", "as_tasks", "read_jsonl", "read_tasks", "reasoning_gym_tasks"]
+
+# Lists first: jsonargparse takes the first type that fits, and a str fits everything when a config is saved.
+Tasks = Iterable[Task | Mapping[str, Any] | str] | str | Path
 
 
 def as_tasks(tasks: Iterable[Task | Mapping[str, Any] | str], *, setting: str = "tasks") -> list[Task]:
@@ -50,6 +54,24 @@ def as_tasks(tasks: Iterable[Task | Mapping[str, Any] | str], *, setting: str = 
     if not result:
         raise ConfigurationError(f"{setting} is empty: give at least one task")
     return result
+
+
+def read_tasks(tasks: Tasks, setting: str, at_most: int | None) -> list[Task]:
+    """Read what a user set as tasks: from a file or an iterable, which may be endless.
+
+    Args:
+        tasks: As :func:`as_tasks` takes them, or the path of a file as :func:`read_jsonl` takes it.
+        setting: What the user knows ``tasks`` as, for errors.
+        at_most: Read no more than so many; ``None`` for all.
+
+    Raises:
+        ConfigurationError: As in :func:`as_tasks` and :func:`read_jsonl`, or ``tasks`` may have no end.
+    """
+    if isinstance(tasks, (str, Path)):
+        tasks = read_jsonl(tasks)
+    if at_most is None and not hasattr(tasks, "__len__"):
+        raise ConfigurationError(f"{setting} has no length: set steps_per_epoch, or give a list")
+    return as_tasks(islice(tasks, at_most), setting=setting)
 
 
 def read_jsonl(path: str | Path) -> list[Task]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -13,8 +11,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, Turn
+from lightning_rft.model_folder import check_model
 from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.trainer.fast_path import FastPath, probe
 from lightning_rft.trainer.loader import MicroBatch
@@ -26,10 +24,9 @@ from lightning_rft.trainer.sharding import shard
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["RFTModule", "check_model", "context_length"]
+__all__ = ["RFTModule"]
 
 _TOKEN = Turn((0,), (0,), (0.0,), (0,), "length")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -260,35 +257,3 @@ class RFTModule(L.LightningModule):
 def _float32(values: Iterable[float]) -> Tensor:
     # precision="bf16-true" has made another dtype the default
     return torch.tensor(list(values), dtype=torch.float32)
-
-
-def check_model(model: str) -> None:
-    """Checks what can be seen of a model without loading it.
-
-    Raises:
-        ConfigurationError: A folder is missing, or lacks a config or a tokenizer.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-            raise ConfigurationError(
-                f"model={model!r} is no folder: give an existing folder or a hub name 'owner/name'"
-            )
-        return  # perhaps a hub name; the tokenizer is loaded before any process starts, and will tell
-    if not (folder / "config.json").is_file():
-        raise ConfigurationError(f"model={model!r} has no config.json: give a folder that save_pretrained() wrote")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise ConfigurationError(
-            f"model={model!r} has no tokenizer: save it there too, with tokenizer.save_pretrained({model!r})"
-        )
-
-
-def context_length(model: str) -> int | None:
-    """Most tokens that a model's config says it can see; ``None`` if it does not say or is not on this disk."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    length = config.get("max_position_embeddings", config.get("n_positions"))
-    return int(length) if length else None

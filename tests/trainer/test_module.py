@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
+from lightning_rft.model_folder import check_model, context_length
 from lightning_rft.trainer.loader import MicroBatch, split
-from lightning_rft.trainer.module import RFTModule, check_model, context_length
+from lightning_rft.trainer.module import RFTModule
 from lightning_rft.trainer.objective import GRPO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
