@@ -35,6 +35,7 @@ from lightning_rft.explorer.watch import Watch
 from lightning_rft.monitor.idle import Idle
 from lightning_rft.monitor.spans import Span
 from lightning_rft.quiz import Quiz
+from lightning_rft.resume import run_state
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Schedule
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.tasks import TaskCursor
@@ -231,15 +232,7 @@ class Coordinator:
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, for a checkpoint: plain values."""
         with self._news:
-            progress = self._schedule.progress
-            return {
-                "version": progress.version,
-                "behind": sorted(map(list, progress.behind)),
-                "ahead": sorted(map(list, progress.ahead)),
-                "cursor": self._cursor.state_dict(),
-                "incarnation": self._incarnation,
-                "buffer": self._ledger.id,
-            }
+            return run_state(self._schedule.progress, self._cursor, self._ledger, self._incarnation)
 
     # What the transport asks
 

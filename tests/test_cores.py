@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lightning_rft as rft
-from lightning_rft import datamodule
+from lightning_rft import placement
 from tests.processes import LightEngine
 
 
@@ -47,7 +47,7 @@ def test_cores(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(datamodule, "available_cpus", lambda: threads)
+    monkeypatch.setattr(placement, "available_cpus", lambda: threads)
     look = Look()
     data = rft.RFTDataModule(
         tasks=["1 + 1 =", "1 + 2 ="],

@@ -1,0 +1,40 @@
+"""How far a trainer will go: its limits, counted in batches."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+__all__ = ["micro_batches", "stop_batch", "validation_batches"]
+
+
+def micro_batches(trainer: L.Trainer, batches: int) -> int:
+    """Micro-batches of an epoch of so many batches, after ``limit_train_batches``."""
+    whole = batches * trainer.accumulate_grad_batches
+    limit = trainer.limit_train_batches  # type: ignore[attr-defined]
+    return min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+
+
+def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
+    """The batch at which the trainer will stop by its limits; ``None`` if it has none.
+
+    Args:
+        trainer: In a call of ``fit``, ``validate`` or ``predict``.
+        per_epoch: Batches of an epoch that are trained.
+    """
+    if trainer.state.fn == TrainerFn.PREDICTING:
+        return trainer.global_step + int(sum(trainer.num_predict_batches))
+    if trainer.state.fn != TrainerFn.FITTING or per_epoch == 0:
+        return trainer.global_step
+    stops = []
+    if trainer.max_steps not in (None, -1):
+        stops.append(trainer.max_steps)
+    if trainer.max_epochs not in (None, -1):
+        stops.append(trainer.global_step + max(0, trainer.max_epochs - trainer.current_epoch) * per_epoch)
+    return max(trainer.global_step, min(stops)) if stops else None
+
+
+def validation_batches(trainer: L.Trainer) -> int:
+    """Batches of the validation that the trainer is at."""
+    limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    return int(limits[0])

@@ -1,0 +1,155 @@
+"""The loop for the length of one call of the trainer: how it begins, what a checkpoint holds of it, how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_rft.buffer.filters import Filter
+from lightning_rft.buffer.ledger import Ledger, State
+from lightning_rft.buffer.policies import ReplayMemory
+from lightning_rft.buffer.stored import stored_keys
+from lightning_rft.coordinator import Coordinator
+from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.explorer.tolerance import Tolerance
+from lightning_rft.limits import micro_batches, stop_batch
+from lightning_rft.placement import cpu_threads
+from lightning_rft.resume import begin_or_resume, buffer_path, progress_at
+from lightning_rft.settings import Settings
+from lightning_rft.sync.exploration import Exploration
+from lightning_rft.sync.schedule import Schedule
+from lightning_rft.sync.strategy import SyncStrategy
+from lightning_rft.tasks import TaskCursor, TaskPlan
+from lightning_rft.trainer.rng import restore_rng, rng_state
+
+__all__ = ["Loop"]
+
+
+class Loop:
+    """Opens the buffer, begins or resumes a run in it, and has the explorers start on it.
+
+    Args:
+        settings: What is set of the run.
+        trainer: In the call whose loop it is.
+        strategy: The trainer's sync strategy.
+        pool: The explorers, started.
+        folder: The run's own folder.
+        saved: What :meth:`state_dict` returned, to go on from there; empty for a new run.
+        check_interrupt: Called during every wait; raises to end it.
+
+    Raises:
+        ConfigurationError: The buffer cannot be opened, the checkpoint is of other settings, or the schedule can never
+            make progress.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        trainer: L.Trainer,
+        strategy: SyncStrategy,
+        pool: ExplorerPool,
+        *,
+        folder: Path,
+        saved: Mapping[str, Any],
+        check_interrupt: Callable[[], None],
+    ) -> None:
+        explores_only = trainer.state.fn == TrainerFn.PREDICTING
+        items = micro_batches(trainer, settings.steps_per_epoch)
+        progress = progress_at(trainer.global_step, saved, settings.samples_per_task)
+        cursor = TaskCursor(
+            TaskPlan(
+                tasks=settings.tasks,
+                tasks_per_step=settings.tasks_per_step,
+                # what limits leave out of exploring is what failed tasks are replaced with
+                batches_per_epoch=settings.steps_per_epoch
+                if explores_only
+                else max(1, -(-items // trainer.accumulate_grad_batches)),
+                shuffle=settings.shuffle,
+                seed=settings.seed,
+                first_batch=trainer.global_step,
+                first_epoch=trainer.current_epoch,
+            ),
+            saved.get("cursor"),
+        )
+        score = settings.selection
+        self._path = path = buffer_path(settings.buffer, saved, folder)
+        self._samples_per_task = settings.samples_per_task
+        with ExitStack() as ends:
+            ledger = Ledger.open(path)
+            ends.callback(ledger.close)
+            incarnation, ready = begin_or_resume(ledger, path, saved, progress, cursor, strategy.max_staleness)
+            self.coordinator = Coordinator(
+                schedule=Schedule(
+                    Exploration() if explores_only else strategy,
+                    size=cursor.plan.size,
+                    first=progress.version,
+                    stop=stop_batch(trainer, cursor.plan.batches_per_epoch if items else 0),
+                    capacity=None if explores_only else settings.buffer_capacity,  # only training makes room
+                    progress=progress,
+                    ready=ready,
+                    scores={} if score is None else {group.key: score(group) for group in ledger.read(ready)},
+                ),
+                cursor=cursor,
+                pool=pool,
+                ledger=ledger,
+                incarnation=incarnation,
+                samples_per_task=settings.samples_per_task,
+                min_samples=_min_samples(settings, trainer),
+                tolerance=Tolerance(settings.max_error_rate, 2 * settings.tasks_per_step * settings.samples_per_task),
+                temperature=settings.temperature,
+                progress_timeout_s=settings.rollout_timeout_s,
+                check_interrupt=check_interrupt,
+                group_filter=Filter(settings.group_filter, settings.tasks_per_step),
+                score=score,
+                replay=ReplayMemory(settings.replay, settings.tasks_per_step, strategy.max_staleness),
+                folder=folder,
+                strategy=strategy,
+                observers=settings.observers,
+            )
+            if explores_only:
+                ends.callback(_tell_explored, ledger, Path(path))
+            ends.callback(self.coordinator.close)
+            self.coordinator.start()
+            if trainer.strategy.root_device.type == "cpu" and trainer.world_size == 1:
+                before = torch.get_num_threads()
+                ends.callback(torch.set_num_threads, before)
+                torch.set_num_threads(min(before, cpu_threads(trainer, strategy, settings.explorers)[1]))
+            if saved:
+                restore_rng(saved["rng"])
+            self._ends = ends.pop_all()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands: tasks, buffer, and the generators of random numbers."""
+        return self.coordinator.state_dict() | {
+            "path": None if self._path == ":memory:" else str(Path(self._path).absolute()),
+            "samples_per_task": self._samples_per_task,
+            "rng": rng_state(),
+        }
+
+    def close(self) -> None:
+        """Ends the run, closes the buffer and gives the trainer its threads back."""
+        self._ends.close()
+
+
+def _min_samples(settings: Settings, trainer: L.Trainer) -> int:
+    if settings.min_samples is not None:
+        return settings.min_samples
+    needed = 2 if trainer.lightning_module.objective.needs_group else 1  # type: ignore[union-attr]
+    return min(settings.samples_per_task, max(needed, -(-settings.samples_per_task // 2)))
+
+
+def _tell_explored(ledger: Ledger, path: Path) -> None:
+    """Says what there is to train on, and how; also of a run that was cut short."""
+    counts = ledger.counts()
+    rank_zero_info(
+        f"Explored {counts[State.READY]} groups into {path}, {counts[State.FAILED]} tasks failed. The file holds "
+        f"{len(stored_keys(path))} groups: to train on them, set explorers=0 and buffer={str(path)!r} in "
+        "RFTDataModule or the config's data, and leave val_tasks and the sync strategy out"
+    )

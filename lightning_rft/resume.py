@@ -1,0 +1,107 @@
+"""How a run begins in the buffer, or goes on there from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import GroupKey, Progress
+from lightning_rft.tasks import TaskCursor
+
+__all__ = ["begin_or_resume", "buffer_path", "progress_at", "run_state"]
+
+
+def run_state(progress: Progress, cursor: TaskCursor, ledger: Ledger, incarnation: int) -> dict[str, Any]:
+    """Where a run stands, for a checkpoint: plain values.
+
+    Args:
+        progress: What is part of the weights.
+        cursor: Which task belongs where.
+        ledger: The buffer.
+        incarnation: The run's number there.
+    """
+    return {
+        "version": progress.version,
+        "behind": sorted(map(list, progress.behind)),
+        "ahead": sorted(map(list, progress.ahead)),
+        "cursor": cursor.state_dict(),
+        "incarnation": incarnation,
+        "buffer": ledger.id,
+    }
+
+
+def progress_at(global_step: int, saved: Mapping[str, Any], samples_per_task: int) -> Progress:
+    """Which groups are part of the weights that training goes on with.
+
+    Args:
+        global_step: The trainer's.
+        saved: What a checkpoint holds; empty for a new run.
+        samples_per_task: As it is set now.
+
+    Raises:
+        ConfigurationError: The checkpoint is of other settings, or of another step.
+    """
+    if not saved:
+        return Progress(global_step)
+    if saved["samples_per_task"] != samples_per_task:
+        raise ConfigurationError(
+            f"samples_per_task is {samples_per_task}, but {saved['samples_per_task']} in the checkpoint: set "
+            "it as it was, or start a new run without ckpt_path"
+        )
+    if saved["version"] != global_step:
+        raise ConfigurationError(
+            f"ckpt_path was saved at global_step={global_step}, but with {saved['version']} batches trained: it was "
+            "written in the middle of a step, or global_step was changed since. Use an earlier checkpoint"
+        )
+    behind, ahead = (frozenset(GroupKey(*key) for key in saved[name]) for name in ("behind", "ahead"))
+    return Progress(global_step, behind, ahead)
+
+
+def buffer_path(buffer: str | Path | None, saved: Mapping[str, Any], folder: Path) -> str | Path:
+    """The buffer's file: as set, or the one of the run that is resumed, or a new one in the run's folder."""
+    if buffer is not None:
+        return buffer
+    before = saved.get("path")  # a resumed trainer may log to another folder
+    return before if before and Path(before).exists() else folder / "buffer.sqlite"
+
+
+def begin_or_resume(
+    ledger: Ledger,
+    path: str | Path,
+    saved: Mapping[str, Any],
+    progress: Progress,
+    cursor: TaskCursor,
+    max_staleness: int,
+) -> tuple[int, dict[GroupKey, int]]:
+    """Begins a new run in the buffer, or goes on with the one that is resumed and what of it can still be used.
+
+    Args:
+        ledger: The buffer.
+        path: Its file, for a warning where it is not the checkpoint's.
+        saved: What a checkpoint holds; empty for a new run.
+        progress: What is part of the weights.
+        cursor: Which task belongs where.
+        max_staleness: The strategy's bound.
+
+    Returns:
+        The number of the incarnation, and the groups that are ready -> oldest version of their tokens.
+    """
+    resumed = None
+    if saved and ledger.id == saved["buffer"]:
+        resumed = ledger.resume(
+            saved["incarnation"],
+            progress,
+            oldest=progress.version - max_staleness,
+            expected=lambda key: (cursor.task(key).id, cursor.epoch(key)),
+        )
+    if saved and resumed is None:
+        rank_zero_warn(
+            f"the buffer {str(path)!r} is not the one that the checkpoint was saved with, or was written on "
+            "from another checkpoint since: what it held and was not trained is explored again"
+        )
+    return resumed or (ledger.begin(progress.version), {})
