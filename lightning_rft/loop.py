@@ -19,6 +19,7 @@ from lightning_rft.buffer.stored import stored_keys
 from lightning_rft.coordinator import Coordinator
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.tolerance import Tolerance
+from lightning_rft.groups import Groups
 from lightning_rft.limits import micro_batches, stop_batch
 from lightning_rft.placement import cpu_threads
 from lightning_rft.resume import begin_or_resume, buffer_path, progress_at
@@ -96,19 +97,22 @@ class Loop:
                     ready=ready,
                     scores={} if score is None else {group.key: score(group) for group in ledger.read(ready)},
                 ),
-                cursor=cursor,
+                groups=Groups(
+                    ledger=ledger,
+                    cursor=cursor,
+                    incarnation=incarnation,
+                    samples_per_task=settings.samples_per_task,
+                    min_samples=_min_samples(settings, trainer),
+                    temperature=settings.temperature,
+                    max_staleness=strategy.max_staleness,
+                    group_filter=Filter(settings.group_filter, settings.tasks_per_step),
+                    score=score,
+                    replay=ReplayMemory(settings.replay, settings.tasks_per_step, strategy.max_staleness),
+                ),
                 pool=pool,
-                ledger=ledger,
-                incarnation=incarnation,
-                samples_per_task=settings.samples_per_task,
-                min_samples=_min_samples(settings, trainer),
                 tolerance=Tolerance(settings.max_error_rate, 2 * settings.tasks_per_step * settings.samples_per_task),
-                temperature=settings.temperature,
                 progress_timeout_s=settings.rollout_timeout_s,
                 check_interrupt=check_interrupt,
-                group_filter=Filter(settings.group_filter, settings.tasks_per_step),
-                score=score,
-                replay=ReplayMemory(settings.replay, settings.tasks_per_step, strategy.max_staleness),
                 folder=folder,
                 strategy=strategy,
                 observers=settings.observers,

@@ -14,8 +14,13 @@ from lightning_rft.sync.transport import Explorers, Push, Transport, Weights
 __all__ = ["Publisher", "snapshot"]
 
 
-class Pushed(Explorers, Protocol):
+class Pushed(Protocol):
     """What the publisher asks of the run."""
+
+    @property
+    def explorers(self) -> Explorers:
+        """Those whom weights are for."""
+        ...
 
     def published(self, version: int) -> None:
         """Tells that a version can be loaded."""
@@ -100,7 +105,7 @@ class Publisher:
         if new is not None:
             weights, version = new
             began = time.monotonic()
-            self._transport.prepare(weights, version, self._run)
+            self._transport.prepare(weights, version, self._run.explorers)
             if self._transport.kind == "checkpoint":
                 self._run.observe("trainer", "write checkpoint", began, version)
             self._current = new
@@ -111,7 +116,7 @@ class Publisher:
         with self._news:
             count = 1 if self._transport.one_by_one else len(self._loads)
             explorers, self._loads = self._loads[:count], self._loads[count:]
-        self._last = self._transport.push(weights, version, self._run, explorers)
+        self._last = self._transport.push(weights, version, self._run.explorers, explorers)
 
 
 def snapshot(weights: Weights, dtype: str) -> Weights:

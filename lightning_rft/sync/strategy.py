@@ -197,7 +197,7 @@ class SyncStrategy(Callback, Rule):
         """Brings the weights of this moment to explorers that came up between two pushes; on the trainer's thread."""
         run = self._active
         began = time.monotonic()
-        self.transport.push(self._gathered(), run.version, run, explorers)
+        self.transport.push(self._gathered(), run.version, run.explorers, explorers)
         run.observe("trainer", self._push_is, began, run.version)
 
     @property
@@ -248,10 +248,10 @@ class SyncStrategy(Callback, Rule):
         run = self._active
         self._pushed = run.version
         if self._publisher is not None:
-            self._publisher.publish(snapshot(self._gathered(), run.dtype), run.version)
+            self._publisher.publish(snapshot(self._gathered(), run.explorers.dtype), run.version)
             return self._publisher.last
         began = time.monotonic()
-        push = self.transport.push(self._gathered(), run.version, run)
+        push = self.transport.push(self._gathered(), run.version, run.explorers)
         run.observe("trainer", self._push_is, began, run.version)
         run.published(run.version)
         return push
@@ -260,9 +260,10 @@ class SyncStrategy(Callback, Rule):
         """Returns when what was pushed in the background has arrived."""
         run = self._active
         if self._publisher is not None:
-            timeout_s = 2 * self.transport.timeout_s * max(1, len(run.members()))
+            explorers = list(run.explorers.members())
+            timeout_s = 2 * self.transport.timeout_s * max(1, len(explorers))
             setting = f"{type(self.transport).__name__}(timeout_s=...)"
-            run.wait_loaded(run.version, list(run.members()), timeout_s, setting)
+            run.explorers.wait_loaded(run.version, explorers, timeout_s, setting)
 
     def _end(self) -> None:
         publisher, self._publisher = self._publisher, None

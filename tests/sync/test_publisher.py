@@ -15,6 +15,8 @@ from lightning_rft.sync.transport import Push, Transport
 
 
 class Run:
+    explorers = None
+
     def __init__(self) -> None:
         self.done: list[tuple[str, Any]] = []
         self.news = threading.Event()

@@ -1,0 +1,230 @@
+"""What becomes of a run's groups, from issue to training: the buffer, the tasks and the filters told in one go."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning_rft.buffer.filters import Filter
+from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.buffer.policies import ReplayMemory
+from lightning_rft.errors import ScheduleError
+from lightning_rft.experience import Group, GroupKey, Progress
+from lightning_rft.explorer.connection import Explore, Explored
+from lightning_rft.resume import run_state
+from lightning_rft.tasks import TaskCursor
+
+__all__ = ["Groups"]
+
+_log = logging.getLogger(__name__)
+
+_REFUSALS = 3  # of one group: by then it is not chance
+_DEATHS = 2  # of explorers with the same group: it may be what kills them
+
+
+class Groups:
+    """Keeps the account of every group. Not thread-safe.
+
+    Args:
+        ledger: The buffer.
+        cursor: Which task belongs where.
+        incarnation: Number of this run in the ledger; explorers' answers carry it.
+        samples_per_task: Samples of a group.
+        min_samples: With fewer that succeeded, a group has failed, and another task takes its place.
+        temperature: Softmax temperature of training samples.
+        max_staleness: The strategy's bound; what is older is explored again.
+        group_filter: Says which groups are not to be trained: another task takes the place of each.
+        score: Says what is to be trained first, where the strategy leaves a choice; ``None`` for the oldest.
+        replay: Says what comes along with a batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        cursor: TaskCursor,
+        incarnation: int,
+        samples_per_task: int,
+        min_samples: int,
+        temperature: float,
+        max_staleness: int,
+        group_filter: Filter,
+        score: Callable[[Group], float] | None,
+        replay: ReplayMemory,
+    ) -> None:
+        self.incarnation = incarnation
+        self.samples_per_task = samples_per_task
+        #: The batch that is trained, or is about to be.
+        self.leased: list[Group] | None = None
+        self._ledger = ledger
+        self._cursor = cursor
+        self._min_samples = min_samples
+        self._temperature = temperature
+        self._max_staleness = max_staleness
+        self._filter = group_filter
+        self._score = score
+        self._replay = replay
+        self._dropped = self._failed = 0
+        self._asked: dict[GroupKey, tuple[int, float]] = {}  # what is explored: by whom, since when
+        self._attempts: Counter[GroupKey] = Counter()
+        self._refusals: Counter[GroupKey] = Counter()
+        self._deaths: Counter[GroupKey] = Counter()
+
+    # While a group is explored
+
+    def issue(self, key: GroupKey, explorer: int) -> Explore:
+        """Notes that an explorer is at a group; returns what it is to be told."""
+        task = self._cursor.task(key)
+        self._ledger.issue(key, task.id, self._cursor.epoch(key), explorer)
+        seeds = tuple(self._cursor.sample_seed(key, sample) for sample in range(self.samples_per_task))
+        self._attempts[key] += 1
+        self._asked[key] = explorer, time.monotonic()
+        return Explore(self.incarnation, key, self._attempts[key], task, seeds, self._temperature)
+
+    def drop(self, key: GroupKey, *, explored: bool) -> None:
+        """Gives a group up, to be issued again; ``explored`` says whether an explorer is at it."""
+        self._dropped += 1
+        self._ledger.dropped(key)
+        if explored:
+            self._attempts[key] += 1  # an answer that is on its way is too late
+            self._asked.pop(key)
+
+    def came_back(self, message: Explored) -> float | None:
+        """Notes that nobody is at a group any more; returns when it was issued, ``None`` if it was given up since."""
+        if message.attempt != self._attempts[message.key]:
+            return None
+        return self._asked.pop(message.key)[1]
+
+    def lost(self, explorer: int, error: Exception, version: int) -> None:
+        """Notes that an explorer died; a group that others died with, too, has failed."""
+        for key in [key for key, (who, _) in self._asked.items() if who == explorer]:
+            del self._asked[key]
+            self._deaths[key] += 1
+            if self._deaths[key] >= _DEATHS:
+                self._fail(key, f"{_DEATHS} explorers died with it, the last: {error}", version)
+
+    # When it has come back
+
+    def keep(self, group: Group, message: Explored, version: int) -> float | None:
+        """Stores a group that can be trained.
+
+        Args:
+            group: Its samples, without those that failed.
+            message: How it went.
+            version: Batches trained so far.
+
+        Returns:
+            Its score; ``None`` if it cannot be trained: then it is to be issued again, where it failed or was filtered
+            with another task.
+
+        Raises:
+            ScheduleError: It came back too old again and again.
+            ConfigurationError: Hardly any group passes the filter.
+        """
+        key = group.key
+        if len(group.experiences) < self._min_samples:
+            self._fail(key, message.failures[0].text, version)
+            return None
+        if self._is_stale(group, version):
+            self._refuse(group, version)
+            return None
+        self._deaths.pop(key, None)
+        if self._filter.refuses(group):
+            self._ledger.filtered(key, step=version)
+            self._cursor.replace(key)
+            return None
+        score = 0.0 if self._score is None else self._score(group)
+        self._ledger.ready(group)
+        return score
+
+    def read(self, batch: int) -> list[Group]:
+        """The groups of a batch that are ready."""
+        keys = [GroupKey(batch, slot) for slot in range(self._cursor.plan.size(batch))]
+        return list(self._ledger.read(keys))
+
+    # When it is trained
+
+    def lease(self, keys: Sequence[GroupKey]) -> None:
+        """Takes a batch for the trainer."""
+        self.leased = self._ledger.lease(keys)
+
+    def refuse_stale(self, batch: int) -> list[GroupKey]:
+        """Sends back what is too old to be trained, whatever the schedule believes.
+
+        Args:
+            batch: What the lease is for; it ends if something is sent back.
+
+        Returns:
+            What was sent back.
+
+        Raises:
+            ScheduleError: A group came back too old again and again.
+        """
+        assert self.leased is not None
+        stale = [group for group in self.leased if self._is_stale(group, batch)]
+        if stale:
+            self.leased = None
+            for group in stale:
+                self._refuse(group, batch)
+            self._ledger.release()
+        return [group.key for group in stale]
+
+    def with_replay(self, batch: int) -> list[Group]:
+        """What is leased, and what is replayed along with it."""
+        assert self.leased is not None
+        return [*self.leased, *self._replay.chosen(batch)]
+
+    def trained(self, batch: int) -> None:
+        """Notes that what is leased is part of the weights."""
+        assert self.leased is not None
+        self._ledger.trained(batch)
+        for group in self.leased:
+            self._cursor.done(group.key)
+        self._replay.trained(batch, self.leased)
+        self.leased = None
+
+    def release(self) -> None:
+        """Gives back what is leased, for a run that ends."""
+        if self.leased is not None:
+            self._ledger.release()
+
+    # What is told of all
+
+    def metrics(self) -> dict[str, float]:
+        """How many groups ended otherwise than by being trained once."""
+        return {
+            "rft/dropped_groups": float(self._dropped),
+            "rft/failed_groups": float(self._failed),
+            "rft/filtered_groups": float(self._filter.refused),
+            "rft/replayed_groups": float(self._replay.replayed),
+        }
+
+    def state_dict(self, progress: Progress) -> dict[str, Any]:
+        """Where the run stands, for a checkpoint: plain values."""
+        return run_state(progress, self._cursor, self._ledger, self.incarnation)
+
+    # How
+
+    def _is_stale(self, group: Group, batch: int) -> bool:
+        return batch - group.oldest_version > self._max_staleness
+
+    def _refuse(self, group: Group, batch: int) -> None:
+        self._refusals[group.key] += 1
+        if self._refusals[group.key] > _REFUSALS:
+            raise ScheduleError(
+                f"task {group.task_id!r} came back with tokens of version {group.oldest_version} for batch {batch} "
+                f"again and again, but the strategy allows a staleness of {self._max_staleness}: its explorer "
+                "does not compute with the weights that it says it loaded"
+            )
+        self.drop(group.key, explored=False)
+
+    def _fail(self, key: GroupKey, why: str, version: int) -> None:
+        """Ends a group's task as failed; the next task takes its place in the batch."""
+        self._failed += 1
+        self._deaths.pop(key, None)
+        _log.warning("task %r failed and is replaced: %s", self._cursor.task(key).id, why.strip().splitlines()[-1])
+        self._ledger.failed(key, why, step=version)
+        self._cursor.replace(key)
