@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 KEY = 45, 20, 8
 # Prompt, completion, samples: from all prompt to all completion.
 GRID = [KEY, (200, 20, 2), (200, 20, 8), (45, 20, 2), (45, 45, 4), (64, 128, 4), (20, 160, 8), (5, 320, 2), (5, 320, 4)]
-REPEATS = 5
+REPEATS = 3
 
 
 def group(prompt: int, completion: int, samples: int, seed: int = 0) -> list[Turn]:
