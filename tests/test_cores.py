@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lightning_rft as rft
-from lightning_rft import placement
+from lightning_rft.run import placement
 from tests.processes import LightEngine
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
-from lightning_rft.ranks import Ranks
+from lightning_rft.run.ranks import Ranks
 from lightning_rft.trainer.loader import ExperienceLoader, MicroBatch, ValidationLoader, check_staleness, split
 
 

@@ -6,7 +6,7 @@ from lightning_rft.explorer.context import fitting_length
 from lightning_rft.explorer.worker import ExplorerSpec
 from lightning_rft.explorer.workflow import SingleTurn
 from lightning_rft.model_folder import check_model
-from lightning_rft.settings import Settings
+from lightning_rft.run.settings import Settings
 
 __all__ = ["explorer_spec"]
 

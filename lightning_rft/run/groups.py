@@ -14,7 +14,7 @@ from lightning_rft.buffer.policies import ReplayMemory
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group, GroupKey, Progress
 from lightning_rft.explorer.connection import Explore, Explored
-from lightning_rft.resume import run_state
+from lightning_rft.run.resume import run_state
 from lightning_rft.tasks import TaskCursor
 
 __all__ = ["Groups"]
