@@ -167,8 +167,9 @@ def main() -> None:
             other.wait()
     rates = {"ratio": [a / b for a, b in zip(*rates.values(), strict=True)]} | rates
     results = {name: round(statistics.median(values), 3) for name, values in rates.items()} | {"dtype": dtype}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "rollout.json").write_text(json.dumps(results, indent=1) + "\n")
+    if not arguments.tiny:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "rollout.json").write_text(json.dumps(results, indent=1) + "\n")
     for name, values in rates.items():
         print(f"{name:18} {results[name]:8}   of", *(f"{value:.3f}" for value in values))
 

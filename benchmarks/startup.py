@@ -111,7 +111,7 @@ def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--model", type=Path, default=MODEL, help="another model's folder")
+    parser.add_argument("--model", type=Path, default=MODEL, help="another model's folder; nothing is written then")
     parser.add_argument("--child", nargs=2, metavar=("FOLDER", "BEGAN"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -128,8 +128,9 @@ def main() -> None:
     }
     for name in parts[0]:
         results[f"{name}_s"] = round(statistics.median(part[name] for part in parts), 2)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "startup.json").write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.model == MODEL:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "startup.json").write_text(json.dumps(results, indent=1) + "\n")
     for name, value in results.items():
         print(f"{name:22} {value:6.2f}")
     print("rounds:", *(f"{marks['first_step']:.2f}" for marks in rounds))

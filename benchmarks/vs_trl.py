@@ -274,13 +274,20 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write(runs: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """All that there is so far: it takes a while."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "vs_trl.json").write_text(json.dumps(summary(runs) | about | {"runs": runs}, indent=1) + "\n")
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="counted in each round")
     parser.add_argument("--lines", nargs="+", default=list(TOKENS), choices=list(TOKENS))
-    parser.add_argument("--model", help="another model's folder")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--model", help="another model's folder; nothing is written then")
     parser.add_argument("--section", nargs=3, metavar=("SIDE", "LINE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if importlib.util.find_spec("trl") is None:
@@ -297,18 +304,17 @@ def main() -> None:
 
     precision = "bfloat16 autocast" if autocasts() else "float32, since this CPU has no units for bfloat16"
     print(f"TRL {installed.__version__}; both in {precision}", flush=True)
-    path = RESULTS / "vs_trl.json"
+    about = {"trl_version": installed.__version__, "precision": precision, "rounds": arguments.rounds}
     runs: list[dict[str, Any]] = []
     for _ in range(arguments.rounds):
         for line in arguments.lines:
-            for side in SIDES:
+            for side in arguments.sides:
                 runs.append({"line": line, "side": side} | section(side, line, arguments.steps, model))
                 print(json.dumps(runs[-1]), flush=True)
+                if arguments.model is None:
+                    write(runs, about)
             counts = {count for run in runs if run["line"] == "equal" for count in run["tokens"]}
             assert counts <= {GROUPS * SAMPLES * TOKENS["equal"]}, f"unequal numbers of tokens: {counts}"
-            about = {"trl_version": installed.__version__, "precision": precision, "rounds": arguments.rounds}
-            RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps(summary(runs) | about | {"runs": runs}, indent=1) + "\n")
     results = summary(runs)
     print("\n" + table(results))
     for name, value in results.items():
