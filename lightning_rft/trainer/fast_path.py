@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,7 +68,7 @@ def probe(model: Any, turns: Sequence[Sequence[Turn]], *, attn_implementation: s
         balance=max(_SHORTEST_BALANCE, _BALANCE * model.get_input_embeddings().weight.shape[-1]),
         mask_dtype=model.dtype,
     )
-    with torch.no_grad():
+    with torch.no_grad(), _undisturbed(model):
         trouble = _head_trouble(model)
         if trouble is not None:
             path = replace(path, chunked_head=False)
@@ -83,6 +84,20 @@ def probe(model: Any, turns: Sequence[Sequence[Turn]], *, attn_implementation: s
     # Autocast keeps the weights that it cast, and these have no gradient.
     torch.clear_autocast_cache()
     return path
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Without dropout, which makes rows differ, and without drawing random numbers, which a resumed run repeats."""
+    trains = {module: module.training for module in model.modules()}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in trains.items():
+                module.training = mode
 
 
 def _head_trouble(model: Any) -> str | None:

@@ -814,7 +814,7 @@ def check(
         if event.what == "joined":
             assert explorer is not None
             loaded[explorer] = -1
-            undisturbed = undisturbed and version < 0
+            undisturbed = undisturbed and pushed < 0  # one that comes later may be given newer weights
         elif event.what == "loading":
             assert explorer is not None
             assert loaded[explorer] == -1  # it came late
