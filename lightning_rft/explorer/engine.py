@@ -61,7 +61,7 @@ class WeightReceiver(Protocol):
     """The receiving half of a transport, in the process that holds the engine's weights."""
 
     def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields every tensor of the manifest, in order; the receiver does not reuse their memory."""
+        """Yields every tensor of the manifest, in order; what anything refers to keeps its contents."""
         ...
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # 
 
 from lightning_rft.errors import ConfigurationError, LinkError, RFTError, TransportError
 from lightning_rft.experience import TensorInfo
+from lightning_rft.sync.memory import ReusedMemory
 from lightning_rft.sync.transport import Changes, Explorers, Push, Transport, Weights, announce, buckets, nbytes
 
 __all__ = ["CollectiveTransport", "GlooLink"]
@@ -26,6 +27,7 @@ _GO = "go"
 _ATTEMPTS = 3
 _SETTLE_S = 5.0  # for those that are left to notice that their group is no more
 _SETTING = "CollectiveTransport(timeout_s=...)"
+_Arriving = tuple[Sequence[TensorInfo], torch.Tensor, Any]  # a bucket, its bytes, and what is to be waited for
 
 
 class CollectiveTransport(Transport):
@@ -147,6 +149,7 @@ class GlooSender(_Sender):
     def __init__(self, timeout_s: float, bucket_bytes: int) -> None:
         self._timeout_s = timeout_s
         self._bucket_bytes = bucket_bytes
+        self._memory = ReusedMemory(bucket_bytes)
         self._group: ProcessGroupGloo | None = None
         self._store: TCPStore | None = None
         self._closed = False
@@ -184,18 +187,18 @@ class GlooSender(_Sender):
         group = self._group
         assert group is not None, "send before join"
         by_name = dict(tensors)
-        cut = buckets(manifest, self._bucket_bytes)
-        sizes = [sum(map(nbytes, bucket)) for bucket in cut]
-        whole = torch.empty(
-            max(sizes, default=0), dtype=torch.uint8
-        )  # one for all: fresh memory costs more than a copy
-        for bucket, size in zip(cut, sizes, strict=True):
+        before: Any = None
+        for bucket in buckets(manifest, self._bucket_bytes):
             if self._closed:
                 return
-            buffer = whole[:size]
+            buffer = self._memory.take(sum(map(nbytes, bucket)))
             for info, view in _views(bucket, buffer):
                 view.copy_(by_name[info.name])
-            _broadcast(group, buffer)
+            if before is not None:
+                before.wait()  # it travelled while this one was packed
+            before = _broadcast(group, buffer)
+        if before is not None:
+            before.wait()
 
     def close(self) -> None:
         """Drops group and store."""
@@ -235,6 +238,7 @@ class GlooReceiver:
     def __init__(self, link: GlooLink, member: int) -> None:
         timeout = timedelta(seconds=link.timeout_s)
         self._bucket_bytes = link.bucket_bytes
+        self._memory = ReusedMemory(link.bucket_bytes)
         with _link_errors():
             self._store = TCPStore(link.host, link.port, None, is_master=False, timeout=timeout)
             self._store.set(f"here/{link.rank + member}", "")
@@ -242,19 +246,28 @@ class GlooReceiver:
             self._group: ProcessGroupGloo | None = _gloo(self._store, link.rank + member, link.world_size, timeout)
 
     def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the tensors of one push, in memory of their own.
+        """Yields the tensors of one push; the next bucket travels while the engine loads one.
 
         Raises:
             LinkError: The group broke off in the middle.
         """
-        if self._group is None:
+        group = self._group
+        if group is None:
             raise TransportError("weights were announced on a link that was closed")
-        for bucket in buckets(manifest, self._bucket_bytes):
-            buffer = torch.empty(sum(map(nbytes, bucket)), dtype=torch.uint8)
+        broadcasts = (self._begin(group, bucket) for bucket in buckets(manifest, self._bucket_bytes))
+        arriving = next(broadcasts, None)
+        while arriving is not None:
+            bucket, buffer, work = arriving
             with _link_errors():
-                _broadcast(self._group, buffer)
+                work.wait()
+            arriving = next(broadcasts, None)
             for info, view in _views(bucket, buffer):
                 yield info.name, view
+
+    def _begin(self, group: ProcessGroupGloo, bucket: Sequence[TensorInfo]) -> _Arriving:
+        buffer = self._memory.take(sum(map(nbytes, bucket)))
+        with _link_errors():
+            return bucket, buffer, _broadcast(group, buffer)
 
     def close(self) -> None:
         """Leaves the group."""
@@ -278,11 +291,12 @@ def _gloo(store: Store, rank: int, world_size: int, timeout: timedelta) -> Proce
     return ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, options)
 
 
-def _broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> None:
+def _broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:
+    """Begins a broadcast; what it returns is to be waited for."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
-    group.broadcast([buffer], options).wait()  # type: ignore[attr-defined]
+    return group.broadcast([buffer], options)  # type: ignore[attr-defined]
 
 
 def _views(bucket: Sequence[TensorInfo], buffer: torch.Tensor) -> Iterator[tuple[TensorInfo, torch.Tensor]]:

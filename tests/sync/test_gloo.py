@@ -1,0 +1,85 @@
+"""A Gloo group in one process: what the receiver yields is what was sent, however long the engine keeps it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lightning_rft.sync.collective import GlooLink, GlooReceiver, GlooSender
+from lightning_rft.sync.memory import ReusedMemory
+from lightning_rft.sync.transport import Weights, announce
+
+BUCKET = 64  # bytes: four tensors of each push in a bucket, and one that is larger
+
+
+class Explorers:
+    """One, which joins when it is asked to."""
+
+    def __init__(self) -> None:
+        self.links: queue.Queue[GlooLink] = queue.Queue()
+
+    def connect(self, explorer: int, link: GlooLink) -> None:
+        self.links.put(link)
+
+
+def policy(version: int) -> dict[str, torch.Tensor]:
+    embedding = torch.arange(40.0) + 1000 * version
+    layers = {f"layer{index}": torch.full((4,), 100.0 * version + index) for index in range(10)}
+    return {"embedding": embedding, **layers, "norm": torch.tensor(version + 0.5), "head": embedding}
+
+
+@pytest.fixture
+def group() -> Iterator[tuple[GlooSender, GlooReceiver]]:
+    explorers, sender = Explorers(), GlooSender(timeout_s=20, bucket_bytes=BUCKET)
+    with ThreadPoolExecutor(1) as threads:
+        joined = threads.submit(sender.join, explorers, {0: 1})  # type: ignore[arg-type]
+        receiver = explorers.links.get(timeout=20).open(0)
+        joined.result()
+    yield sender, receiver
+    receiver.close()
+    sender.close()
+
+
+def pushed(group: tuple[GlooSender, GlooReceiver], weights: Weights, dtype: str) -> list[tuple[str, torch.Tensor]]:
+    """What arrives, all of it kept until everything is there."""
+    sender, receiver = group
+    manifest = announce(weights, dtype)
+    done: Future[None] = Future()
+
+    def send() -> None:
+        try:
+            done.set_result(sender.send(weights, manifest))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=send, daemon=True).start()
+    arrived = list(receiver.receive(manifest))
+    done.result(20)
+    return arrived
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_may_keep_what_arrives(group: tuple[GlooSender, GlooReceiver], dtype: str) -> None:
+    held = [pushed(group, list(policy(version).items()), dtype) for version in range(3)]
+    for version, arrived in enumerate(held):
+        expected = policy(version)
+        assert [name for name, _ in arrived] == list(expected)
+        for name, tensor in arrived:
+            assert torch.equal(tensor, expected[name].to(getattr(torch, dtype))), (version, name)
+
+
+def test_memory_is_lent_again_when_nothing_refers_to_it() -> None:
+    memory = ReusedMemory(least=16)
+    places = set()
+    for _ in range(20):
+        tensor = memory.take(16)
+        places.add(tensor.data_ptr())
+        view = tensor.view(torch.float32)[2:]
+        del tensor
+    assert len(places) == 2  # the view of the one before still lives when the next is taken
+    assert view.numel() == 2
