@@ -147,8 +147,13 @@ class Progress:
 
 
 class TensorInfo(NamedTuple):
-    """One tensor on the way back: its ``state_dict`` name, dtype (``"float32"``) and shape."""
+    """One tensor on the way back: its ``state_dict`` name, dtype (``"float32"``) and shape.
+
+    ``same_as`` names the tensor before it in the manifest that is the same memory, as tied weights are: it is delivered
+    under both names, and need not travel twice.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    same_as: str | None = None

@@ -254,6 +254,17 @@ class GlooReceiver:
         group = self._group
         if group is None:
             raise TransportError("weights were announced on a link that was closed")
+        arriving = self._arriving(group, manifest)
+        wanted = {info.same_as for info in manifest}
+        kept: dict[str, torch.Tensor] = {}
+        for info in manifest:
+            tensor = next(arriving) if info.same_as is None else kept[info.same_as]
+            if info.name in wanted:
+                kept[info.name] = tensor
+            yield info.name, tensor
+
+    def _arriving(self, group: ProcessGroupGloo, manifest: Sequence[TensorInfo]) -> Iterator[torch.Tensor]:
+        """All but aliases, in order."""
         broadcasts = (self._begin(group, bucket) for bucket in buckets(manifest, self._bucket_bytes))
         arriving = next(broadcasts, None)
         while arriving is not None:
@@ -261,8 +272,8 @@ class GlooReceiver:
             with _link_errors():
                 work.wait()
             arriving = next(broadcasts, None)
-            for info, view in _views(bucket, buffer):
-                yield info.name, view
+            for _, view in _views(bucket, buffer):
+                yield view
 
     def _begin(self, group: ProcessGroupGloo, bucket: Sequence[TensorInfo]) -> _Arriving:
         buffer = self._memory.take(sum(map(nbytes, bucket)))

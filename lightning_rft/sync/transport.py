@@ -138,7 +138,7 @@ def nbytes(info: TensorInfo) -> int:
 
 
 def buckets(manifest: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
-    """Cuts a manifest into runs of at most ``limit`` bytes (a larger tensor is a run of its own).
+    """Cuts a manifest into runs of at most ``limit`` bytes (a larger tensor is a run of its own), without aliases.
 
     Both halves compute it from the same manifest, so nothing about it needs to travel.
 
@@ -150,6 +150,8 @@ def buckets(manifest: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]
     cut: list[list[TensorInfo]] = []
     room = 0
     for spec in manifest:
+        if spec.same_as is not None:
+            continue
         size = nbytes(spec)
         if size > room or not cut:
             cut.append([])
@@ -163,15 +165,24 @@ def announce(weights: Weights, dtype: str) -> list[TensorInfo]:
     """What will arrive: floating-point tensors in the engines' dtype, others in their own.
 
     Example:
-        >>> announce([("scale", torch.ones(2, 3)), ("steps", torch.tensor([1]))], "bfloat16")  # doctest: +ELLIPSIS
-        [TensorInfo(name='scale', dtype='bfloat16', shape=(2, 3)), TensorInfo(name='steps', dtype='int64', ...)]
+        >>> tied = torch.ones(2, 3)
+        >>> for info in announce([("embedding", tied), ("steps", torch.tensor([1])), ("head", tied)], "bfloat16"):
+        ...     print(info.name, info.dtype, info.shape, info.same_as)
+        embedding bfloat16 (2, 3) None
+        steps int64 (1,) None
+        head bfloat16 (2, 3) embedding
     """
-    return [
-        TensorInfo(
-            name, dtype if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-        )
-        for name, tensor in weights
-    ]
+    manifest = []
+    first: dict[Any, str] = {}
+    for name, tensor in weights:
+        kind = dtype if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+        place: Any = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if not tensor.numel():
+            place = name  # an empty tensor is nowhere
+        same_as = first.get(place)
+        first.setdefault(place, name)
+        manifest.append(TensorInfo(name, kind, tuple(tensor.shape), same_as))
+    return manifest
 
 
 class Changes:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 import torch
 
+from lightning_rft.sync import collective
 from lightning_rft.sync.collective import GlooLink, GlooReceiver, GlooSender
 from lightning_rft.sync.memory import ReusedMemory
 from lightning_rft.sync.transport import Weights, announce
@@ -71,6 +72,19 @@ def test_an_engine_may_keep_what_arrives(group: tuple[GlooSender, GlooReceiver],
         assert [name for name, _ in arrived] == list(expected)
         for name, tensor in arrived:
             assert torch.equal(tensor, expected[name].to(getattr(torch, dtype))), (version, name)
+
+
+def test_what_is_tied_travels_once_and_arrives_under_both_names(
+    group: tuple[GlooSender, GlooReceiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    travelled: list[int] = []
+    whole = collective._broadcast
+    monkeypatch.setattr(collective, "_broadcast", lambda *args: travelled.append(args[1].numel()) or whole(*args))
+    weights = policy(0)
+    arrived = dict(pushed(group, list(weights.items()), "float32"))
+    assert torch.equal(arrived["head"], weights["head"])
+    sizes = [weight.numel() * 4 for name, weight in weights.items() if name != "head"]
+    assert sum(travelled) == 2 * sum(-(-size // 16) * 16 for size in sizes)  # both ends are in this process
 
 
 def test_memory_is_lent_again_when_nothing_refers_to_it() -> None:
