@@ -168,10 +168,13 @@ def main() -> None:
                         for transport in TRANSPORTS:
                             name = f"{transport}_{explorers}_explorer{'s' * (explorers > 1)}_s"
                             seconds.setdefault(name, []).extend(pushes(model, data, transport, arguments.pushes))
+                            print(name, *(f"{second:.3f}" for second in seconds[name]), flush=True)
                         for _ in range(arguments.pushes):
                             channel.send("reload")
                             seconds.setdefault("reload_s", []).append(channel.receive())
                             seconds.setdefault("memcpy_s", []).append(next(copies))
+                        for name in ("reload_s", "memcpy_s"):
+                            print(name, *(f"{second:.3f}" for second in seconds[name]), flush=True)
         except (EOFError, OSError) as error:
             raise SystemExit((folder / "reload.log").read_text()[-3000:]) from error
         finally:
