@@ -68,6 +68,7 @@ class CollectiveTransport(Transport):
         manifest = announce(tensors, explorers.dtype)
         todo = set(explorers.members() if to is None else to)
         left = _ATTEMPTS
+        changed = 0.0
         while members := {explorer: size for explorer, size in explorers.members().items() if explorer in todo}:
             deadline = time.monotonic() + self.timeout_s
             sender = self._sender(members, tensors, explorers)
@@ -76,6 +77,9 @@ class CollectiveTransport(Transport):
                 for explorer in members:
                     explorers.load(explorer, manifest, version)
                 _watched(lambda: sender.send(tensors, manifest), members, explorers, deadline)  # noqa: B023
+                if version != self._pushed:  # looked at while explorers load the last of it
+                    changed = self._changes.since_last(tensors, explorers.dtype)
+                    self._pushed = version
                 explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
                 break
             except LinkError as error:
@@ -90,8 +94,6 @@ class CollectiveTransport(Transport):
             except BaseException:
                 self.close()
                 raise
-        changed = self._changes.since_last(tensors, explorers.dtype) if version != self._pushed else 0.0
-        self._pushed = version
         return Push(time.monotonic() - began, changed)
 
     def close(self) -> None:
