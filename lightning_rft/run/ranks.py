@@ -8,6 +8,7 @@ listened to while the main thread is inside a collective.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import os
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _MEET_S = 120.0  # for all ranks to come; they have just met in Lightning's own group
+_GREETING_S = 5.0
 _POLL_S = 0.2
 _SIGN_OF_LIFE_S = 2.0
 _SILENCE_S = 120.0  # without a sign of life, from a rank whose connection stands: it was stopped, or its host is gone
@@ -101,7 +103,6 @@ class Ranks:
         self._closing = threading.Event()
         self._heard = dict.fromkeys(self._peers, time.monotonic())
         self._thread = threading.Thread(target=self._listen, name="ranks", daemon=True)
-        self._alone = not self._peers
         if not self._alone:
             self._thread.start()
 
@@ -131,6 +132,10 @@ class Ranks:
     def leads(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    @property
+    def _alone(self) -> bool:
+        return self.count == 1
 
     def agree(self, what: str, function: Callable[[], _T]) -> _T:
         """Calls a function on rank 0, and returns its result on every rank.
@@ -201,7 +206,7 @@ class Ranks:
         self._noticed = True
         self._send(_Bye())
         self._closing.set()
-        self._thread.join()
+        self._thread.join(_GRACE_S)  # it may be in the middle of a message that never ends
         for channel in list(self._peers.values()):
             channel.close()
 
@@ -272,7 +277,6 @@ class Ranks:
         elif isinstance(message, _Terminated):
             self._terminated = True
         elif isinstance(message, _Bye):
-            self._heard[rank] = float("inf")
             self._peers.pop(rank).close()
         elif not isinstance(message, _Alive):
             with self._news:
@@ -305,22 +309,26 @@ def _welcome(server: socket.socket, token: bytes, world_size: int) -> dict[int, 
         server.settimeout(max(0.1, deadline - time.monotonic()))
         try:
             line, _ = server.accept()
-            with line:
-                line.settimeout(_MEET_S)
-                greeting = line.recv(len(token) + 4, socket.MSG_WAITALL)
-                rank = int.from_bytes(greeting[-4:], "big")
-                if hmac.compare_digest(greeting[:-4], token) and 0 < rank < world_size:
-                    line.settimeout(None)
-                    peers[rank] = Channel(line.detach())
         except TimeoutError:
             missing = sorted(set(range(1, world_size)) - peers.keys())
             raise DeadlineError(f"ranks {missing} did not connect to rank 0 within {_MEET_S:.0f} s") from None
+        with line, contextlib.suppress(OSError):  # a stranger that says nothing, or hangs up, is none of ours
+            line.settimeout(_GREETING_S)
+            greeting = line.recv(len(token) + 4, socket.MSG_WAITALL)
+            rank = int.from_bytes(greeting[-4:], "big")
+            if hmac.compare_digest(greeting[:-4], token) and 0 < rank < world_size:
+                peers[rank] = _channel(line)
     return peers
 
 
 def _join(host: str, port: int, token: bytes, rank: int) -> Channel:
-    line = socket.create_connection((host, port), _MEET_S)
-    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    line.sendall(token + rank.to_bytes(4, "big"))
+    with socket.create_connection((host, port), _MEET_S) as line:
+        line.sendall(token + rank.to_bytes(4, "big"))
+        return _channel(line)
+
+
+def _channel(line: socket.socket) -> Channel:
+    """Takes a connection over, which has no limit of its own from here on and sends at once."""
     line.settimeout(None)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Channel(line.detach())

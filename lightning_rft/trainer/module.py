@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, Turn
 from lightning_rft.model_folder import check_model
 from lightning_rft.monitor.metrics import BatchMetrics
@@ -107,8 +108,17 @@ class RFTModule(L.LightningModule):
             shard(self.policy, self.device_mesh)
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and scheduler as given; the optimizer steps float32 copies where the weights are in less."""
+        """Optimizer and scheduler as given; the optimizer steps float32 copies where the weights are in less.
+
+        Raises:
+            ConfigurationError: The weights are in less than float32, and sharded.
+        """
         half = any(parameter.dtype != torch.float32 for parameter in self.parameters())
+        if half and self.device_mesh is not None:
+            raise ConfigurationError(
+                "ModelParallelStrategy with weights in half precision would lose small updates: set "
+                "Trainer(precision='bf16-mixed') in place of 'bf16-true'"
+            )
         optimizer = MasterWeights(self.parameters(), self.optimizer) if half else self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
@@ -160,7 +170,7 @@ class RFTModule(L.LightningModule):
         experiences = [experience for group in batch.groups for experience in group.experiences]
         if not experiences:  # all of these failed after every retry, which is counted and bounded elsewhere
             return
-        rewards = torch.tensor([experience.reward for experience in experiences])
+        rewards = _float32(experience.reward for experience in experiences)
         passed = (rewards >= self.pass_threshold).float()
         version = float(max(experience.oldest_version for experience in experiences))
         size = len(experiences)

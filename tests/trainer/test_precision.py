@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 
+from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group
 from lightning_rft.trainer.loader import MicroBatch
 from lightning_rft.trainer.master_weights import MasterWeights
@@ -110,6 +111,15 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model_path):
     assert len(calls) == 1
     assert close(saving.step(GROUPS), expected)
     assert len(calls) == 3  # once more in backward
+
+
+def test_sharded_weights_in_half_precision_are_refused(tiny_model_path):
+    module = Module(tiny_model_path)
+    module._device_mesh = object()
+    module.configure_optimizers()
+    module.bfloat16()
+    with pytest.raises(ConfigurationError, match="in place of 'bf16-true'"):
+        module.configure_optimizers()
 
 
 # The optimizer alone
