@@ -1,7 +1,9 @@
 """Where every token of a row sits, and what it sees."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from transformers import (
     BloomConfig,
     FalconConfig,
@@ -82,6 +84,56 @@ def test_ordinary_rows_hold_one_turn_each_padded_on_the_right():
     assert packed.target.tolist() == TARGETS
     assert packed.row.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4]
     assert packed.keep[packed.column].tolist() == [1, 2, 3, 2, 1, 2, 1, 2, 1]
+
+
+def test_rows_share_only_as_far_as_attention_lets_it_pay():
+    group = [turn(range(20), range(40)) for _ in range(4)]  # 20 columns of prompt, 39 of each completion
+
+    def shape(balance):
+        return tuple(pack([group], shared=True, balance=balance).input_ids.shape)
+
+    assert shape(1e9) == (1, 20 + 4 * 39)
+    assert shape(500) == (2, 20 + 2 * 39)
+    assert shape(1) == (4, 20 + 39)
+    assert pack([group], shared=True, balance=1).attention_mask.ndim == 2
+
+
+def test_short_groups_fill_the_width_that_a_long_one_needs():
+    long, short = [turn([1], range(50))], [turn([2, 3], range(9)) for _ in range(12)]
+    packed = pack([long, short], shared=True, balance=1)
+    assert packed.input_ids.shape == (3, 50)  # 6 completions of 8 columns fit in each
+
+
+turns = st.builds(
+    turn,
+    st.sampled_from([(5,), (6, 7), (5, 6, 7, 8, 9), (6,) * 12]),
+    st.lists(st.integers(10, 99), max_size=15),
+)
+
+
+@given(
+    groups=st.lists(st.lists(turns, max_size=5), min_size=1, max_size=4),
+    balance=st.sampled_from([1.0, 20.0, 100.0, 1e9]),
+    shared=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_token_is_predicted_from_its_own_text(groups, balance, shared):
+    sampled = [one for group in groups for one in group if one.token_ids]
+    if not sampled:
+        return
+    packed = pack(groups, shared=shared, balance=balance)
+    ordinary = pack(groups, shared=False)
+    texts = [(*one.prompt_ids, *one.token_ids[:place]) for one in sampled for place in range(len(one.token_ids))]
+    assert packed.target.tolist() == [token for one in sampled for token in one.token_ids]
+    for text, row, kept in zip(texts, packed.row, packed.column, strict=True):
+        column = packed.keep[kept]
+        mask = packed.attention_mask
+        seen = mask[row, 0, column] == 0 if mask.ndim == 4 else mask[row].bool()
+        seen = seen & (torch.arange(len(seen)) <= column)
+        order = packed.position_ids[row][seen]
+        assert order.tolist() == list(range(len(text)))
+        assert tuple(packed.input_ids[row][seen].tolist()) == text
+    assert packed.input_ids.numel() <= ordinary.input_ids.numel()
 
 
 def test_index_tensors_are_int64_and_move_together():
