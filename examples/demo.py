@@ -91,7 +91,7 @@ class Watch(Callback):
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         """Keeps each answer under its task's id."""
-        self.answers |= {group.task_id: group.experiences[0].text for group in batch}
+        self.answers |= {group.task_id: group.experiences[0].text for group in batch.groups}
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Notes the time."""
