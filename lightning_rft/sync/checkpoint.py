@@ -110,11 +110,12 @@ def _write(folder: Path, weights: Weights, manifest: Sequence[TensorInfo], metad
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        # aliases of a tied weight are written each by itself, as they are sent: the file format knows no sharing
         tensors = {
             info.name: tensor.detach().to("cpu", getattr(torch, info.dtype)).contiguous()
             for info, (_, tensor) in zip(manifest, weights, strict=True)
+            if info.same_as is None
         }
+        # what shares memory otherwise is written each by itself: the file format knows no sharing
         seen: set[int] = set()
         for name, tensor in tensors.items():
             if tensor.data_ptr() in seen:
@@ -186,15 +187,16 @@ class CheckpointReceiver:
                 )
             names = set(file.keys())
             for info in manifest:
-                held = file.get_slice(info.name) if info.name in names else None
+                stored = info.same_as or info.name
+                held = file.get_slice(stored) if stored in names else None
                 if held is None or tuple(held.get_shape()) != info.shape:
                     shape = None if held is None else tuple(held.get_shape())
                     raise TransportError(
-                        f"checkpoint {link.path} holds {info.name!r} with shape {shape}, but {info.shape} was "
+                        f"checkpoint {link.path} holds {stored!r} with shape {shape}, but {info.shape} was "
                         "announced: it was not loaded"
                     )
             for info in manifest:
-                yield info.name, file.get_tensor(info.name)
+                yield info.name, file.get_tensor(info.same_as or info.name)
 
     def close(self) -> None:
         """Does nothing: the file is open only while it is read."""
