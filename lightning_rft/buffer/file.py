@@ -55,7 +55,11 @@ class File:
 
     @contextmanager
     def transaction(self) -> Iterator[Self]:
-        """All that is executed inside happens whole, or, if anything raises, not at all."""
+        """All that is executed inside happens whole, or, if anything raises, not at all; inside another, with that."""
+        inside = self.connection.in_transaction
+        if inside:
+            yield self
+            return
         with storage_errors(self.path):
             self.connection.execute("BEGIN IMMEDIATE")
             try:

@@ -11,7 +11,8 @@ change that returned survives the death of the process, while a power cut may co
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -151,6 +152,12 @@ class Ledger:
         return number, {c.key: c.oldest_version for c in changes if c.oldest_version is not None}
 
     # Groups
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All changes inside happen, or, if anything raises or the process dies, none of them."""
+        with self._file.transaction():
+            yield
 
     def issue(self, key: GroupKey, task_id: str, epoch: int, explorer: int) -> None:
         """Notes that an explorer was given a group: a new one or one that is issued, dropped, filtered or failed.

@@ -23,7 +23,7 @@ from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo
 
 __all__ = [
     *("Advanced", "Cancel", "Channel", "Connect", "Explore", "Explored", "Failed", "Failure", "Load", "LoadFailed"),
-    *("Loaded", "Prepare", "Started", "spawn", "unpack"),
+    *("Loaded", "Prepare", "Several", "Started", "spawn", "unpack"),
 ]
 
 _SEND_DEADLINE_S = 20
@@ -68,6 +68,13 @@ class Cancel:
 
     run: int
     key: GroupKey | None = None
+
+
+@dataclass(frozen=True)
+class Several:
+    """To an explorer: these messages, in order, and no engine step between them."""
+
+    messages: tuple[Any, ...]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,17 @@ import cloudpickle
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.connection import Channel, Connect, Explored, Failed, Load, Prepare, Started, spawn
+from lightning_rft.explorer.connection import (
+    Channel,
+    Connect,
+    Explored,
+    Failed,
+    Load,
+    Prepare,
+    Several,
+    Started,
+    spawn,
+)
 from lightning_rft.explorer.engine import Engine
 from lightning_rft.explorer.worker import ExplorerSpec
 from lightning_rft.hardware import available_cpus, share_cores
@@ -238,15 +248,16 @@ class ExplorerPool:
         """Process id of an explorer, which leads a process group of its own."""
         return self._members[explorer].process.pid
 
-    def send(self, explorer: int, message: Any) -> None:
-        """Sends a message. One that is gone gets none, and one that does not read is ended; :meth:`poll` tells of both.
+    def send(self, explorer: int, *messages: Any) -> None:
+        """Sends messages, which arrive together.
 
-        What was asked of it is then to be asked of another.
+        An explorer that is gone gets none, and one that does not read is ended; :meth:`poll` tells of both. What was
+        asked of it is then to be asked of another.
         """
         member = self._members.get(explorer)
         if member is not None:
             try:
-                member.channel.send(message)
+                member.channel.send(messages[0] if len(messages) == 1 else Several(messages))
             except OSError:
                 self.kill(explorer, "does not read what is sent to it")
 

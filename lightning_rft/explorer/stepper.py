@@ -29,6 +29,7 @@ class Stepper:
         self._loop = loop
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[str, asyncio.Future[Completion]] = {}
+        self._requests: list[Request] = []  # to be given to the engine together
         self._error: BaseException | None = None
         self._halted = False
         #: Steps made so far.
@@ -77,19 +78,16 @@ class Stepper:
         return await future
 
     async def sample(self, request: Request) -> Completion:
-        """Runs one request; a coroutine that is cancelled takes its request along."""
+        """Runs one request; a coroutine that is cancelled takes its request along.
+
+        Requests of coroutines that run one after another begin with the same step of the engine: of a step with the
+        first alone the others would have nothing.
+        """
         future: asyncio.Future[Completion] = self._loop.create_future()
         self._waiting[request.id] = future
-
-        def job() -> None:  # as in call, but without a round trip to the loop for every request
-            try:
-                if self._error is not None:
-                    raise self._error
-                self._engine.add(request)
-            except BaseException as error:
-                self._resolve(future, None, error)
-
-        self._jobs.put(job)
+        self._requests.append(request)
+        if len(self._requests) == 1:
+            self._loop.call_soon(self._add_requests)
         try:
             return await future
         finally:
@@ -100,6 +98,23 @@ class Stepper:
         """Ends the engine and the thread; gives up after ``timeout_s``."""
         self._jobs.put(None)
         self._thread.join(timeout_s)
+
+    def _add_requests(self) -> None:
+        requests, self._requests = self._requests, []
+        self._jobs.put(lambda: self._add(requests))
+
+    def _add(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.id not in self._waiting:  # cancelled meanwhile
+                continue
+            try:
+                if self._error is not None:
+                    raise self._error
+                self._engine.add(request)
+            except BaseException as error:
+                future = self._waiting.get(request.id)
+                if future is not None:
+                    self._resolve(future, None, error)
 
     def _run(self) -> None:
         busy = False
@@ -123,10 +138,9 @@ class Stepper:
     def _step(self) -> None:
         completions = self._engine.step()
         self.steps += 1
-        for completion in completions:
-            future = self._waiting.pop(completion.request_id, None)
-            if future is not None:
-                self._resolve(future, completion, None)
+        done = [(self._waiting.pop(completion.request_id, None), completion) for completion in completions]
+        if done:
+            self._loop.call_soon_threadsafe(_complete, done)
 
     def _tell_all(self, error: BaseException) -> None:
         for request_id in list(self._waiting):
@@ -144,3 +158,9 @@ class Stepper:
                 future.set_exception(error)
 
         self._loop.call_soon_threadsafe(settle)
+
+
+def _complete(done: Sequence[tuple[asyncio.Future[Completion] | None, Completion]]) -> None:
+    for future, completion in done:
+        if future is not None and not future.done():  # else it was cancelled meanwhile
+            future.set_result(completion)

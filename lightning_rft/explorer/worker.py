@@ -35,6 +35,7 @@ from lightning_rft.explorer.connection import (
     Loaded,
     LoadFailed,
     Prepare,
+    Several,
     Started,
     unpack,
 )
@@ -129,7 +130,10 @@ class Explorer:
             before = now
 
     async def _handle(self, message: Any, inbox: asyncio.Queue[Any]) -> None:
-        if isinstance(message, Explore):
+        if isinstance(message, Several):
+            for one in message.messages:
+                await self._handle(one, inbox)
+        elif isinstance(message, Explore):
             task = asyncio.create_task(self._explore(message, inbox))
             self._work[task] = message
             task.add_done_callback(self._work.pop)

@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning_rft.errors import DeadlineError
 from lightning_rft.experience import Group, GroupKey, Task
-from lightning_rft.explorer.connection import Advanced, Cancel, Explored, Loaded, LoadFailed, Started
+from lightning_rft.explorer.connection import Advanced, Cancel, Explore, Explored, Loaded, LoadFailed, Started
 from lightning_rft.explorer.pool import Died, ExplorerPool
 from lightning_rft.explorer.tolerance import Tolerance
 from lightning_rft.explorer.watch import Watch
@@ -225,12 +225,9 @@ class Coordinator:
             self._carry_out(event())
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
+        issues = [(action.group, action.explorer) for action in actions if isinstance(action, Issue)]
         for action in actions:
-            if isinstance(action, Issue):
-                message = self._groups.issue(action.group, action.explorer)
-                self._watch.asked(action.explorer, time.monotonic())
-                self._pool.send(action.explorer, message)
-            elif isinstance(action, Lease):
+            if isinstance(action, Lease):
                 self._groups.lease(action.groups)
             elif isinstance(action, Publish):
                 self._due = True
@@ -238,7 +235,17 @@ class Coordinator:
                 self._strategy.load(action.explorer)
             elif isinstance(action, Drop):
                 self._drop(action.group, action.explorer)
+        if issues:
+            self._issue(issues)
         self._look()
+
+    def _issue(self, issues: Sequence[tuple[GroupKey, int]]) -> None:
+        asked: dict[int, list[Explore]] = {}
+        for message, explorer in self._groups.issue(issues):
+            self._watch.asked(explorer, time.monotonic())
+            asked.setdefault(explorer, []).append(message)
+        for explorer, messages in asked.items():
+            self._pool.send(explorer, *messages)
 
     def _drop(self, key: GroupKey, explorer: int | None) -> None:
         self._groups.drop(key, explored=explorer is not None)

@@ -75,14 +75,18 @@ class Groups:
 
     # While a group is explored
 
-    def issue(self, key: GroupKey, explorer: int) -> Explore:
-        """Notes that an explorer is at a group; returns what it is to be told."""
-        task = self._cursor.task(key)
-        self._ledger.issue(key, task.id, self._cursor.epoch(key), explorer)
+    def issue(self, issues: Sequence[tuple[GroupKey, int]]) -> list[tuple[Explore, int]]:
+        """Notes which explorers are at which groups; returns what each is to be told."""
+        with self._ledger.together():
+            for key, explorer in issues:
+                self._ledger.issue(key, self._cursor.task(key).id, self._cursor.epoch(key), explorer)
+        return [(self._asks(key, explorer), explorer) for key, explorer in issues]
+
+    def _asks(self, key: GroupKey, explorer: int) -> Explore:
         seeds = tuple(self._cursor.sample_seed(key, sample) for sample in range(self.samples_per_task))
         self._attempts[key] += 1
         self._asked[key] = explorer, time.monotonic()
-        return Explore(self.incarnation, key, self._attempts[key], task, seeds, self._temperature)
+        return Explore(self.incarnation, key, self._attempts[key], self._cursor.task(key), seeds, self._temperature)
 
     def drop(self, key: GroupKey, *, explored: bool) -> None:
         """Gives a group up, to be issued again; ``explored`` says whether an explorer is at it."""

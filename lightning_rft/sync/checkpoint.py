@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.sync.transport import Changes, Explorers, Push, Transport, Weights, announce
+from lightning_rft.sync.transport import Explorers, Transport, Weights, announce
 
 __all__ = ["CheckpointLink", "CheckpointTransport"]
 
@@ -50,8 +49,6 @@ class CheckpointTransport(Transport):
         self._run = ""
         self._folder: Path | None = None
         self._written: dict[int, tuple[Path, list[TensorInfo]]] = {}  # by version, the oldest first
-        self._changes = Changes()
-        self._changed = 0.0
 
     def prepare(self, weights: Weights, version: int, explorers: Explorers) -> None:
         """Writes ``version``, unless it is there.
@@ -71,14 +68,12 @@ class CheckpointTransport(Transport):
                 "CheckpointTransport(dirpath=...) to another disk"
             ) from error
         self._written[version] = folder, manifest
-        self._changed = self._changes.since_last(weights, explorers.dtype)
         # whoever reads, reads the newest: pushes come one after another, and only then is the next one written
         for old in list(self._written)[: -self.keep]:
             shutil.rmtree(self._written.pop(old)[0], ignore_errors=True)
 
-    def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> Push:
+    def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
         """Writes ``version`` if need be and has explorers load it; see :meth:`Transport.push`."""
-        began = time.monotonic()
         self.prepare(weights, version, explorers)
         folder, manifest = self._written[version]
         members = [explorer for explorer in explorers.members() if to is None or explorer in to]
@@ -86,7 +81,6 @@ class CheckpointTransport(Transport):
             explorers.connect(explorer, CheckpointLink(str(folder / _FILE), self._run, version))
             explorers.load(explorer, manifest, version)
         explorers.wait_loaded(version, members, self.timeout_s, _SETTING)
-        return Push(time.monotonic() - began, self._changed)
 
     def close(self) -> None:
         """Removes the checkpoints, unless they were to be in a folder of the user's."""

@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # 
 from lightning_rft.errors import ConfigurationError, LinkError, RFTError, TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.sync.memory import ReusedMemory
-from lightning_rft.sync.transport import Changes, Explorers, Push, Transport, Weights, announce, buckets, nbytes
+from lightning_rft.sync.transport import Explorers, Transport, Weights, announce, buckets, nbytes
 
 __all__ = ["CollectiveTransport", "GlooLink"]
 
@@ -58,28 +58,22 @@ class CollectiveTransport(Transport):
         self.timeout_s = timeout_s
         self.bucket_mib = bucket_mib
         self._senders: dict[tuple[int, ...], tuple[dict[int, int], _Sender]] = {}
-        self._changes = Changes()
-        self._pushed = -1
 
-    def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> Push:
+    def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
         """Broadcasts ``version``; see :meth:`Transport.push`."""
-        began = time.monotonic()
         tensors = [(name, tensor.detach()) for name, tensor in weights]
         manifest = announce(tensors, explorers.dtype)
         todo = set(explorers.members() if to is None else to)
         left = _ATTEMPTS
-        changed = 0.0
         while members := {explorer: size for explorer, size in explorers.members().items() if explorer in todo}:
             deadline = time.monotonic() + self.timeout_s
             sender = self._sender(members, tensors, explorers)
             try:
-                _watched(lambda: sender.join(explorers, members), members, explorers, deadline)  # noqa: B023
+                if not sender.joined:
+                    _watched(lambda: sender.join(explorers, members), members, explorers, deadline)  # noqa: B023
                 for explorer in members:
                     explorers.load(explorer, manifest, version)
                 _watched(lambda: sender.send(tensors, manifest), members, explorers, deadline)  # noqa: B023
-                if version != self._pushed:  # looked at while explorers load the last of it
-                    changed = self._changes.since_last(tensors, explorers.dtype)
-                    self._pushed = version
                 explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
                 break
             except LinkError as error:
@@ -94,7 +88,6 @@ class CollectiveTransport(Transport):
             except BaseException:
                 self.close()
                 raise
-        return Push(time.monotonic() - began, changed)
 
     def close(self) -> None:
         """Leaves every group."""
@@ -131,8 +124,13 @@ class CollectiveTransport(Transport):
 class _Sender:
     """The trainer's end of a group."""
 
+    @property
+    def joined(self) -> bool:
+        """Whether all members have met."""
+        return False
+
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
-        """Invites the members (explorer -> processes that hold weights) and joins, once."""
+        """Invites the members (explorer -> processes that hold weights) and meets them."""
 
     def absent(self) -> list[int]:
         """Who was invited and has not come."""
@@ -157,10 +155,13 @@ class GlooSender(_Sender):
         self._closed = False
         self._invited: dict[str, int] = {}  # what an explorer's process writes into the store when it comes
 
+    @property
+    def joined(self) -> bool:
+        """Whether the group is made."""
+        return self._group is not None
+
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
         """Opens a store on a free port, invites every explorer, and meets them."""
-        if self._group is not None:
-            return
         world = 1 + sum(members.values())
         timeout = timedelta(seconds=self._timeout_s)
         store = self._store = TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)

@@ -41,10 +41,13 @@ class NCCLSender(_Sender):
         self._engine: Any = None
         self._source: Any = None
 
+    @property
+    def joined(self) -> bool:
+        """Whether the group is made."""
+        return self._engine is not None
+
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
         """Makes the group with every worker of every explorer."""
-        if self._engine is not None:
-            return
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 

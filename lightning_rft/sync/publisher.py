@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from lightning_rft.errors import DeadlineError
-from lightning_rft.sync.transport import Explorers, Push, Transport, Weights
+from lightning_rft.sync.transport import Explorers, Transport, Weights
 
 __all__ = ["Publisher", "snapshot"]
 
@@ -52,7 +52,6 @@ class Publisher:
         self._next: tuple[Weights, int] | None = None
         self._current: tuple[Weights, int] | None = None
         self._loads: list[int] = []
-        self._last = Push(0.0, 0.0)
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
         self._thread.start()
@@ -68,11 +67,6 @@ class Publisher:
         with self._news:
             self._loads.append(explorer)
             self._news.notify_all()
-
-    @property
-    def last(self) -> Push:
-        """The push that was finished last."""
-        return self._last
 
     def close(self, timeout_s: float) -> None:
         """Ends the thread after what it is at.
@@ -116,7 +110,7 @@ class Publisher:
         with self._news:
             count = 1 if self._transport.one_by_one else len(self._loads)
             explorers, self._loads = self._loads[:count], self._loads[count:]
-        self._last = self._transport.push(weights, version, self._run.explorers, explorers)
+        self._transport.push(weights, version, self._run.explorers, explorers)
 
 
 def snapshot(weights: Weights, dtype: str) -> Weights:

@@ -16,10 +16,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ScheduleError
+from lightning_rft.sync.changes import Changes
 from lightning_rft.sync.collective import CollectiveTransport
 from lightning_rft.sync.publisher import Publisher, Pushed, snapshot
 from lightning_rft.sync.schedule import Rule
-from lightning_rft.sync.transport import Push, Transport, Weights
+from lightning_rft.sync.transport import Transport, Weights
 
 __all__ = ["Run", "SyncStrategy"]
 
@@ -101,6 +102,7 @@ class SyncStrategy(Callback, Rule):
         self._run: Run | None = None
         self._publisher: Publisher | None = None
         self._pushed = -1  # the version whose weights were taken last
+        self._changes = Changes()
 
     def check(self, explorers: int) -> None:
         """Checks what a strategy needs of the data module, before anything is started; by default nothing.
@@ -217,7 +219,7 @@ class SyncStrategy(Callback, Rule):
         run.wait_ready()
         if self.asynchronous:
             self._publisher = Publisher(self.transport, run)
-        self._push()
+        self._changes.since_last(self._push(), run.explorers.dtype)
         self._wait_loaded()
 
     def _trained(self, batch: int) -> dict[str, float]:
@@ -227,14 +229,15 @@ class SyncStrategy(Callback, Rule):
         began = time.monotonic()
         due = run.wait_due()
         waited = time.monotonic()
-        push = self._push() if due else Push(0.0, 0.0)
+        weights = self._push() if due else None
         logged = {
             "rft/version": float(run.version),
             "rft/wait_push_s": waited - began,
             "rft/sync_s": time.monotonic() - waited if due else 0.0,
         }
-        changed = {"rft/weights_changed": push.changed} if push.seconds else {}
-        return logged | changed | run.metrics()
+        if weights is not None:  # looked at when nobody waits for the push any more
+            logged["rft/weights_changed"] = self._changes.since_last(weights, run.explorers.dtype)
+        return logged | run.metrics()
 
     def _finish(self) -> None:
         run = self._active
@@ -243,18 +246,19 @@ class SyncStrategy(Callback, Rule):
         self._wait_loaded()
         rank_zero_info(run.summary())
 
-    def _push(self) -> Push:
-        """Brings the policy's weights to the explorers: now, or when the publisher comes to it."""
+    def _push(self) -> Weights:
+        """Brings the policy's weights to the explorers: now, or when the publisher comes to it; returns them."""
         run = self._active
         self._pushed = run.version
-        if self._publisher is not None:
-            self._publisher.publish(snapshot(self._gathered(), run.explorers.dtype), run.version)
-            return self._publisher.last
         began = time.monotonic()
-        push = self.transport.push(self._gathered(), run.version, run.explorers)
-        run.observe("trainer", self._push_is, began, run.version)
-        run.published(run.version)
-        return push
+        weights = self._gathered()
+        if self._publisher is not None:
+            self._publisher.publish(snapshot(weights, run.explorers.dtype), run.version)
+        else:
+            self.transport.push(weights, run.version, run.explorers)
+            run.observe("trainer", self._push_is, began, run.version)
+            run.published(run.version)
+        return weights
 
     def _wait_loaded(self) -> None:
         """Returns when what was pushed in the background has arrived."""
@@ -267,7 +271,7 @@ class SyncStrategy(Callback, Rule):
 
     def _end(self) -> None:
         publisher, self._publisher = self._publisher, None
-        self._ranks, self._run, self._pushed = None, None, -1
+        self._ranks, self._run, self._pushed, self._changes = None, None, -1, Changes()
         try:
             if publisher is not None:
                 publisher.close(self.transport.timeout_s)

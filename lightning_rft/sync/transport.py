@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ import torch
 
 from lightning_rft.experience import TensorInfo
 
-__all__ = ["Changes", "Explorers", "Push", "Transport", "Weights", "announce", "buckets", "nbytes"]
+__all__ = ["Explorers", "Transport", "Weights", "announce", "buckets", "nbytes"]
 
 
 class Explorers(Protocol):
@@ -69,23 +68,7 @@ class Explorers(Protocol):
         ...
 
 
-_SAMPLED_ELEMENTS = 1_000_000
-
 Weights = Sequence[tuple[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Push:
-    """What a push did.
-
-    Args:
-        seconds: Wall-clock seconds until every explorer had loaded it.
-        changed: Share of (sampled) elements that differ from the push before, in the engines' dtype; 1 at first. Small
-            updates vanish in bfloat16: a share near 0 says that explorers see the same policy as before.
-    """
-
-    seconds: float
-    changed: float
 
 
 class Transport(ABC):
@@ -105,7 +88,7 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> Push:
+    def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
         """Brings ``version`` to explorers and returns when each computes with it.
 
         Args:
@@ -183,21 +166,3 @@ def announce(weights: Weights, dtype: str) -> list[TensorInfo]:
         first.setdefault(place, name)
         manifest.append(TensorInfo(name, kind, tuple(tensor.shape), same_as))
     return manifest
-
-
-class Changes:
-    """The share of elements that differ from the push before, over about a million evenly spaced ones."""
-
-    def __init__(self) -> None:
-        self._before: torch.Tensor | None = None
-
-    def since_last(self, weights: Weights, dtype: str) -> float:
-        """Compares in the engines' dtype, and keeps these for the next time."""
-        total = sum(tensor.numel() for _, tensor in weights)
-        stride = max(1, total // _SAMPLED_ELEMENTS)
-        target: torch.dtype = getattr(torch, dtype)
-        now = torch.cat([tensor.detach().reshape(-1)[::stride].to("cpu", target) for _, tensor in weights])
-        before, self._before = self._before, now
-        if before is None or before.shape != now.shape or before.dtype != now.dtype:
-            return 1.0
-        return float((before != now).float().mean())

@@ -29,6 +29,23 @@ def ledger() -> Iterator[Ledger]:
         yield ledger
 
 
+def test_changes_happen_together_or_not_at_all(ledger: Ledger) -> None:
+    with ledger.together():
+        bring(ledger, GroupKey(0, 0), State.READY)
+        bring(ledger, GroupKey(0, 1), State.READY)
+
+    def issue(*keys: GroupKey) -> None:
+        with ledger.together():
+            for key in keys:
+                ledger.issue(key, "task", epoch=0, explorer=0)
+
+    with pytest.raises(ScheduleError, match="ready"):
+        issue(GroupKey(1, 0), GroupKey(0, 0))
+    assert ledger.counts()[State.ISSUED] == 0
+    assert ledger.counts()[State.READY] == 2
+    issue(GroupKey(1, 0))
+
+
 def test_a_group_comes_back_as_it_went_in(ledger: Ledger) -> None:
     groups = [make_group(GroupKey(3, slot), f"t{slot}", version=slot, samples=4) for slot in range(3)]
     for group in reversed(groups):

@@ -110,6 +110,21 @@ def test_samples_run_together_on_one_thread() -> None:
     assert engine.calls.count("step") <= 10  # as a batch, not one after another
 
 
+def test_what_is_cancelled_before_the_engine_has_it_never_gets_there() -> None:
+    engine = Engine()
+
+    async def use(stepper: Stepper) -> None:
+        sample = asyncio.ensure_future(stepper.sample(request()))
+        asyncio.get_running_loop().call_soon(sample.cancel)  # after it began, before requests are handed over
+        with pytest.raises(asyncio.CancelledError):
+            await sample
+        await stepper.call(engine.called, "after")
+
+    served(engine, use)
+    assert "add" not in engine.calls
+    assert "step" not in engine.calls
+
+
 def test_a_call_comes_between_two_steps() -> None:
     engine = Engine(hold=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import pytest
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey, Task
-from lightning_rft.explorer.connection import Advanced, Cancel, Channel, Explore, Explored, Started
+from lightning_rft.explorer.connection import Advanced, Cancel, Channel, Explore, Explored, Several, Started
 from lightning_rft.explorer.fake_engine import FakeEngine
 from lightning_rft.explorer.worker import Explorer, ExplorerSpec
 from lightning_rft.explorer.workflow import Policy, SingleTurn
@@ -164,4 +165,30 @@ def test_a_cancelled_run_is_forgotten_and_others_go_on(tiny_model_path: Path) ->
     endless = FakeEngine(mean_tokens=10_000, tokens_per_second=50.0)
     (answer,) = answers(tiny_model_path, GROUP, Cancel(run=5), other, engine=endless, max_new_tokens=40)
     assert isinstance(answer, Explored)
+    assert answer.run == 6
+
+
+def test_groups_that_arrive_together_begin_with_the_same_step_of_the_engine(tiny_model_path: Path) -> None:
+    class Watched(FakeEngine):
+        def add(self, request: Any) -> None:
+            calls.append("add")
+            super().add(request)
+
+        def step(self) -> Any:
+            calls.append("step")
+            return super().step()
+
+    async def workflow(task: Task, policy: Policy) -> str:
+        time.sleep(0.01)  # long enough for a step, were the engine given what came before
+        return await policy(task.prompt)
+
+    calls: list[str] = []
+    other = Explore(run=5, key=GroupKey(3, 2), attempt=1, task=Task("2", id="u"), seeds=(1, 2, 3), temperature=1.0)
+    answers(tiny_model_path, Several((GROUP, other)), engine=Watched(), workflow=workflow, replies=2)
+    assert calls[:6] == ["add"] * 5 + ["step"]
+
+
+def test_messages_that_arrive_together_are_handled_in_order(tiny_model_path: Path) -> None:
+    other = Explore(run=6, key=GroupKey(0, 0), attempt=1, task=Task("2", id="u"), seeds=(1,), temperature=1.0)
+    (answer,) = answers(tiny_model_path, Several((GROUP, Cancel(run=5), other)))
     assert answer.run == 6
