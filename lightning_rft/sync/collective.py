@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ class GlooSender(_Sender):
             before.wait()
 
     def close(self) -> None:
-        """Drops group and store."""
+        """Drops group and store: with the last reference to the group its connections close."""
         self._closed = True
         self._group = None
         self._store = None
@@ -336,6 +337,9 @@ def _watched(function: Callable[[], None], members: Mapping[int, int], explorers
         try:
             function()
         except BaseException as error:
+            # These frames hold the group: while they do, it keeps its connections, and whoever waits for the rest of
+            # this push would not learn that it broke off.
+            traceback.clear_frames(error.__traceback__)
             outcome.append(error)
         else:
             outcome.append(None)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
+from lightning_rft.errors import LinkError
 from lightning_rft.sync import collective
 from lightning_rft.sync.collective import GlooLink, GlooReceiver, GlooSender
 from lightning_rft.sync.memory import ReusedMemory
@@ -97,3 +100,41 @@ def test_memory_is_lent_again_when_nothing_refers_to_it() -> None:
         del tensor
     assert len(places) == 2  # the view of the one before still lives when the next is taken
     assert view.numel() == 2
+
+
+class Alive:
+    """Explorers of whom none dies."""
+
+    def raise_failures(self) -> None:
+        pass
+
+    def members(self) -> dict[int, int]:
+        return {}
+
+
+def test_who_waits_for_weights_learns_that_a_push_broke_off(
+    group: tuple[GlooSender, GlooReceiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, receiver = group
+    weights = list(policy(0).items())
+    manifest = announce(weights, "float32")
+    broadcast, trainers, buckets_sent = collective._broadcast, id(sender._group), []
+
+    def breaks_off(own: Any, buffer: torch.Tensor) -> Any:
+        if id(own) == trainers:
+            buckets_sent.append(buffer)
+            if len(buckets_sent) == 2:
+                raise RuntimeError("connection closed by another member")
+        return broadcast(own, buffer)
+
+    monkeypatch.setattr(collective, "_broadcast", breaks_off)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(list, receiver.receive(manifest))
+        try:
+            collective._watched(lambda: sender.send(weights, manifest), {}, Alive(), time.monotonic() + 20)  # type: ignore[arg-type]
+        except LinkError:  # as in a push: while this error is dealt with
+            sender.close()
+            with pytest.raises(LinkError, match="broke off"):
+                waiting.result(5)
+        else:
+            pytest.fail("the push did not break off")
