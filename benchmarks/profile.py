@@ -32,10 +32,10 @@ from torch.profiler import ProfilerActivity, profile
 import lightning_rft as rft
 from benchmarks.overlap import restless, spans, trains
 from benchmarks.packing import chunked, group, plain
-from benchmarks.rollout import endless, questions
-from lightning_rft.explorer.connection import Channel, spawn
+from benchmarks.rollout import DEADLINE_S, beside, endless, questions
+from lightning_rft.explorer.connection import Channel
 from lightning_rft.explorer.engine import Request
-from lightning_rft.hardware import available_cpus, bf16_is_fast
+from lightning_rft.hardware import bf16_is_fast
 from lightning_rft.monitor.spans import Span, union
 from lightning_rft.trainer.fast_path import probe
 from lightning_rft.trainer.packing import pack
@@ -44,12 +44,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS, SAMPLES, PROMPT, TOKENS = 4, 8, 45, 32
-STRATEGIES: dict[str, Callable[[], rft.SyncStrategy]] = {
-    "Synchronous": rft.Synchronous,
-    "OneStepOffPolicy": rft.OneStepOffPolicy,
-    "FullyAsynchronous": rft.FullyAsynchronous,
-    "MultiExplorerAsynchronous": rft.MultiExplorerAsynchronous,
-}
+STRATEGIES = (  # and how many explorers each has
+    (rft.Synchronous, 1),
+    (rft.OneStepOffPolicy, 1),
+    (rft.FullyAsynchronous, 1),
+    (rft.MultiExplorerAsynchronous, 2),
+)
 WARM_UP = 2  # steps, as overlap has it
 SMALL = 0.05
 # What an operation is called in the tables, by parts of its name in the profiler.
@@ -180,22 +180,21 @@ def modes(model: Path, steps: int, folder: Path) -> dict[str, dict[str, float]]:
     """Shares of every mode, one after another."""
     found = {}
     arguments = endless(folder / "endless")
-    for count, names in ((1, list(STRATEGIES)[:3]), (2, list(STRATEGIES)[3:])):
+    for make, explorers in STRATEGIES:
+        strategy: rft.SyncStrategy = make()
+        ahead = strategy.max_staleness
         with rft.RFTDataModule(
-            tasks=questions(WARM_UP + steps + 2 * max(make().max_staleness for make in STRATEGIES.values())),
+            tasks=questions(WARM_UP + ahead + steps + ahead),
             reward=restless,
             engine=rft.VLLMEngine(engine_args=arguments),
-            explorers=count,
+            explorers=explorers,
             tasks_per_step=GROUPS,
             samples_per_task=SAMPLES,
             max_new_tokens=TOKENS,
         ) as data:
-            for name in names:
-                strategy = STRATEGIES[name]()
-                ahead = strategy.max_staleness
-                every = spans(strategy, rft.RFTModule(model), data, WARM_UP + ahead + steps + ahead)
-                found[name] = shares(every, ahead)
-                print(name, found[name], flush=True)
+            every = spans(strategy, rft.RFTModule(model), data, WARM_UP + ahead + steps + ahead)
+        found[make.__name__] = shares(every, ahead)
+        print(table("mode", found), flush=True)
     return found
 
 
@@ -232,22 +231,13 @@ def main() -> None:
     results: dict[str, Any] = {"dtype": "bf16-mixed" if bf16_is_fast() else "fp32"}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        environment = rft.VLLMEngine().environment(available_cpus())
-        process, channel = spawn("benchmarks.profile", environment=environment, log=folder / "engine.log")
-        try:
+        with beside("benchmarks.profile") as channel:
             channel.send((str(model), endless(folder / "decoding"), vocabulary))
-            results["exploring"] = {"decoding": channel.receive()}
-        except EOFError as error:
-            raise SystemExit((folder / "engine.log").read_text()[-3000:]) from error
-        finally:
-            channel.close()
-            process.terminate()
-            process.wait()
+            results["exploring"] = {"decoding": channel.receive(DEADLINE_S)}
         print(table("explorer", results["exploring"]), flush=True)
         results["training"] = training(model)
         print(table("trainer", results["training"]), flush=True)
         results["modes"] = modes(model, arguments.steps, folder)
-    print(table("mode", results["modes"]))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "profile.json").write_text(json.dumps(results, indent=1) + "\n")
 

@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS, SAMPLES, MAX_MODEL_LEN, MAX_NUM_SEQS = 4, 8, 256, 64
+DEADLINE_S = 600.0  # for whatever another process is asked
 
 
 class Consumes(rft.RFTModule):
@@ -61,6 +64,23 @@ def questions(batches: int) -> list[rft.Task]:
         rft.Task([{"role": "user", "content": f"What is {index}+{index % 7}? Answer with a number."}])
         for index in range(GROUPS * batches)
     ]
+
+
+@contextmanager
+def beside(module: str) -> Iterator[Channel]:
+    """The line to another process of a benchmark, which has an explorer's environment and ends with the block."""
+    environment = rft.VLLMEngine().environment(available_cpus())
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process, channel = spawn(module, environment=environment, log=log)
+        try:
+            yield channel
+        except (EOFError, OSError) as error:  # TimeoutError is one
+            raise SystemExit(f"{error!r} from {module}:\n{log.read_text()[-3000:]}") from error
+        finally:
+            channel.close()
+            process.kill()
+            process.wait(timeout=DEADLINE_S)
 
 
 def ours(model: Path, data: rft.RFTDataModule, batches: int) -> tuple[float, int]:
@@ -123,12 +143,7 @@ def main() -> None:
 
             model = smollm2(Path("runs/models/SmolLM2-135M-Instruct"))
         tasks = questions(arguments.batches)
-        other, channel = spawn(
-            "benchmarks.rollout",
-            environment=rft.VLLMEngine().environment(available_cpus()),
-            log=folder / "vllm.log",
-        )
-        try:
+        with beside("benchmarks.rollout") as channel:
             dtype = "bfloat16" if torch.cuda.is_available() or bf16_is_fast() else "float32"
             channel.send(
                 {
@@ -139,7 +154,7 @@ def main() -> None:
                     "logprobs_mode": "processed_logprobs",
                 }
             )
-            channel.receive()  # up; so that neither start disturbs the other's
+            channel.receive(DEADLINE_S)  # up; so that neither start disturbs the other's
             with rft.RFTDataModule(
                 tasks=tasks,
                 reward=restless,
@@ -154,17 +169,11 @@ def main() -> None:
                 for repeat in range(arguments.repeats + 1):
                     seconds, tokens = ours(model, data, arguments.batches)
                     channel.send((tasks, arguments.tokens))
-                    theirs, their_tokens = channel.receive()
+                    theirs, their_tokens = channel.receive(DEADLINE_S)
                     assert tokens == their_tokens == expected
                     if repeat > 0:  # everything runs for the first time in the first
                         rates["ours_tokens_per_s"].append(expected / seconds)
                         rates["vllm_tokens_per_s"].append(expected / theirs)
-        except (EOFError, OSError) as error:
-            raise SystemExit((folder / "vllm.log").read_text()[-3000:]) from error
-        finally:
-            channel.close()
-            other.terminate()
-            other.wait()
     rates = {"ratio": [a / b for a, b in zip(*rates.values(), strict=True)]} | rates
     results = {name: round(statistics.median(values), 3) for name, values in rates.items()} | {"dtype": dtype}
     if not arguments.tiny:

@@ -91,8 +91,8 @@ class VLLMEngine(Engine):
         openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
         if openmp.exists():
             variables["LD_PRELOAD"] = str(openmp)
-            # A step of decoding is a thousand short operations: to sleep between them costs a quarter of it, to spin
-            # for up to a millisecond does not slow a trainer on the same cores down.
+            # A step of decoding is a thousand short operations: to sleep between them costs a quarter of it. A
+            # trainer on the same cores can do with the others spinning for a millisecond.
             variables["KMP_BLOCKTIME"] = os.environ.get("KMP_BLOCKTIME", "1")
         return variables
 
