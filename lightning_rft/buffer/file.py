@@ -61,8 +61,10 @@ class File:
             yield self
             return
         with storage_errors(self.path):
-            self.connection.execute("BEGIN IMMEDIATE")
             try:
+                # Within the try: where Ctrl+C is noticed as this returns, all that follows would join a transaction
+                # that nobody commits.
+                self.connection.execute("BEGIN IMMEDIATE")
                 yield self
                 self.connection.execute("COMMIT")
             except BaseException:

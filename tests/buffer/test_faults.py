@@ -6,6 +6,7 @@ import random
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,39 @@ def test_mistakes_in_the_use_are_no_faults_of_the_disk(tmp_path: Path) -> None:
     ledger.close()
     with pytest.raises(sqlite3.ProgrammingError):
         ledger.counts()
+
+
+@pytest.mark.parametrize("statement", ["BEGIN", "UPDATE", "COMMIT"])
+def test_what_follows_an_interrupt_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statement: str) -> None:
+    """Ctrl+C is noticed as a statement returns: whichever it is, no transaction may stay open for later changes."""
+    path = tmp_path / "buffer.sqlite"
+    with Ledger.open(path) as ledger:
+        ledger.begin()
+        bring(ledger, GroupKey(0, 0), State.READY)
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger._file, "connection", Interrupted(ledger._file.connection, statement))
+            with pytest.raises(KeyboardInterrupt):
+                ledger.lease([GroupKey(0, 0)])
+        bring(ledger, GroupKey(0, 1), State.READY)
+    states = {row["slot"]: row["state"] for row in read_buffer(path)}
+    assert states == {0: "leased" if statement == "COMMIT" else "ready", 1: "ready"}
+
+
+class Interrupted:
+    """A connection that is interrupted once a statement of this kind was executed."""
+
+    def __init__(self, connection: sqlite3.Connection, statement: str) -> None:
+        self._connection = connection
+        self._statement = statement
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        cursor = self._connection.execute(statement, *values)
+        if statement.startswith(self._statement):
+            raise KeyboardInterrupt
+        return cursor
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.95])
