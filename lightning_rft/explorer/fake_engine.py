@@ -114,9 +114,7 @@ class FakeEngine(Engine):
         """Gives every running request one token and returns those that are complete."""
         if not self._running:
             return []
-        if self.tokens_per_second is not None:
-            # The one sleep that is no waiting for something: the time that computing would take is what is simulated.
-            time.sleep(1.0 / self.tokens_per_second)
+        began = time.monotonic()
         finished, unfinished = [], []
         for item in self._running[: self.max_num_seqs]:
             item.token_ids.append(item.rng.randrange(self.vocab_size))
@@ -126,6 +124,9 @@ class FakeEngine(Engine):
             else:
                 finished.append(self._complete(item))
         self._running = unfinished + self._running[self.max_num_seqs :]
+        if self.tokens_per_second is not None:
+            # The one sleep that is no waiting for something: the time that computing would take is what is simulated.
+            time.sleep(max(0.0, began + 1.0 / self.tokens_per_second - time.monotonic()))
         return finished
 
     @property
