@@ -6,7 +6,9 @@ On one side the whole path of a rollout: the trainer's process issues groups, an
 decodes and scores them, and the answers are written to the buffer; nothing is trained. On the other is a process with
 ``vllm.LLM.generate``, with the same prompts, number of samples, limits, dtype, threads and engine settings, a seed for
 every sample, and log-probs, which training needs. No token ends an answer, so both sample equally many. They take
-turns; ``ratio`` is the median of the rounds' ratios. Writes ``benchmarks/results/rollout.json``.
+turns, and both are started anew several times: which memory a process happens to get makes up to a tenth of a
+difference for as long as it lives. ``ratio`` is the median of the rounds' ratios. Writes
+``benchmarks/results/rollout.json``.
 """
 
 from __future__ import annotations
@@ -124,56 +126,64 @@ def reference(fd: int) -> None:
         channel.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs)))
 
 
+def rounds(model: Path, dtype: str, batches: int, answer_tokens: int, repeats: int) -> Iterator[tuple[float, float]]:
+    """Starts both sides, and yields our tokens per second and theirs, round by round."""
+    tasks = questions(batches)
+    expected = len(tasks) * SAMPLES * answer_tokens
+    with beside("benchmarks.rollout") as channel, tempfile.TemporaryDirectory() as folder:
+        channel.send(
+            {
+                "model": str(model),
+                "dtype": dtype,
+                "max_model_len": MAX_MODEL_LEN,
+                "max_num_seqs": MAX_NUM_SEQS,
+                "logprobs_mode": "processed_logprobs",
+            }
+        )
+        channel.receive(DEADLINE_S)  # up; so that neither start disturbs the other's
+        arguments = endless(Path(folder) / "endless")
+        with rft.RFTDataModule(
+            tasks=tasks,
+            reward=restless,
+            engine=rft.VLLMEngine(dtype=dtype, max_num_seqs=MAX_NUM_SEQS, engine_args=arguments),
+            tasks_per_step=GROUPS,
+            samples_per_task=SAMPLES,
+            max_new_tokens=answer_tokens,
+            max_model_len=MAX_MODEL_LEN,
+            shuffle=False,
+        ) as data:
+            for repeat in range(repeats + 1):
+                seconds, tokens = ours(model, data, batches)
+                channel.send((tasks, answer_tokens))
+                theirs, their_tokens = channel.receive(DEADLINE_S)
+                assert tokens == their_tokens == expected
+                if repeat > 0:  # everything runs for the first time in the first
+                    yield expected / seconds, expected / theirs
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=4, help="of 4 groups of 8 samples, in each round")
+    parser.add_argument("--starts", type=int, default=4, help="of both sides")
+    parser.add_argument("--repeats", type=int, default=2, help="after each start")
+    parser.add_argument("--batches", type=int, default=2, help="of 4 groups of 8 samples, in each round")
     parser.add_argument("--tokens", type=int, default=48, help="of every answer")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a look at the benchmark itself")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    dtype = "bfloat16" if torch.cuda.is_available() or bf16_is_fast() else "float32"
     rates: dict[str, list[float]] = {"ours_tokens_per_s": [], "vllm_tokens_per_s": []}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with tempfile.TemporaryDirectory() as folder:
         if arguments.tiny:
-            model = tiny_model(folder / "tiny")
+            model = tiny_model(Path(folder) / "tiny")
         else:
             from convert_smollm2 import smollm2
 
             model = smollm2(Path("runs/models/SmolLM2-135M-Instruct"))
-        tasks = questions(arguments.batches)
-        with beside("benchmarks.rollout") as channel:
-            dtype = "bfloat16" if torch.cuda.is_available() or bf16_is_fast() else "float32"
-            channel.send(
-                {
-                    "model": str(model),
-                    "dtype": dtype,
-                    "max_model_len": MAX_MODEL_LEN,
-                    "max_num_seqs": MAX_NUM_SEQS,
-                    "logprobs_mode": "processed_logprobs",
-                }
-            )
-            channel.receive(DEADLINE_S)  # up; so that neither start disturbs the other's
-            with rft.RFTDataModule(
-                tasks=tasks,
-                reward=restless,
-                engine=rft.VLLMEngine(dtype=dtype, max_num_seqs=MAX_NUM_SEQS, engine_args=endless(folder / "endless")),
-                tasks_per_step=GROUPS,
-                samples_per_task=SAMPLES,
-                max_new_tokens=arguments.tokens,
-                max_model_len=MAX_MODEL_LEN,
-                shuffle=False,
-            ) as data:
-                expected = len(tasks) * SAMPLES * arguments.tokens
-                for repeat in range(arguments.repeats + 1):
-                    seconds, tokens = ours(model, data, arguments.batches)
-                    channel.send((tasks, arguments.tokens))
-                    theirs, their_tokens = channel.receive(DEADLINE_S)
-                    assert tokens == their_tokens == expected
-                    if repeat > 0:  # everything runs for the first time in the first
-                        rates["ours_tokens_per_s"].append(expected / seconds)
-                        rates["vllm_tokens_per_s"].append(expected / theirs)
+        for _ in range(arguments.starts):
+            for rate, their_rate in rounds(model, dtype, arguments.batches, arguments.tokens, arguments.repeats):
+                rates["ours_tokens_per_s"].append(rate)
+                rates["vllm_tokens_per_s"].append(their_rate)
     rates = {"ratio": [a / b for a, b in zip(*rates.values(), strict=True)]} | rates
     results = {name: round(statistics.median(values), 3) for name, values in rates.items()} | {"dtype": dtype}
     if not arguments.tiny:
