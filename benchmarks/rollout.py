@@ -6,9 +6,8 @@ On one side the whole path of a rollout: the trainer's process issues groups, an
 decodes and scores them, and the answers are written to the buffer; nothing is trained. On the other is a process with
 ``vllm.LLM.generate``, with the same prompts, number of samples, limits, dtype, threads and engine settings, a seed for
 every sample, and log-probs, which training needs. No token ends an answer, so both sample equally many. They take
-turns, and both are started anew several times: which memory a process happens to get makes up to a tenth of a
-difference for as long as it lives. ``ratio`` is the median of the rounds' ratios. Writes
-``benchmarks/results/rollout.json``.
+turns, and both are started anew several times, since two processes that do the same differ by up to a tenth for as long
+as they live. ``ratio`` is the median of the rounds' ratios. Writes ``benchmarks/results/rollout.json``.
 """
 
 from __future__ import annotations
