@@ -41,11 +41,14 @@ class Quiz:
 
     def ask(self, able: Sequence[int], pool: ExplorerPool, watch: Watch) -> None:
         """Has the explorers that have weights explore what nobody is at."""
+        asked: dict[int, list[Explore]] = {}
         for index, question in enumerate(self._questions):
             if able and index not in self.answers and index not in self._asked:
                 explorer = self._asked[index] = able[index % len(able)]
                 watch.asked(explorer, time.monotonic())
-                pool.send(explorer, question)
+                asked.setdefault(explorer, []).append(question)
+        for explorer, questions in asked.items():
+            pool.send(explorer, *questions)
 
     def answered(self, message: Explored) -> None:
         """Takes in a group."""
