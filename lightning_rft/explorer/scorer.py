@@ -46,6 +46,7 @@ class Scorer:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._waiting: list[_Call] = []
+        self._answers: set[asyncio.Future[float]] = set()  # that are yet to come
         self._work: asyncio.Task[None] | None = None
         self._asked = False  # whether the process has all of the calls that are worked on
         self._stopped = False
@@ -56,6 +57,7 @@ class Scorer:
 
         Raises:
             DeadlineError: The call took longer than ``reward_timeout_s``.
+            CancelledError: The scorer was stopped.
             ConfigurationError: What it returned is not a finite number.
             Exception: Whatever the reward raised.
         """
@@ -64,22 +66,28 @@ class Scorer:
                 return as_reward(await asyncio.wait_for(self._reward(completion, task), self._timeout_s), task.id)
             except asyncio.TimeoutError as error:
                 raise self._late(task) from error
+        if self._stopped:
+            raise asyncio.CancelledError
         call = _Call(completion, task, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
+        self._answers.add(call.answer)
+        call.answer.add_done_callback(self._answers.discard)
         if self._work is None or self._work.done():
             self._work = asyncio.create_task(self._ask_waiting())
         return await call.answer
 
     def stop(self) -> None:
-        """Ends the process and the thread."""
+        """Ends the process and the thread, and cancels the calls that are not answered; on the event loop's thread."""
         self._stopped = True
+        for answer in list(self._answers):
+            answer.cancel()
         self._kill()
         self._thread.shutdown(wait=False)
 
     async def _ask_waiting(self) -> None:
         # All that wait are sent at once: samples often end together, and a round trip takes longer than most rewards.
         loop = asyncio.get_running_loop()
-        while self._waiting:
+        while self._waiting and not self._stopped:
             calls, self._waiting = [call for call in self._waiting if not call.answer.done()], []
             await loop.run_in_executor(self._thread, self._ask, calls, loop)
 
@@ -99,14 +107,18 @@ class Scorer:
         """The reward of the first of the calls that are left."""
         task = calls[0].task
         try:
-            if self._channel is None:
-                self._process, self._channel = spawn(__name__)
-                self._channel.send(self._reward)
-                self._channel.receive(max(_START_S, self._timeout_s))  # its imports are not the reward's time
+            channel = self._channel
+            if channel is None:
+                process, channel = spawn(__name__)
+                self._process, self._channel = process, channel
+                if self._stopped:  # meanwhile, and what was just started was not known there
+                    raise EOFError
+                channel.send(self._reward)
+                channel.receive(max(_START_S, self._timeout_s))  # its imports are not the reward's time
             if not self._asked:
-                self._channel.send([(call.completion, call.task) for call in calls])
+                channel.send([(call.completion, call.task) for call in calls])
                 self._asked = True
-            answer = self._channel.receive(self._timeout_s)
+            answer = channel.receive(self._timeout_s)
         except TimeoutError as error:
             self._kill()
             raise self._late(task) from error

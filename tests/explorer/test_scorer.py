@@ -259,19 +259,24 @@ def test_calls_that_wait_together_are_answered_each_by_its_own() -> None:
         assert isinstance(answer, kinds[index]) if index in kinds else answer == float(index)
 
 
-def test_a_scorer_that_is_stopped_starts_no_process_for_calls_that_wait() -> None:
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_scorer_that_is_stopped_cancels_what_waits_and_starts_no_process(asked: bool) -> None:
     async def use(scorer: Scorer) -> None:
         await scorer("", TASK)
-        first, second = (asyncio.ensure_future(scorer("hang", TASK)) for _ in range(2))
+        while scorer._asked:  # of the call before
+            await asyncio.sleep(0.001)
+        calls = [asyncio.ensure_future(scorer("hang", TASK)) for _ in range(2)]
         await asyncio.sleep(0)
-        while not scorer._asked:
+        while asked and not scorer._asked:
             await asyncio.sleep(0.001)
         process = scorer._process
         scorer.stop()
         assert process is not None and process.poll() is not None
-        with pytest.raises(RuntimeError, match="ended its process"):
-            await first
-        second.cancel()
+        calls.append(asyncio.ensure_future(scorer("", TASK)))  # afterwards, too, nobody waits for ever
+        done, _ = await asyncio.wait(calls, timeout=30)
+        assert [call.cancelled() for call in done] == [True, True, True]
+        await asyncio.to_thread(scorer._thread.shutdown, wait=True)
+        assert scorer._process is None
 
     def reward(completion: str, task: Task) -> float:
         if completion:
