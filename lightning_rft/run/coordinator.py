@@ -236,12 +236,13 @@ class Coordinator:
             elif isinstance(action, Drop):
                 self._drop(action.group, action.explorer)
         if issues:
-            self._issue(issues)
+            self._send(self._groups.issue(issues))
         self._look()
 
-    def _issue(self, issues: Sequence[tuple[GroupKey, int]]) -> None:
+    def _send(self, told: Sequence[tuple[Explore, int]]) -> None:
+        """Sends each explorer what it is to explore, all together."""
         asked: dict[int, list[Explore]] = {}
-        for message, explorer in self._groups.issue(issues):
+        for message, explorer in told:
             self._watch.asked(explorer, time.monotonic())
             asked.setdefault(explorer, []).append(message)
         for explorer, messages in asked.items():
@@ -337,7 +338,7 @@ class Coordinator:
             self._carry_out(self._schedule.ready(key, oldest, score))
 
     def _ask(self) -> None:
-        self._quiz.ask(self._receivers.able(), self._pool, self._watch)
+        self._send(self._quiz.ask(self._receivers.able()))
 
     def _lost(self, explorer: int, error: Exception) -> None:
         """Has others do what an explorer that died was at."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from lightning_rft.experience import Group, GroupKey, Task
 from lightning_rft.explorer.connection import Explore, Explored
-from lightning_rft.explorer.pool import ExplorerPool
-from lightning_rft.explorer.watch import Watch
 
 __all__ = ["Quiz"]
 
@@ -39,16 +36,14 @@ class Quiz:
         """Whether a group was asked for by a quiz."""
         return message.key.batch == _BATCH
 
-    def ask(self, able: Sequence[int], pool: ExplorerPool, watch: Watch) -> None:
-        """Has the explorers that have weights explore what nobody is at."""
-        asked: dict[int, list[Explore]] = {}
+    def ask(self, able: Sequence[int]) -> list[tuple[Explore, int]]:
+        """Notes who of the explorers that have weights is to explore what nobody is at; what each is to be told."""
+        told = []
         for index, question in enumerate(self._questions):
             if able and index not in self.answers and index not in self._asked:
                 explorer = self._asked[index] = able[index % len(able)]
-                watch.asked(explorer, time.monotonic())
-                asked.setdefault(explorer, []).append(question)
-        for explorer, questions in asked.items():
-            pool.send(explorer, *questions)
+                told.append((question, explorer))
+        return told
 
     def answered(self, message: Explored) -> None:
         """Takes in a group."""
