@@ -39,7 +39,7 @@ test: install
 	.venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 test-quick: install
-	.venv/bin/python -m pytest $(PARALLEL) -m "not vllm and not chaos" $(ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) -m "not vllm and not chaos and not exhaustive" $(ARGS)
 
 # CHAOS multiplies kills and lengths; the tests of these names run with 1 in `make test`
 CHAOS ?= 5

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_rft.experience import Turn
-from lightning_rft.hardware import bf16_is_fast
+from lightning_rft.hardware import fast_precision
 from lightning_rft.trainer.fast_path import probe
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.packing import Packed, pack
@@ -61,7 +61,7 @@ def plain(model: Any, packed: Packed) -> Tensor:
 def seconds(model: Any, packed: Packed, logprobs: Callable[[Any, Packed], Tensor]) -> float:
     """One forward and backward."""
     began = time.process_time()
-    with torch.autocast("cpu", torch.bfloat16) if bf16_is_fast() else contextlib.nullcontext():
+    with torch.autocast("cpu", torch.bfloat16) if fast_precision("cpu") == "bf16-mixed" else contextlib.nullcontext():
         loss = logprobs(model, packed).sum()
     loss.backward()
     return time.process_time() - began
@@ -80,7 +80,7 @@ def main() -> None:
     model.train()
     path = probe(model, [], attn_implementation="sdpa")
     assert path.shared and path.chunked_head
-    results: dict[str, Any] = {"dtype": "bf16-mixed" if bf16_is_fast() else "fp32"}
+    results: dict[str, Any] = {"dtype": fast_precision("cpu")}
     print(f"{results['dtype']}\nprompt completion samples    rows  processor seconds: shared, ordinary, plain")
     ratios = {}
     for case in GRID:

@@ -35,7 +35,7 @@ from benchmarks.packing import chunked, group, plain
 from benchmarks.rollout import DEADLINE_S, beside, endless, questions
 from lightning_rft.explorer.connection import Channel
 from lightning_rft.explorer.engine import Request
-from lightning_rft.hardware import bf16_is_fast
+from lightning_rft.hardware import fast_precision
 from lightning_rft.monitor.spans import Span, union
 from lightning_rft.trainer.fast_path import probe
 from lightning_rft.trainer.packing import pack
@@ -95,7 +95,11 @@ def training(model_path: Path) -> dict[str, dict[str, float]]:
     for name, (packed, logprobs) in ways.items():
 
         def step(packed: Any = packed, logprobs: Any = logprobs) -> None:
-            with torch.autocast("cpu", torch.bfloat16) if bf16_is_fast() else contextlib.nullcontext():
+            with (
+                torch.autocast("cpu", torch.bfloat16)
+                if fast_precision("cpu") == "bf16-mixed"
+                else contextlib.nullcontext()
+            ):
                 loss = logprobs(model, packed).mean()
             loss.backward()
             optimizer.step()
@@ -228,7 +232,7 @@ def main() -> None:
 
     model = smollm2(Path("runs/models/SmolLM2-135M-Instruct"))
     vocabulary = AutoConfig.from_pretrained(model).vocab_size
-    results: dict[str, Any] = {"dtype": "bf16-mixed" if bf16_is_fast() else "fp32"}
+    results: dict[str, Any] = {"dtype": fast_precision("cpu")}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with beside("benchmarks.profile") as channel:

@@ -32,7 +32,7 @@ import torch
 import lightning_rft as rft
 from benchmarks.overlap import restless, spans
 from lightning_rft.explorer.connection import Channel, spawn
-from lightning_rft.hardware import available_cpus, bf16_is_fast
+from lightning_rft.hardware import available_cpus, fast_dtype
 from lightning_rft.testing import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a look at the benchmark itself")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    dtype = "bfloat16" if torch.cuda.is_available() or bf16_is_fast() else "float32"
+    dtype = fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     rates: dict[str, list[float]] = {"ours_tokens_per_s": [], "vllm_tokens_per_s": []}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.tiny:

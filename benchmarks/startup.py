@@ -44,7 +44,7 @@ def child(out: Path, began: float, chosen: Path) -> None:
     from demo import sums
     from lightning.pytorch.callbacks import Callback
 
-    from lightning_rft.hardware import bf16_is_fast
+    from lightning_rft.hardware import fast_precision
     from lightning_rft.rewards import last_number
 
     marks = {"imports": time.monotonic()}
@@ -65,7 +65,7 @@ def child(out: Path, began: float, chosen: Path) -> None:
         max_steps=1,
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed" if torch.cuda.is_available() or bf16_is_fast() else "32-true",
+        precision=fast_precision("cuda" if torch.cuda.is_available() else "cpu"),
         gradient_clip_val=1.0,
         callbacks=[Watch(), rft.Synchronous(), timeline],
         logger=False,

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_rft as rft
-from lightning_rft.hardware import bf16_is_fast
+from lightning_rft.hardware import fast_precision
 from lightning_rft.rewards import last_number
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -73,7 +73,7 @@ def run(
         max_steps=steps,
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed" if torch.cuda.is_available() or bf16_is_fast() else "32-true",
+        precision=fast_precision("cuda" if torch.cuda.is_available() else "cpu"),
         gradient_clip_val=1.0,
         callbacks=[strategy, times, rft.TimelineCallback(logger.log_dir)],
         logger=logger,

@@ -46,13 +46,13 @@ def restless(text: str) -> float:
     return float(sum(map(ord, text)) % 101)
 
 
-def autocasts() -> bool:
-    """Whether bfloat16 is fast here."""
+def precision() -> str:
+    """Lightning's name of the precision that both train in."""
     import torch
 
-    from lightning_rft.hardware import bf16_is_fast
+    from lightning_rft.hardware import fast_precision
 
-    return torch.cuda.is_available() or bf16_is_fast()
+    return fast_precision("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def trl(line: str, steps: int, model: str, out: str, *, checkpointing: bool) -> dict[str, Any]:
@@ -99,7 +99,8 @@ def trl(line: str, steps: int, model: str, out: str, *, checkpointing: bool) -> 
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             model_init_kwargs={"dtype": "float32"},
-            bf16=autocasts(),
+            bf16=precision() == "bf16-mixed",
+            fp16=precision() == "16-mixed",
             use_cpu=not on_gpu,
             use_vllm=on_gpu,
             report_to="none",
@@ -164,7 +165,7 @@ def ours(line: str, steps: int, model: str, out: str, *, synchronous: bool) -> d
         max_steps=ahead + WARM_UP + steps + ahead,
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed" if autocasts() else "32-true",
+        precision=precision(),
         gradient_clip_val=1.0,
         callbacks=[timeline, strategy, Watch()],
         logger=False,
@@ -303,9 +304,8 @@ def main() -> None:
         model = str(smollm2(MODEL))
     import trl as installed
 
-    precision = "bfloat16 autocast" if autocasts() else "float32, since this CPU has no units for bfloat16"
-    print(f"TRL {installed.__version__}; both in {precision}", flush=True)
-    about = {"trl_version": installed.__version__, "precision": precision, "rounds": arguments.rounds}
+    print(f"TRL {installed.__version__}; both in {precision()}", flush=True)
+    about = {"trl_version": installed.__version__, "precision": precision(), "rounds": arguments.rounds}
     runs: list[dict[str, Any]] = []
     for _ in range(arguments.rounds):
         for line in arguments.lines:

@@ -38,7 +38,7 @@ from benchmarks.overlap import restless, spans
 from benchmarks.rollout import DEADLINE_S, Consumes, beside
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.connection import Channel
-from lightning_rft.hardware import available_cpus, bf16_is_fast
+from lightning_rft.hardware import available_cpus, fast_dtype
 from lightning_rft.sync.transport import Weights, announce, nbytes
 from lightning_rft.testing import tiny_model
 
@@ -111,7 +111,7 @@ def memcpy(size: int) -> Iterator[float]:
 
 def bytes_of(model: Path) -> int:
     """Size of the weights in the engines' dtype; those of aliases once."""
-    dtype = "bfloat16" if torch.cuda.is_available() or bf16_is_fast() else "float32"
+    dtype = fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     weights = policy(model, dtype)
     sizes = zip(weights, announce(weights, dtype), strict=True)
     return sum({tensor.data_ptr(): nbytes(info) for (_, tensor), info in sizes}.values())

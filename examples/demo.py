@@ -50,7 +50,7 @@ from convert_smollm2 import smollm2  # noqa: E402
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 
-from lightning_rft.hardware import bf16_is_fast  # noqa: E402
+from lightning_rft.hardware import fast_precision  # noqa: E402
 from lightning_rft.rewards import last_number  # noqa: E402
 from lightning_rft.tasks import reasoning_gym_tasks  # noqa: E402
 
@@ -127,7 +127,7 @@ def main(arguments: argparse.Namespace) -> None:
         max_steps=arguments.steps,
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed" if torch.cuda.is_available() or bf16_is_fast() else "32-true",
+        precision=fast_precision("cuda" if torch.cuda.is_available() else "cpu"),
         gradient_clip_val=1.0,
         callbacks=[watch, rft.Synchronous(), TQDMProgressBar()],
         logger=[csv_logger, TensorBoardLogger(out, name="logs", version=csv_logger.version)],

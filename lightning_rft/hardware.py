@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
-__all__ = ["available_cpus", "bf16_is_fast", "gpus_for_explorers", "share_cores"]
+from lightning_rft.errors import ConfigurationError
+
+__all__ = ["available_cpus", "fast_dtype", "fast_precision", "gpus_for_explorers", "share_cores"]
 
 _WORTH_SHARING = 4  # cores
+_OVERRULED = "LIGHTNING_RFT_BF16"
 
 
 def available_cpus() -> int:
@@ -44,13 +46,49 @@ def share_cores(cores: int, explorers: int, *, overlap: bool) -> tuple[int, int]
     return each, max(1, cores - each * explorers)
 
 
-@cache
-def bf16_is_fast() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices in hardware.
+def fast_dtype(device: str) -> str:
+    """The dtype in which a device multiplies matrices fastest, of those that models are trained and served in.
 
-    Without such units bfloat16 runs a hundred times slower than float32 (measured with torch 2.13 on AVX2), so
-    "half the bytes, hence faster" is exactly wrong there. Unknown platforms count as not fast.
+    A CPU without units for bfloat16 multiplies it a hundred times slower than float32 (measured with torch 2.13 on
+    AVX2), so "half the bytes, hence faster" is exactly wrong there. CPUs that do not say what they have count as such.
+    The environment variable ``LIGHTNING_RFT_BF16`` (``0`` or ``1``) overrules what the hardware says.
+
+    Args:
+        device: Type of a torch device, such as ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        ``"bfloat16"`` where there are units for it; else ``"float16"`` on a GPU and ``"float32"`` on anything else.
+
+    Raises:
+        ConfigurationError: ``LIGHTNING_RFT_BF16`` is neither ``0`` nor ``1``.
     """
+    if _has_bf16_units(device):
+        return "bfloat16"
+    return "float16" if device == "cuda" else "float32"
+
+
+def fast_precision(device: str) -> str:
+    """The ``Trainer(precision=...)`` that autocasts to :func:`fast_dtype`.
+
+    Example:
+        >>> fast_precision("mps")
+        '32-true'
+    """
+    return {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}[fast_dtype(device)]
+
+
+def _has_bf16_units(device: str) -> bool:
+    if device not in ("cpu", "cuda"):
+        return False
+    overruled = os.environ.get(_OVERRULED)
+    if overruled is not None:
+        if overruled not in ("0", "1"):
+            raise ConfigurationError(f"{_OVERRULED}={overruled} must be 0 or 1, or not be set at all")
+        return overruled == "1"
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:

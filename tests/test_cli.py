@@ -362,6 +362,25 @@ def test_examples_differ_in_the_strategy_alone(name: str, printed: Callable[...,
     assert found == other
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_examples_train_on_any_hardware(
+    name: str, precision: str, command: Command, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    config = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    config["model"]["model"] = str(tiny_model_path)
+    config["data"] |= {"engine": "tests.processes.LightEngine", "tasks_per_step": 2, "samples_per_task": 2}
+    config["data"]["reward"] = "tests.processes.share_of_letters"
+    del config["data"]["val_tasks"]
+    config["trainer"]["enable_model_summary"] = False  # Lightning warns that it knows no bf16-mixed
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    cli = command("fit", config, "--trainer.precision", precision, "--trainer.max_steps=2", "--trainer.accelerator=cpu")
+    assert (cli.trainer.global_step, cli.trainer.precision) == (2, precision)
+    assert cli.trainer.gradient_clip_val == 1.0 and cli.trainer.optimizers[0].defaults["fused"]
+    assert cli.trainer.callback_metrics["rft/grad_norm"] > 0
+
+
 def test_an_option_changes_the_strategy(printed: Callable[..., dict[str, Any]]) -> None:
     callback = printed(EXAMPLES / "synchronous.yaml", "--trainer.callbacks=FullyAsynchronous")["trainer"]["callbacks"]
     assert callback["class_path"] == "lightning_rft.FullyAsynchronous"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,19 +40,21 @@ TRAIN = """
     import lightning_rft as rft
     from tests.processes import MODEL
 
-    module = rft.RFTModule(os.environ[MODEL], optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    module = rft.RFTModule(os.environ[MODEL], optimizer=lambda parameters: torch.optim.{optimizer})
     logged = []
 
     class Note(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch.last:
                 wanted = ("rft/loss", "rft/reward", "rft/entropy", "rft/kl", "rft/staleness_max", "rft/reward_std")
+                wanted += ("rft/grad_norm",)
                 logged.append([float(trainer.callback_metrics[name]) for name in wanted])
 
     data = rft.RFTDataModule(explorers=0, buffer="{buffer}", tasks_per_step=3, seed=1)
     trainer = L.Trainer(
         devices={devices}, strategy={strategy}, accelerator="cpu", callbacks=[Note()], logger=False, max_epochs=1,
-        accumulate_grad_batches={accumulate}, enable_checkpointing=False, enable_progress_bar=False,
+        accumulate_grad_batches={accumulate}, gradient_clip_val=0.5, precision="{precision}",
+        enable_checkpointing=False, enable_progress_bar=False,
     )
     trainer.fit(module, data)
     weights = dict(module.weights())
@@ -86,23 +89,46 @@ def buffer(tmp_path: Path) -> Path:
 def test_two_ranks_train_what_one_does(
     strategy: str, accumulate: int, buffer: Path, start: Start, start_ranks: StartRanks, tmp_path: Path
 ) -> None:
+    (one, logged_one), (two, logged_two) = on_one_and_two(
+        buffer, start, start_ranks, tmp_path,
+        strategy=strategy, accumulate=accumulate, optimizer="SGD(parameters, lr=1.0)", precision="32-true",
+    )  # fmt: skip
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6), name
+    assert torch.allclose(logged_one, logged_two, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert not torch.equal(logged_one[0], logged_one[1]), "nothing was trained"
+
+
+@pytest.mark.parametrize("strategy", ["'ddp'", SHARDED])
+def test_fused_and_clipped_in_bfloat16(
+    strategy: str, buffer: Path, start: Start, start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    (one, logged_one), (two, logged_two) = on_one_and_two(
+        buffer, start, start_ranks, tmp_path,
+        strategy=strategy, accumulate=1, optimizer="AdamW(parameters, lr=1e-4, fused=True)", precision="bf16-mixed",
+    )  # fmt: skip
+    assert torch.allclose(logged_one[:2], logged_two[:2], rtol=0.05, atol=1e-3)
+    gaps = torch.cat([(one[name] - two[name]).abs().reshape(-1) for name in one])
+    assert gaps.mean() < 5e-5, "half a step, where a step of the other sign is two"
+
+
+def on_one_and_two(
+    buffer: Path, start: Start, start_ranks: StartRanks, tmp_path: Path, *, strategy: str, **settings: Any
+) -> list[Any]:
+    """Weights and logged values of the same training on one rank and on two."""
     results = [tmp_path / "one.pt", tmp_path / "two.pt"]
     for devices, result in zip((1, 2), results, strict=True):
         source = TRAIN.format(
             buffer=buffer,
             devices=devices,
             strategy=strategy if devices == 2 else "'auto'",
-            accumulate=accumulate,
             result=result,
+            **settings,
         )
         for script in [start(source)] if devices == 1 else start_ranks(source):
             assert script.wait() == 0, script.stderr
-    (one, logged_one), (two, logged_two) = (torch.load(result) for result in results)
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6), name
-    assert torch.allclose(logged_one, logged_two, rtol=1e-5, atol=1e-6, equal_nan=True)
-    assert not torch.equal(logged_one[0], logged_one[1]), "nothing was trained"
+    return [torch.load(result) for result in results]
 
 
 @pytest.mark.parametrize("strategy", ["'ddp'", SHARDED])

@@ -39,10 +39,11 @@ def letters(completion: str, task: rft.Task) -> float:
     return sum(character.isalpha() for character in completion) / 8
 
 
-@pytest.mark.parametrize(("dtype", "gap"), [("float32", 1e-3), ("bfloat16", None)])
+@pytest.mark.parametrize(("bf16_units", "gap"), [(False, 1e-3), (True, None)])
 def test_vllm_samples_with_the_weights_that_are_trained(
-    tiny_model_path: Path, tmp_path: Path, dtype: str, gap: float | None
+    tiny_model_path: Path, tmp_path: Path, bf16_units: bool, gap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LIGHTNING_RFT_BF16", str(int(bf16_units)))  # decides the engine's dtype
     objective = Gap()
     kls: list[float] = []
     changed: list[float] = []
@@ -57,7 +58,7 @@ def test_vllm_samples_with_the_weights_that_are_trained(
         tasks=[f"{i} + 1 =" for i in range(8)],
         val_tasks=["1 + 1 =", "2 + 2 ="],
         reward=letters,
-        engine=rft.VLLMEngine(dtype=dtype),
+        engine=rft.VLLMEngine(),
         tasks_per_step=2,
         samples_per_task=4,
         max_new_tokens=8,
@@ -80,3 +81,5 @@ def test_vllm_samples_with_the_weights_that_are_trained(
     assert min(changed) > 0.1, "the weights must change visibly in the engine's dtype for this to mean anything"
     if gap is not None:
         assert max(objective.gaps) < gap
+    else:
+        assert min(objective.gaps) > 1e-3, "the engine computes in float32"

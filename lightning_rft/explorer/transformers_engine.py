@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_rft.errors import ConfigurationError, RFTError, TransportError
 from lightning_rft.explorer.engine import Completion, Engine, Request, TensorInfo, WeightLink, WeightReceiver
+from lightning_rft.hardware import fast_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +51,8 @@ class TransformersEngine(Engine):
 
     Args:
         model: Model path or hub name, when it is not to be the module's.
-        dtype: Of the weights: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU, bfloat16
-            on a GPU.
+        dtype: Of the weights: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU, on a
+            GPU bfloat16, or float16 where it has no units for that.
         device: A torch device, or ``"auto"``: a GPU if there is one.
         max_batch_size: Most requests to run at once; more wait in order of arrival.
 
@@ -98,7 +99,7 @@ class TransformersEngine(Engine):
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         if self.dtype == "auto":
-            self.dtype = "float32" if self._device.type == "cpu" else "bfloat16"
+            self.dtype = "float32" if self._device.type == "cpu" else fast_dtype(self._device.type)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             self.model or model, dtype=getattr(torch, self.dtype), attn_implementation="sdpa"
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engine import Completion, Engine, Request, WeightLink
-from lightning_rft.hardware import bf16_is_fast
+from lightning_rft.hardware import fast_dtype
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,7 +32,7 @@ class VLLMEngine(Engine):
     Args:
         model: Model path or hub name; left out, the module's.
         dtype: Weights and arithmetic: ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"auto"`` for bfloat16 where
-            the hardware has units for it, else float32.
+            the hardware has units for it, else float16 on a GPU and float32 on a CPU.
         tensor_parallel_size: GPUs that share one engine.
         max_num_seqs: Most sequences that are decoded at the same time.
         gpu_memory_utilization: Share of a GPU's memory to take; lower it where the trainer uses the same GPU.
@@ -121,7 +121,7 @@ class VLLMEngine(Engine):
         on_cpu = current_platform.is_cpu()
         self.nccl = not on_cpu
         if self.dtype == "auto":
-            self.dtype = "bfloat16" if not on_cpu or bf16_is_fast() else "float32"
+            self.dtype = fast_dtype("cpu" if on_cpu else "cuda")
         settings: dict[str, Any] = {
             "model": model,
             "dtype": self.dtype,

@@ -136,6 +136,11 @@ def check_together(settings: Settings, trainer: L.Trainer) -> RFTModule:
     module = trainer.lightning_module
     if not isinstance(module, RFTModule):
         raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
+    if trainer.precision == "16-true":
+        raise ConfigurationError(
+            "Trainer(precision='16-true') lets small gradients vanish, since nothing scales the loss: set '16-mixed', "
+            "or 'bf16-mixed' where the hardware multiplies bfloat16"
+        )
     if settings.explorers > 0 and module.objective.needs_group and settings.samples_per_task < 2:
         raise ConfigurationError(
             f"samples_per_task={settings.samples_per_task} with {type(module.objective).__name__}, whose advantages "

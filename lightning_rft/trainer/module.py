@@ -18,8 +18,8 @@ from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.trainer.fast_path import FastPath, probe
 from lightning_rft.trainer.loader import MicroBatch
 from lightning_rft.trainer.logprobs import token_logprobs
-from lightning_rft.trainer.master_weights import MasterWeights
 from lightning_rft.trainer.objective import GRPO, Objective
+from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin
 from lightning_rft.trainer.sharding import shard
 
 if TYPE_CHECKING:
@@ -144,6 +144,12 @@ class RFTModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Starts the clock of ``rft/tokens_per_second``."""
         self.metrics.restart()
+        for optimizer in self.trainer.optimizers:
+            leave_unscaling_to_the_plugin(optimizer)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs ``rft/grad_norm``, the gradient's norm before it is clipped."""
+        self.log("rft/grad_norm", grad_norm(self.parameters()), batch_size=1)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The share's part of the batch's loss.

@@ -11,8 +11,8 @@ import torch
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group
 from lightning_rft.trainer.loader import MicroBatch
-from lightning_rft.trainer.master_weights import MasterWeights
 from lightning_rft.trainer.module import RFTModule
+from lightning_rft.trainer.precision import MasterWeights
 from tests.trainer.test_module import GROUPS, Module, close
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,4 +1,4 @@
-"""Optimizing a model whose weights are in half precision."""
+"""Optimizers under every precision: scaled gradients, gradient norms, and weights in half precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,30 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-__all__ = ["MasterWeights"]
+__all__ = ["MasterWeights", "grad_norm", "leave_unscaling_to_the_plugin"]
+
+
+def leave_unscaling_to_the_plugin(optimizer: torch.optim.Optimizer) -> None:
+    """Has the precision plugin, not a fused optimizer's own kernel, divide gradients by the scale of 16-mixed.
+
+    A fused optimizer offers to do so inside its step. Gradients are then still scaled when they are to be clipped, so
+    Lightning refuses ``gradient_clip_val`` with any of them, under bf16-mixed too, where nothing is scaled at all. With
+    the offer withdrawn the scaler unscales before the step, as for every other optimizer.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+
+def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Norm of all gradients together, as one vector.
+
+    Returns:
+        [] in float32; of a sharded model the norm over all ranks, which must call it together.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class MasterWeights(torch.optim.Optimizer):
