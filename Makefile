@@ -55,7 +55,7 @@ check: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy lightning_rft
-	.venv/bin/python -m pytest --doctest-modules lightning_rft --ignore=lightning_rft/explorer/vllm_weights.py $(ARGS)
+	.venv/bin/python -m pytest --doctest-modules lightning_rft --ignore=lightning_rft/explorer/engines/vllm_weights.py $(ARGS)
 
 format: install
 	.venv/bin/ruff check --fix .

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from lightning_rft.experience import Turn
 from lightning_rft.hardware import fast_precision
-from lightning_rft.trainer.fast_path import probe
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.packing import Packed, pack
+from lightning_rft.trainer.shortcuts import probe
 
 RESULTS = Path(__file__).parent / "results"
 KEY = 45, 20, 8

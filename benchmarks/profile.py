@@ -33,12 +33,12 @@ import lightning_rft as rft
 from benchmarks.overlap import restless, spans, trains
 from benchmarks.packing import chunked, group, plain
 from benchmarks.rollout import DEADLINE_S, beside, endless, questions
-from lightning_rft.explorer.connection import Channel
-from lightning_rft.explorer.engine import Request
+from lightning_rft.explorer.engines.engine import Request
+from lightning_rft.explorer.messages import Channel
 from lightning_rft.hardware import fast_precision
 from lightning_rft.monitor.spans import Span, union
-from lightning_rft.trainer.fast_path import probe
 from lightning_rft.trainer.packing import pack
+from lightning_rft.trainer.shortcuts import probe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -52,7 +52,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 
 from lightning_rft.hardware import fast_precision  # noqa: E402
 from lightning_rft.rewards import last_number  # noqa: E402
-from lightning_rft.tasks import reasoning_gym_tasks  # noqa: E402
+from lightning_rft.tasks.sources import reasoning_gym_tasks  # noqa: E402
 
 HELD_OUT = 100
 LARGEST = 20  # of the two numbers that are added

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rft.buffer.filters import has_signal as has_signal
-    from lightning_rft.buffer.policies import Priority as Priority
-    from lightning_rft.buffer.policies import Replay as Replay
-    from lightning_rft.buffer.policies import recency as recency
-    from lightning_rft.buffer.policies import reward_variance as reward_variance
-    from lightning_rft.buffer.rows import read_buffer as read_buffer
+    from lightning_rft.buffer.reader import read_buffer as read_buffer
+    from lightning_rft.buffer.selection import Priority as Priority
+    from lightning_rft.buffer.selection import Replay as Replay
+    from lightning_rft.buffer.selection import recency as recency
+    from lightning_rft.buffer.selection import reward_variance as reward_variance
     from lightning_rft.cli import RFTCLI as RFTCLI
     from lightning_rft.datamodule import RFTDataModule as RFTDataModule
     from lightning_rft.errors import ConfigurationError as ConfigurationError
@@ -45,29 +45,29 @@ if TYPE_CHECKING:
     from lightning_rft.experience import Group as Group
     from lightning_rft.experience import Task as Task
     from lightning_rft.experience import Turn as Turn
-    from lightning_rft.explorer.engine import Engine as Engine
-    from lightning_rft.explorer.fake_engine import FakeEngine as FakeEngine
+    from lightning_rft.explorer.engines.engine import Engine as Engine
+    from lightning_rft.explorer.engines.fake import FakeEngine as FakeEngine
+    from lightning_rft.explorer.engines.transformers import TransformersEngine as TransformersEngine
+    from lightning_rft.explorer.engines.vllm import VLLMEngine as VLLMEngine
     from lightning_rft.explorer.pool import ExplorerPool as ExplorerPool
-    from lightning_rft.explorer.transformers_engine import TransformersEngine as TransformersEngine
-    from lightning_rft.explorer.vllm_engine import VLLMEngine as VLLMEngine
-    from lightning_rft.explorer.workflow import Policy as Policy
-    from lightning_rft.explorer.workflow import SingleTurn as SingleTurn
+    from lightning_rft.explorer.workflows.policy import Policy as Policy
+    from lightning_rft.explorer.workflows.policy import SingleTurn as SingleTurn
     from lightning_rft.monitor.timeline import TimelineCallback as TimelineCallback
-    from lightning_rft.sync.checkpoint import CheckpointTransport as CheckpointTransport
-    from lightning_rft.sync.collective import CollectiveTransport as CollectiveTransport
     from lightning_rft.sync.fully_asynchronous import FullyAsynchronous as FullyAsynchronous
     from lightning_rft.sync.multi_explorer import MultiExplorerAsynchronous as MultiExplorerAsynchronous
     from lightning_rft.sync.one_step_off_policy import OneStepOffPolicy as OneStepOffPolicy
     from lightning_rft.sync.strategy import SyncStrategy as SyncStrategy
     from lightning_rft.sync.synchronous import Synchronous as Synchronous
+    from lightning_rft.sync.transports.checkpoint import CheckpointTransport as CheckpointTransport
+    from lightning_rft.sync.transports.collective import CollectiveTransport as CollectiveTransport
     from lightning_rft.trainer.module import RFTModule as RFTModule
-    from lightning_rft.trainer.objective import GRPO as GRPO
-    from lightning_rft.trainer.objective import Objective as Objective
+    from lightning_rft.trainer.objectives.objective import GRPO as GRPO
+    from lightning_rft.trainer.objectives.objective import Objective as Objective
 
 _MODULES = {
     "lightning_rft.buffer.filters": ["has_signal"],
-    "lightning_rft.buffer.policies": ["Priority", "Replay", "recency", "reward_variance"],
-    "lightning_rft.buffer.rows": ["read_buffer"],
+    "lightning_rft.buffer.selection": ["Priority", "Replay", "recency", "reward_variance"],
+    "lightning_rft.buffer.reader": ["read_buffer"],
     "lightning_rft.cli": ["RFTCLI"],
     "lightning_rft.datamodule": ["RFTDataModule"],
     "lightning_rft.errors": [
@@ -80,22 +80,22 @@ _MODULES = {
         "TransportError",
     ],
     "lightning_rft.experience": ["Experience", "Group", "Task", "Turn"],
-    "lightning_rft.explorer.engine": ["Engine"],
-    "lightning_rft.explorer.fake_engine": ["FakeEngine"],
+    "lightning_rft.explorer.engines.engine": ["Engine"],
+    "lightning_rft.explorer.engines.fake": ["FakeEngine"],
     "lightning_rft.explorer.pool": ["ExplorerPool"],
-    "lightning_rft.explorer.transformers_engine": ["TransformersEngine"],
-    "lightning_rft.explorer.vllm_engine": ["VLLMEngine"],
-    "lightning_rft.explorer.workflow": ["Policy", "SingleTurn"],
+    "lightning_rft.explorer.engines.transformers": ["TransformersEngine"],
+    "lightning_rft.explorer.engines.vllm": ["VLLMEngine"],
+    "lightning_rft.explorer.workflows.policy": ["Policy", "SingleTurn"],
     "lightning_rft.monitor.timeline": ["TimelineCallback"],
-    "lightning_rft.sync.checkpoint": ["CheckpointTransport"],
-    "lightning_rft.sync.collective": ["CollectiveTransport"],
+    "lightning_rft.sync.transports.checkpoint": ["CheckpointTransport"],
+    "lightning_rft.sync.transports.collective": ["CollectiveTransport"],
     "lightning_rft.sync.fully_asynchronous": ["FullyAsynchronous"],
     "lightning_rft.sync.multi_explorer": ["MultiExplorerAsynchronous"],
     "lightning_rft.sync.one_step_off_policy": ["OneStepOffPolicy"],
     "lightning_rft.sync.strategy": ["SyncStrategy"],
     "lightning_rft.sync.synchronous": ["Synchronous"],
     "lightning_rft.trainer.module": ["RFTModule"],
-    "lightning_rft.trainer.objective": ["GRPO", "Objective"],
+    "lightning_rft.trainer.objectives.objective": ["GRPO", "Objective"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -15,27 +15,27 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import Self
 
 from lightning_rft.buffer.filters import Filter
-from lightning_rft.buffer.policies import Priority, Replay
+from lightning_rft.buffer.selection import Priority, Replay
 from lightning_rft.buffer.stored import StoredExperience
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group
-from lightning_rft.explorer.engine import Engine
+from lightning_rft.explorer.engines.engine import Engine
+from lightning_rft.explorer.engines.vllm import VLLMEngine
 from lightning_rft.explorer.pool import ExplorerPool
-from lightning_rft.explorer.tolerance import Tolerance
-from lightning_rft.explorer.vllm_engine import VLLMEngine
-from lightning_rft.explorer.workflow import SingleTurn, Workflow
+from lightning_rft.explorer.workflows.policy import SingleTurn, Workflow
 from lightning_rft.monitor.spans import Span
 from lightning_rft.run.coordinator import Coordinator
-from lightning_rft.run.limits import micro_batches, validation_batches
-from lightning_rft.run.loop import Loop
+from lightning_rft.run.lifecycle import Loop
 from lightning_rft.run.placement import cpu_threads, explorer_gpus
-from lightning_rft.run.ranks import SIGTERM_STATUS, Ranks
-from lightning_rft.run.settings import check_counts, check_source, check_together, sync_strategy
 from lightning_rft.run.spec import explorer_spec
+from lightning_rft.run.tolerance import Tolerance
+from lightning_rft.settings import check_counts, check_source, check_together, sync_strategy
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.tasks import TaskPlan, Tasks, read_tasks
+from lightning_rft.tasks.sources import TaskPlan, Tasks, read_tasks
+from lightning_rft.trainer.limits import micro_batches, validation_batches
 from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
 from lightning_rft.trainer.module import RFTModule
+from lightning_rft.trainer.ranks import SIGTERM_STATUS, Ranks
 
 __all__ = ["RFTDataModule"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lightning_rft.explorer.engine import TensorInfo
+from lightning_rft.explorer.engines.engine import TensorInfo
 from lightning_rft.testing import tiny_model
 from tests.processes import Script, Zygote
 

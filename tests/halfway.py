@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning_rft as rft
-from lightning_rft.explorer.engine import Completion, Request
+from lightning_rft.explorer.engines.engine import Completion, Request
 
 _TOKENS = 5  # sampled with the old weights
 _POLL_S = 0.005

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_rft.explorer.fake_engine import FakeEngine
+from lightning_rft.explorer.engines.fake import FakeEngine
 
 HERE = Path(__file__).parent
 MARK = "LIGHTNING_RFT_TEST"

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lightning_rft as rft
 from lightning_rft.cli import RFTCLI, main
-from lightning_rft.tasks import read_jsonl
+from lightning_rft.tasks.sources import read_jsonl
 from tests.processes import Zygote
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

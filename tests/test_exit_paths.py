@@ -251,7 +251,7 @@ def pushing(start: Start) -> Script:
 
 def test_explorer_that_dies_in_a_push_in_the_background(start: Start) -> None:
     script = pushing(start)
-    (explorer,) = script.children("lightning_rft.explorer.worker")
+    (explorer,) = script.children("lightning_rft.explorer.worker.main")
     os.kill(explorer, signal.SIGKILL)
     assert script.wait() == 1
     assert "ExplorerError: explorer 0 ended with status -9" in script.stderr
@@ -303,7 +303,7 @@ def test_sigkill(start: Start, when: Callable[[Start], Script]) -> None:
 
 def test_explorer_killed(start: Start) -> None:
     script = exploring(start)
-    (explorer,) = script.children("lightning_rft.explorer.worker")
+    (explorer,) = script.children("lightning_rft.explorer.worker.main")
     os.kill(explorer, signal.SIGKILL)
     assert script.wait() == 1
     assert "ExplorerError: explorer 0 ended with status -9" in script.stderr

@@ -313,7 +313,7 @@ def test_an_explorer_that_dies_is_replaced(start: Callable[[str], Script], tmp_p
     engine = "tokens_per_second=60, mean_tokens=5"
     script = start(SCRIPT.format(engine=engine, strategy=strategy, trainer="limit_predict_batches=8"))
     script.wait_for("explored")
-    (explorer,) = script.children("lightning_rft.explorer.worker")
+    (explorer,) = script.children("lightning_rft.explorer.worker.main")
     os.kill(explorer, signal.SIGKILL)
     assert script.wait() == 0, script.stderr
     assert "another explorer is started" in script.stderr

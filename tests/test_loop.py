@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
-from lightning_rft.sync.collective import CollectiveTransport
+from lightning_rft.sync.transports.collective import CollectiveTransport
 from tests.processes import LightEngine
 
 TASKS = [f"{index} + 1 =" for index in range(10)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lightning_rft as rft
-from lightning_rft.sync.collective import CollectiveTransport
+from lightning_rft.sync.transports.collective import CollectiveTransport
 
 SAME, STALE = 1e-4, 1e-2
 STEPS = 4

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
-from lightning_rft.buffer.rows import read_buffer
+from lightning_rft.buffer.reader import read_buffer
 from tests.processes import LightEngine
 
 TASKS = [f"{index} + 1 =" for index in range(10)]  # batches of 4, 4 and 2

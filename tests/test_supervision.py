@@ -241,8 +241,8 @@ def test_a_killed_explorers_processes_end_with_it(start: Start) -> None:
         report(fit(reward=reward, max_restarts=1))
     """)
     script.wait_for("rewarding")
-    (explorer,) = script.children("lightning_rft.explorer.worker")
-    (scorer,) = script.children("lightning_rft.explorer.scorer")
+    (explorer,) = script.children("lightning_rft.explorer.worker.main")
+    (scorer,) = script.children("lightning_rft.explorer.worker.scorer")
     os.kill(explorer, signal.SIGKILL)
     assert outcome(script)["explorer_restarts"] == 1
     with pytest.raises(ProcessLookupError):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from lightning_rft.buffer.file import File
-from lightning_rft.buffer.lineage import Change, Round
+from lightning_rft.buffer.database import File
+from lightning_rft.buffer.resume import Change, Round
 from lightning_rft.buffer.schema import State
 from lightning_rft.experience import GroupKey, Progress
 

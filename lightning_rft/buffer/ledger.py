@@ -4,8 +4,9 @@ One file tells what became of each group, in a form that any SQLite reader can q
 
     sqlite3 buffer.sqlite "SELECT state, count(*) FROM groups GROUP BY state"
 
-or :func:`~lightning_rft.buffer.rows.read_buffer` reads whole. It is in write-ahead mode with ``synchronous=NORMAL``: a
-change that returned survives the death of the process, while a power cut may cost the last moments, but never the file.
+or :func:`~lightning_rft.buffer.reader.read_buffer` reads whole. It is in write-ahead mode with ``synchronous=NORMAL``:
+a change that returned survives the death of the process, while a power cut may cost the last moments, but never the
+file.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lightning_rft.buffer.codec import COLUMNS, from_row, to_row
-from lightning_rft.buffer.file import File
+from lightning_rft.buffer.database import File
 from lightning_rft.buffer.history import ROUND, apply, current, unsettled
-from lightning_rft.buffer.lineage import ENDED, Round, settle
+from lightning_rft.buffer.resume import ENDED, Round, settle
 from lightning_rft.buffer.schema import State
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group, GroupKey, Progress

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning_rft.buffer.codec import from_row
 from lightning_rft.buffer.faults import storage_errors
-from lightning_rft.buffer.rows import connect
+from lightning_rft.buffer.reader import connect
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, GroupKey
 

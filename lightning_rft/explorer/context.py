@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.explorer.workflow import Prompt, encode_prompt
+from lightning_rft.explorer.workflows.policy import Prompt, encode_prompt
 from lightning_rft.model_folder import context_length
 
 __all__ = ["fitting_length"]

@@ -19,7 +19,8 @@ import cloudpickle
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.connection import (
+from lightning_rft.explorer.engines.engine import Engine
+from lightning_rft.explorer.messages import (
     Channel,
     Connect,
     Explored,
@@ -30,8 +31,7 @@ from lightning_rft.explorer.connection import (
     Started,
     spawn,
 )
-from lightning_rft.explorer.engine import Engine
-from lightning_rft.explorer.worker import ExplorerSpec
+from lightning_rft.explorer.worker.main import ExplorerSpec
 from lightning_rft.hardware import available_cpus, share_cores
 
 __all__ = ["Died", "ExplorerPool"]
@@ -334,7 +334,7 @@ class ExplorerPool:
     def _spawn(self, slot: int) -> int:
         index, self._next_index = self._next_index, self._next_index + 1
         process, channel = spawn(
-            "lightning_rft.explorer.worker",
+            "lightning_rft.explorer.worker.main",
             environment=self.engine.environment(self._threads)
             | ({} if self._placed is None else {"CUDA_VISIBLE_DEVICES": self._placed[slot]}),
             log=self._log(slot),

@@ -15,19 +15,19 @@ from typing import Any
 
 from lightning_rft.errors import DeadlineError
 from lightning_rft.experience import Group, GroupKey, Task
-from lightning_rft.explorer.connection import Advanced, Cancel, Explore, Explored, Loaded, LoadFailed, Started
+from lightning_rft.explorer.listener import GRACE_S, Listener
+from lightning_rft.explorer.messages import Advanced, Cancel, Explore, Explored, Loaded, LoadFailed, Started
 from lightning_rft.explorer.pool import Died, ExplorerPool
-from lightning_rft.explorer.tolerance import Tolerance
 from lightning_rft.explorer.watch import Watch
 from lightning_rft.monitor.activity import Activity
 from lightning_rft.monitor.spans import Span
 from lightning_rft.run.groups import Groups
-from lightning_rft.run.listener import GRACE_S, Listener
-from lightning_rft.run.quiz import Quiz
 from lightning_rft.run.receivers import Receivers
+from lightning_rft.run.tolerance import Tolerance
+from lightning_rft.run.validation import Quiz
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Schedule
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.sync.transport import Explorers
+from lightning_rft.sync.transports.transport import Explorers
 
 __all__ = ["Coordinator"]
 

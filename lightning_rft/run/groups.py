@@ -10,12 +10,12 @@ from typing import Any
 
 from lightning_rft.buffer.filters import Filter
 from lightning_rft.buffer.ledger import Ledger
-from lightning_rft.buffer.policies import ReplayMemory
+from lightning_rft.buffer.selection import ReplayMemory
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group, GroupKey, Progress
-from lightning_rft.explorer.connection import Explore, Explored
+from lightning_rft.explorer.messages import Explore, Explored
 from lightning_rft.run.resume import run_state
-from lightning_rft.tasks import TaskCursor
+from lightning_rft.tasks.sources import TaskCursor
 
 __all__ = ["Groups"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from lightning_rft.errors import LinkError
 from lightning_rft.experience import TensorInfo
+from lightning_rft.explorer.listener import GRACE_S, Listener
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.watch import Watch
-from lightning_rft.run.listener import GRACE_S, Listener
 
 __all__ = ["Receivers"]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lightning_rft.explorer.context import fitting_length
-from lightning_rft.explorer.worker import ExplorerSpec
-from lightning_rft.explorer.workflow import SingleTurn
+from lightning_rft.explorer.worker.main import ExplorerSpec
+from lightning_rft.explorer.workflows.policy import SingleTurn
 from lightning_rft.model_folder import check_model
-from lightning_rft.run.settings import Settings
+from lightning_rft.settings import Settings
 
 __all__ = ["explorer_spec"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_rft.sync.transport import Weights
+from lightning_rft.sync.transports.transport import Weights
 
 __all__ = ["Changes"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.sync.checkpoint import CheckpointTransport
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.sync.transport import Transport
+from lightning_rft.sync.transports.checkpoint import CheckpointTransport
+from lightning_rft.sync.transports.transport import Transport
 
 __all__ = ["FullyAsynchronous"]
 

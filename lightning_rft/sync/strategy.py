@@ -16,11 +16,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ScheduleError
+from lightning_rft.run.pusher import Publisher, Pushed, snapshot
 from lightning_rft.sync.changes import Changes
-from lightning_rft.sync.collective import CollectiveTransport
-from lightning_rft.sync.publisher import Publisher, Pushed, snapshot
 from lightning_rft.sync.schedule import Rule
-from lightning_rft.sync.transport import Transport, Weights
+from lightning_rft.sync.transports.collective import CollectiveTransport
+from lightning_rft.sync.transports.transport import Transport, Weights
 
 __all__ = ["Run", "SyncStrategy"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.sync.transport import Transport
+from lightning_rft.sync.transports.transport import Transport
 
 __all__ = ["Synchronous"]
 

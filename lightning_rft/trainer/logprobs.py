@@ -33,7 +33,7 @@ def token_logprobs(
         packed: Rows on the model's device.
         temperature: What the logits are divided by, as it was in sampling. Greater than 0.
         chunked_head: Whether the logits are computed in chunks too. Right only for models whose logits are those of
-            their output head, unchanged: see :func:`~lightning_rft.trainer.fast_path.probe`.
+            their output head, unchanged: see :func:`~lightning_rft.trainer.shortcuts.probe`.
 
     Returns:
         Natural-log probabilities [N], differentiable, and entropies in nats [N], detached; both float32, in the order

@@ -15,12 +15,12 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, Turn
 from lightning_rft.model_folder import check_model
 from lightning_rft.monitor.metrics import BatchMetrics
-from lightning_rft.trainer.fast_path import FastPath, probe
 from lightning_rft.trainer.loader import MicroBatch
 from lightning_rft.trainer.logprobs import token_logprobs
-from lightning_rft.trainer.objective import GRPO, Objective
+from lightning_rft.trainer.objectives.objective import GRPO, Objective
 from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin
 from lightning_rft.trainer.sharding import shard
+from lightning_rft.trainer.shortcuts import FastPath, probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_rft.buffer.ledger import Ledger, State
-from lightning_rft.buffer.rows import read_buffer
+from lightning_rft.buffer.reader import read_buffer
 from lightning_rft.errors import ConfigurationError, RFTError, StorageError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from tests.buffer.groups import bring, dump, make_group, query

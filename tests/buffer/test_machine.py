@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lightning_rft.buffer.ledger import Ledger, State
-from lightning_rft.buffer.lineage import Round, settle
+from lightning_rft.buffer.resume import Round, settle
 from lightning_rft.errors import ScheduleError, StorageError
 from lightning_rft.experience import Group, GroupKey, Progress
 from tests.buffer.groups import copy_as_killed, make_group, query

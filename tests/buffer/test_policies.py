@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_rft.buffer.policies import Priority, Replay, ReplayMemory, recency, reward_variance
+from lightning_rft.buffer.selection import Priority, Replay, ReplayMemory, recency, reward_variance
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_rft.buffer.ledger import Ledger, State
-from lightning_rft.buffer.rows import read_buffer
+from lightning_rft.buffer.reader import read_buffer
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey
 from tests.buffer.groups import bring, make_group

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lightning_rft.errors import ConfigurationError, TransportError
-from lightning_rft.explorer.engine import Completion, Request
-from lightning_rft.explorer.fake_engine import FakeEngine
+from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.fake import FakeEngine
 
 
 def started(max_model_len: int = 10_000, **settings: Any) -> FakeEngine:
@@ -141,7 +141,7 @@ def test_description_pickles() -> None:
 
 def test_import_and_sampling_need_no_torch() -> None:
     code = (
-        "import sys; from lightning_rft.explorer.fake_engine import FakeEngine, Request\n"
+        "import sys; from lightning_rft.explorer.engines.fake import FakeEngine, Request\n"
         "engine = FakeEngine(); engine.start('', max_model_len=99, seed=0); engine.add(Request('r', (1,), 9))\n"
         "while engine.has_work: engine.step()\n"
         "sys.exit('torch' in sys.modules)"

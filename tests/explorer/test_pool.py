@@ -15,10 +15,10 @@ import pytest
 
 from lightning_rft.errors import DeadlineError, ExplorerError
 from lightning_rft.experience import GroupKey, Task
-from lightning_rft.explorer.connection import Explore, Explored, Started
+from lightning_rft.explorer.messages import Explore, Explored, Started
 from lightning_rft.explorer.pool import ExplorerPool
-from lightning_rft.explorer.worker import ExplorerSpec
-from lightning_rft.explorer.workflow import SingleTurn
+from lightning_rft.explorer.worker.main import ExplorerSpec
+from lightning_rft.explorer.workflows.policy import SingleTurn
 from tests.processes import MARK, LightEngine, alive, until
 
 

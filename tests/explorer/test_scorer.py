@@ -14,7 +14,7 @@ import pytest
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.experience import Task
-from lightning_rft.explorer.scorer import Scorer
+from lightning_rft.explorer.worker.scorer import Scorer
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from lightning_rft.explorer.engine import Completion, Request
-from lightning_rft.explorer.fake_engine import FakeEngine
-from lightning_rft.explorer.stepper import Stepper
+from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.fake import FakeEngine
+from lightning_rft.explorer.worker.stepper import Stepper
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ import pytest
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, GroupKey
-from lightning_rft.explorer.connection import Explored, Failure
-from lightning_rft.explorer.tolerance import Tolerance
+from lightning_rft.explorer.messages import Explored, Failure
+from lightning_rft.run.tolerance import Tolerance
 
 
 def group(good: int, *errors: Exception) -> Explored:

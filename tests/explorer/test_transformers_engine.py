@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_rft.errors import ConfigurationError, RFTError, TransportError
-from lightning_rft.explorer.engine import Completion, Request
-from lightning_rft.explorer.transformers_engine import TransformersEngine
+from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.transformers import TransformersEngine
 from lightning_rft.testing import tiny_model
 
 PROMPTS: list[tuple[int, ...]] = [(7, 8, 9), (30,), (11, 50, 60, 12, 90, 33, 21, 17), (40, 41), (99, 98, 97, 96, 95)]

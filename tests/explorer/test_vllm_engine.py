@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.engine import Request
-from lightning_rft.explorer.vllm_engine import VLLMEngine
+from lightning_rft.explorer.engines.engine import Request
+from lightning_rft.explorer.engines.vllm import VLLMEngine
 from tests.explorer.in_process import in_process
 
 pytestmark = [pytest.mark.vllm]

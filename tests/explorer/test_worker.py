@@ -15,10 +15,10 @@ import pytest
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey, Task
-from lightning_rft.explorer.connection import Advanced, Cancel, Channel, Explore, Explored, Several, Started
-from lightning_rft.explorer.fake_engine import FakeEngine
-from lightning_rft.explorer.worker import Explorer, ExplorerSpec
-from lightning_rft.explorer.workflow import Policy, SingleTurn
+from lightning_rft.explorer.engines.fake import FakeEngine
+from lightning_rft.explorer.messages import Advanced, Cancel, Channel, Explore, Explored, Several, Started
+from lightning_rft.explorer.worker.main import Explorer, ExplorerSpec
+from lightning_rft.explorer.workflows.policy import Policy, SingleTurn
 
 GROUP = Explore(run=5, key=GroupKey(3, 1), attempt=1, task=Task("1 + 1 =", id="t"), seeds=(7, 8), temperature=1.0)
 

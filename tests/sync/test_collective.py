@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_rft.errors import ExplorerError, LinkError, TransportError
-from lightning_rft.sync import collective
+from lightning_rft.sync.transports import collective
 
 
 class Explorers:

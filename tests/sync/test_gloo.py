@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from lightning_rft.errors import LinkError
-from lightning_rft.sync import collective
-from lightning_rft.sync.collective import GlooLink, GlooReceiver, GlooSender
-from lightning_rft.sync.memory import ReusedMemory
-from lightning_rft.sync.transport import Weights, announce
+from lightning_rft.sync.transports import collective
+from lightning_rft.sync.transports.collective import GlooLink, GlooReceiver, GlooSender
+from lightning_rft.sync.transports.memory import ReusedMemory
+from lightning_rft.sync.transports.transport import Weights, announce
 
 BUCKET = 64  # bytes: four tensors of each push in a bucket, and one that is larger
 

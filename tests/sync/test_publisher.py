@@ -10,8 +10,8 @@ import pytest
 
 import lightning_rft as rft
 from lightning_rft.errors import DeadlineError
-from lightning_rft.sync.publisher import Publisher
-from lightning_rft.sync.transport import Transport
+from lightning_rft.run.pusher import Publisher
+from lightning_rft.sync.transports.transport import Transport
 
 
 class Run:

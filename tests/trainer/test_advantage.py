@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_rft.trainer.advantage import group_relative
+from lightning_rft.trainer.objectives.advantages import group_relative
 
 SCORES = st.floats(-100, 100, width=32)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, MistralConfig, Qwen2Config
 
-from lightning_rft.trainer import fast_path as module
-from lightning_rft.trainer.fast_path import probe
+from lightning_rft.trainer import shortcuts as module
 from lightning_rft.trainer.logprobs import kept_logits, replaced_head, token_logprobs
 from lightning_rft.trainer.packing import pack
+from lightning_rft.trainer.shortcuts import probe
 from tests.trainer.test_logprobs import CONFIGS, SIZES, assert_same_gradients, build, gradients, plain, turn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
-from lightning_rft.run.ranks import Ranks
 from lightning_rft.trainer.loader import ExperienceLoader, MicroBatch, ValidationLoader, check_staleness, split
+from lightning_rft.trainer.ranks import Ranks
 
 
 def make_group(batch: int, slot: int, *lengths: int, versions: Sequence[int] | None = None) -> Group:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_rft.trainer.loss import clipped_surrogate, importance_ratio, kl_k3
+from lightning_rft.trainer.objectives.losses import clipped_surrogate, importance_ratio, kl_k3
 
 
 def test_importance_ratio():

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.trainer.advantage import group_relative
-from lightning_rft.trainer.loss import clipped_surrogate, importance_ratio, kl_k3
+from lightning_rft.trainer.objectives.advantages import group_relative
+from lightning_rft.trainer.objectives.losses import clipped_surrogate, importance_ratio, kl_k3
 
 __all__ = ["GRPO", "Objective"]
 
@@ -101,7 +101,7 @@ class GRPO(Objective):
         return True
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """Compute group-relative advantages [S]; see :func:`~lightning_rft.trainer.advantage.group_relative`."""
+        """Compute group-relative advantages [S]."""
         return group_relative(rewards, groups, scale=self.scale_rewards)
 
     def token_loss(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_rft.experience import Group, GroupKey, Task
-from lightning_rft.explorer.connection import Explore, Explored
+from lightning_rft.explorer.messages import Explore, Explored
 
 __all__ = ["Quiz"]
 

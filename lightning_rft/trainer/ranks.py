@@ -28,7 +28,7 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_rft.errors import DeadlineError, RankError, ScheduleError
-from lightning_rft.explorer.connection import Channel, Failure
+from lightning_rft.explorer.messages import Channel, Failure
 
 __all__ = ["SIGTERM_STATUS", "Ranks"]
 

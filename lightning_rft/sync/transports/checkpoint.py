@@ -13,7 +13,7 @@ import torch
 
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.sync.transport import Explorers, Transport, Weights, announce
+from lightning_rft.sync.transports.transport import Explorers, Transport, Weights, announce
 
 __all__ = ["CheckpointLink", "CheckpointTransport"]
 

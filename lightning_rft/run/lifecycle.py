@@ -14,20 +14,20 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.buffer.filters import Filter
 from lightning_rft.buffer.ledger import Ledger, State
-from lightning_rft.buffer.policies import ReplayMemory
+from lightning_rft.buffer.selection import ReplayMemory
 from lightning_rft.buffer.stored import stored_keys
 from lightning_rft.explorer.pool import ExplorerPool
-from lightning_rft.explorer.tolerance import Tolerance
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.groups import Groups
-from lightning_rft.run.limits import micro_batches, stop_batch
 from lightning_rft.run.placement import cpu_threads
 from lightning_rft.run.resume import begin_or_resume, buffer_path, progress_at
-from lightning_rft.run.settings import Settings
+from lightning_rft.run.tolerance import Tolerance
+from lightning_rft.settings import Settings
 from lightning_rft.sync.exploration import Exploration
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.tasks import TaskCursor, TaskPlan
+from lightning_rft.tasks.sources import TaskCursor, TaskPlan
+from lightning_rft.trainer.limits import micro_batches, stop_batch
 from lightning_rft.trainer.rng import restore_rng, rng_state
 
 __all__ = ["Loop"]

@@ -1,4 +1,4 @@
-"""The explorer process: ``python -m lightning_rft.explorer.worker FD``.
+"""The explorer process: ``python -m lightning_rft.explorer.worker.main FD``.
 
 It knows nothing of strategies: it runs the groups it is given and loads weights when told. When rank 0 is gone, it
 kills its own process group.
@@ -22,7 +22,8 @@ import cloudpickle
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, LinkError
 from lightning_rft.experience import Experience, Task
-from lightning_rft.explorer.connection import (
+from lightning_rft.explorer.engines.engine import Engine
+from lightning_rft.explorer.messages import (
     Advanced,
     Cancel,
     Channel,
@@ -39,10 +40,9 @@ from lightning_rft.explorer.connection import (
     Started,
     unpack,
 )
-from lightning_rft.explorer.engine import Engine
-from lightning_rft.explorer.scorer import Scorer
-from lightning_rft.explorer.stepper import Stepper
-from lightning_rft.explorer.workflow import Policy, Workflow
+from lightning_rft.explorer.worker.scorer import Scorer
+from lightning_rft.explorer.worker.stepper import Stepper
+from lightning_rft.explorer.workflows.policy import Policy, Workflow
 
 __all__ = ["Explorer", "ExplorerSpec"]
 

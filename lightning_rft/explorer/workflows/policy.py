@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task, Turn
-from lightning_rft.explorer.engine import Completion, Request
+from lightning_rft.explorer.engines.engine import Completion, Request
 
 __all__ = ["Policy", "SingleTurn", "Workflow", "encode_prompt"]
 

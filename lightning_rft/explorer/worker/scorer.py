@@ -1,7 +1,7 @@
 """Where rewards are computed: coroutines beside the workflows, plain functions in a process that can be killed.
 
 A plain function may hang, or hold the interpreter lock while it computes; in a process of its own neither stops the
-engine. Run as ``python -m lightning_rft.explorer.scorer FD`` it is that process.
+engine. Run as ``python -m lightning_rft.explorer.worker.scorer FD`` it is that process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from lightning_rft.errors import DeadlineError
 from lightning_rft.experience import Task
-from lightning_rft.explorer.connection import Channel, Failure, spawn
+from lightning_rft.explorer.messages import Channel, Failure, spawn
 from lightning_rft.rewards import as_reward
 
 __all__ = ["Scorer"]

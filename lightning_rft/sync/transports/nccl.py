@@ -16,8 +16,8 @@ import torch
 
 from lightning_rft.errors import TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.sync.collective import _Sender
-from lightning_rft.sync.transport import Explorers
+from lightning_rft.sync.transports.collective import _Sender
+from lightning_rft.sync.transports.transport import Explorers
 
 __all__ = ["NCCLLink", "NCCLSender"]
 

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_rft.buffer.policies import Priority, Replay
+from lightning_rft.buffer.selection import Priority, Replay
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, Task
-from lightning_rft.explorer.engine import Engine
-from lightning_rft.explorer.workflow import Workflow
+from lightning_rft.explorer.engines.engine import Engine
+from lightning_rft.explorer.workflows.policy import Workflow
 from lightning_rft.monitor.spans import Span
 from lightning_rft.rewards import check_reward
 from lightning_rft.sync.strategy import SyncStrategy

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightning_rft.errors import ConfigurationError, RFTError, TransportError
-from lightning_rft.explorer.engine import Completion, Engine, Request, TensorInfo, WeightLink, WeightReceiver
+from lightning_rft.explorer.engines.engine import Completion, Engine, Request, TensorInfo, WeightLink, WeightReceiver
 from lightning_rft.hardware import fast_dtype
 
 if TYPE_CHECKING:

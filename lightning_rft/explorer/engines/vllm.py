@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.engine import Completion, Engine, Request, WeightLink
+from lightning_rft.explorer.engines.engine import Completion, Engine, Request, WeightLink
 from lightning_rft.hardware import fast_dtype
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class VLLMEngine(Engine):
 
         import vllm.v1.engine.llm_engine  # noqa: F401
 
-        import lightning_rft.explorer.vllm_weights  # noqa: F401
+        import lightning_rft.explorer.engines.vllm_weights  # noqa: F401
 
     def start(self, model: str, *, max_model_len: int, seed: int) -> None:
         """Builds the engine core."""
@@ -115,7 +115,7 @@ class VLLMEngine(Engine):
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from lightning_rft.explorer.vllm_weights import BACKEND, register
+        from lightning_rft.explorer.engines.vllm_weights import BACKEND, register
 
         register()
         on_cpu = current_platform.is_cpu()

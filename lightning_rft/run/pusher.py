@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from lightning_rft.errors import DeadlineError
-from lightning_rft.sync.transport import Explorers, Transport, Weights
+from lightning_rft.sync.transports.transport import Explorers, Transport, Weights
 
 __all__ = ["Publisher", "snapshot"]
 

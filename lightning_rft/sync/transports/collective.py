@@ -17,8 +17,8 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # 
 
 from lightning_rft.errors import ConfigurationError, LinkError, RFTError, TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.sync.memory import ReusedMemory
-from lightning_rft.sync.transport import Explorers, Transport, Weights, announce, buckets, nbytes
+from lightning_rft.sync.transports.memory import ReusedMemory
+from lightning_rft.sync.transports.transport import Explorers, Transport, Weights, announce, buckets, nbytes
 
 __all__ = ["CollectiveTransport", "GlooLink"]
 
@@ -34,10 +34,10 @@ _Arriving = tuple[Sequence[TensorInfo], torch.Tensor, Any]  # a bucket, its byte
 class CollectiveTransport(Transport):
     """Broadcasts the weights from the trainer to every explorer.
 
-    Gloo is ours and runs everywhere; NCCL is vLLM's own weight transfer (see :mod:`lightning_rft.sync.nccl`) and needs
-    the trainer and every vLLM engine on GPUs of their own. The group is made at the first push and made again when
-    the explorers change; its port is chosen by the operating system. When a member dies or does not come in time, the
-    push is repeated with the others.
+    Gloo is ours and runs everywhere; NCCL is vLLM's own weight transfer (see
+    :mod:`lightning_rft.sync.transports.nccl`) and needs the trainer and every vLLM engine on GPUs of their own. The
+    group is made at the first push and made again when the explorers change; its port is chosen by the operating
+    system. When a member dies or does not come in time, the push is repeated with the others.
 
     Args:
         backend: ``"gloo"``, ``"nccl"``, or ``"auto"`` for NCCL where both sides can, else Gloo.
@@ -116,7 +116,7 @@ class CollectiveTransport(Transport):
                 "waits for pushes (asynchronous ones push from a snapshot in the CPU's memory): use backend='auto'"
             )
         if self.backend == "nccl" or (self.backend == "auto" and on_gpu and explorers.nccl):
-            from lightning_rft.sync.nccl import NCCLSender
+            from lightning_rft.sync.transports.nccl import NCCLSender
 
             return NCCLSender(self.timeout_s)
         return GlooSender(self.timeout_s, self.bucket_mib << 20)

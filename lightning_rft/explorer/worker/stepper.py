@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.engine import Completion, Engine, Request
+from lightning_rft.explorer.engines.engine import Completion, Engine, Request
 
 __all__ = ["Stepper"]
 

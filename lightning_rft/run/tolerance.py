@@ -6,7 +6,7 @@ import logging
 from collections import deque
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.explorer.connection import Explored, Failure
+from lightning_rft.explorer.messages import Explored, Failure
 
 __all__ = ["Tolerance"]
 

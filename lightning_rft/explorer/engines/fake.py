@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lightning_rft.errors import ConfigurationError, TransportError
-from lightning_rft.explorer.engine import Completion, Engine, Request, TensorInfo, WeightLink, WeightReceiver
+from lightning_rft.explorer.engines.engine import Completion, Engine, Request, TensorInfo, WeightLink, WeightReceiver
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""Inference engines, each of which samples tokens from the policy's weights."""

@@ -1,0 +1,1 @@
+"""The explorer process: one engine, and the workflows and rewards that run beside it."""

@@ -1,0 +1,1 @@
+"""Workflows, which turn a task into calls of the policy."""

@@ -1,0 +1,1 @@
+"""Weight transports, which carry weights from the trainer to the explorers."""

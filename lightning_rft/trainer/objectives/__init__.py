@@ -1,0 +1,1 @@
+"""Objectives: advantages, losses, and how they are put together."""
