@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from lightning_rft.explorer.engines.vllm import VLLMEngine as VLLMEngine
     from lightning_rft.explorer.pool import ExplorerPool as ExplorerPool
     from lightning_rft.explorer.workflows.policy import Policy as Policy
-    from lightning_rft.explorer.workflows.policy import SingleTurn as SingleTurn
+    from lightning_rft.explorer.workflows.single_turn import SingleTurn as SingleTurn
     from lightning_rft.monitor.timeline import TimelineCallback as TimelineCallback
     from lightning_rft.sync.fully_asynchronous import FullyAsynchronous as FullyAsynchronous
     from lightning_rft.sync.multi_explorer import MultiExplorerAsynchronous as MultiExplorerAsynchronous
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from lightning_rft.sync.transports.checkpoint import CheckpointTransport as CheckpointTransport
     from lightning_rft.sync.transports.collective import CollectiveTransport as CollectiveTransport
     from lightning_rft.trainer.module import RFTModule as RFTModule
-    from lightning_rft.trainer.objectives.objective import GRPO as GRPO
+    from lightning_rft.trainer.objectives.grpo import GRPO as GRPO
     from lightning_rft.trainer.objectives.objective import Objective as Objective
 
 _MODULES = {
@@ -85,7 +85,8 @@ _MODULES = {
     "lightning_rft.explorer.pool": ["ExplorerPool"],
     "lightning_rft.explorer.engines.transformers": ["TransformersEngine"],
     "lightning_rft.explorer.engines.vllm": ["VLLMEngine"],
-    "lightning_rft.explorer.workflows.policy": ["Policy", "SingleTurn"],
+    "lightning_rft.explorer.workflows.policy": ["Policy"],
+    "lightning_rft.explorer.workflows.single_turn": ["SingleTurn"],
     "lightning_rft.monitor.timeline": ["TimelineCallback"],
     "lightning_rft.sync.transports.checkpoint": ["CheckpointTransport"],
     "lightning_rft.sync.transports.collective": ["CollectiveTransport"],
@@ -95,7 +96,8 @@ _MODULES = {
     "lightning_rft.sync.strategy": ["SyncStrategy"],
     "lightning_rft.sync.synchronous": ["Synchronous"],
     "lightning_rft.trainer.module": ["RFTModule"],
-    "lightning_rft.trainer.objectives.objective": ["GRPO", "Objective"],
+    "lightning_rft.trainer.objectives.grpo": ["GRPO"],
+    "lightning_rft.trainer.objectives.objective": ["Objective"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

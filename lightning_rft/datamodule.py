@@ -22,7 +22,8 @@ from lightning_rft.experience import Group
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.engines.vllm import VLLMEngine
 from lightning_rft.explorer.pool import ExplorerPool
-from lightning_rft.explorer.workflows.policy import SingleTurn, Workflow
+from lightning_rft.explorer.workflows.policy import Workflow
+from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.monitor.spans import Span
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.lifecycle import Loop
@@ -31,7 +32,8 @@ from lightning_rft.run.spec import explorer_spec
 from lightning_rft.run.tolerance import Tolerance
 from lightning_rft.settings import check_counts, check_source, check_together, sync_strategy
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.tasks.sources import TaskPlan, Tasks, read_tasks
+from lightning_rft.tasks.plan import TaskPlan
+from lightning_rft.tasks.sources import Tasks, read_tasks
 from lightning_rft.trainer.limits import micro_batches, validation_batches
 from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
 from lightning_rft.trainer.module import RFTModule

@@ -18,7 +18,8 @@ import pytest
 
 from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.experience import GroupKey
-from lightning_rft.tasks.sources import TaskCursor, TaskPlan, as_tasks
+from lightning_rft.tasks.plan import TaskCursor, TaskPlan
+from lightning_rft.tasks.sources import as_tasks
 from tests.lives import STRATEGIES, TASKS, TASKS_PER_STEP, buffer
 from tests.processes import Script, Zygote
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Task
-from lightning_rft.tasks.sources import TaskCursor, TaskPlan, as_tasks, read_jsonl, reasoning_gym_tasks
+from lightning_rft.tasks.plan import TaskCursor, TaskPlan
+from lightning_rft.tasks.sources import as_tasks, read_jsonl, reasoning_gym_tasks
 
 ROOT = Path(__file__).parents[1]
 CHAT = [{"role": "user", "content": "hi"}]
@@ -198,7 +199,8 @@ def test_orders_and_seeds_are_pinned() -> None:
 
 def test_orders_and_seeds_are_those_of_another_process() -> None:
     code = (
-        "from lightning_rft.tasks.sources import *; from lightning_rft.experience import GroupKey\n"
+        "from lightning_rft.tasks.sources import *; from lightning_rft.tasks.plan import *\n"
+        "from lightning_rft.experience import GroupKey\n"
         "p = TaskCursor(TaskPlan(as_tasks(['x'] * 9), 9, 1, True, 5))\n"
         "print([(p.task(GroupKey(3, i)).id, p.sample_seed(GroupKey(3, i), 1)) for i in range(9)])"
     )

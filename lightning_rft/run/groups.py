@@ -15,7 +15,7 @@ from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group, GroupKey, Progress
 from lightning_rft.explorer.messages import Explore, Explored
 from lightning_rft.run.resume import run_state
-from lightning_rft.tasks.sources import TaskCursor
+from lightning_rft.tasks.plan import TaskCursor
 
 __all__ = ["Groups"]
 

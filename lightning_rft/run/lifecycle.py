@@ -26,7 +26,7 @@ from lightning_rft.settings import Settings
 from lightning_rft.sync.exploration import Exploration
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.tasks.sources import TaskCursor, TaskPlan
+from lightning_rft.tasks.plan import TaskCursor, TaskPlan
 from lightning_rft.trainer.limits import micro_batches, stop_batch
 from lightning_rft.trainer.rng import restore_rng, rng_state
 

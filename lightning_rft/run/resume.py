@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey, Progress
-from lightning_rft.tasks.sources import TaskCursor
+from lightning_rft.tasks.plan import TaskCursor
 
 __all__ = ["begin_or_resume", "buffer_path", "progress_at", "run_state"]
 

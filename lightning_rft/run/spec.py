@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_rft.explorer.context import fitting_length
 from lightning_rft.explorer.worker.main import ExplorerSpec
-from lightning_rft.explorer.workflows.policy import SingleTurn
+from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.model_folder import check_model
 from lightning_rft.settings import Settings
 

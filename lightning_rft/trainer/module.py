@@ -17,7 +17,8 @@ from lightning_rft.model_folder import check_model
 from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.trainer.loader import MicroBatch
 from lightning_rft.trainer.logprobs import token_logprobs
-from lightning_rft.trainer.objectives.objective import GRPO, Objective
+from lightning_rft.trainer.objectives.grpo import GRPO
+from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin
 from lightning_rft.trainer.sharding import shard
 from lightning_rft.trainer.shortcuts import FastPath, probe

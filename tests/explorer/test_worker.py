@@ -18,7 +18,8 @@ from lightning_rft.experience import GroupKey, Task
 from lightning_rft.explorer.engines.fake import FakeEngine
 from lightning_rft.explorer.messages import Advanced, Cancel, Channel, Explore, Explored, Several, Started
 from lightning_rft.explorer.worker.main import Explorer, ExplorerSpec
-from lightning_rft.explorer.workflows.policy import Policy, SingleTurn
+from lightning_rft.explorer.workflows.policy import Policy
+from lightning_rft.explorer.workflows.single_turn import SingleTurn
 
 GROUP = Explore(run=5, key=GroupKey(3, 1), attempt=1, task=Task("1 + 1 =", id="t"), seeds=(7, 8), temperature=1.0)
 

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task
 from lightning_rft.explorer.engines.engine import Completion, Request
-from lightning_rft.explorer.workflows.policy import Policy, SingleTurn, encode_prompt
+from lightning_rft.explorer.workflows.policy import Policy, encode_prompt
+from lightning_rft.explorer.workflows.single_turn import SingleTurn
 
 CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
 

@@ -10,6 +10,7 @@ import torch
 
 from lightning_rft.errors import ExplorerError, LinkError, TransportError
 from lightning_rft.sync.transports import collective
+from lightning_rft.sync.transports.transport import Sender
 
 
 class Explorers:
@@ -81,7 +82,7 @@ def test_a_push_that_breaks_off_again_and_again_without_a_death_is_given_up(monk
         def load(self, *_: object) -> None:
             pass
 
-    class Broken(collective._Sender):
+    class Broken(Sender):
         sent = 0
 
         def send(self, tensors: object, manifest: object) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lightning_rft.errors import LinkError
-from lightning_rft.sync.transports import collective
-from lightning_rft.sync.transports.collective import GlooLink, GlooReceiver, GlooSender
+from lightning_rft.sync.transports import collective, gloo
+from lightning_rft.sync.transports.gloo import GlooLink, GlooReceiver, GlooSender
 from lightning_rft.sync.transports.memory import ReusedMemory
 from lightning_rft.sync.transports.transport import Weights, announce
 
@@ -81,8 +81,8 @@ def test_what_is_tied_travels_once_and_arrives_under_both_names(
     group: tuple[GlooSender, GlooReceiver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     travelled: list[int] = []
-    whole = collective._broadcast
-    monkeypatch.setattr(collective, "_broadcast", lambda *args: travelled.append(args[1].numel()) or whole(*args))
+    whole = gloo._broadcast
+    monkeypatch.setattr(gloo, "_broadcast", lambda *args: travelled.append(args[1].numel()) or whole(*args))
     weights = policy(0)
     arrived = dict(pushed(group, list(weights.items()), "float32"))
     assert torch.equal(arrived["head"], weights["head"])
@@ -118,7 +118,7 @@ def test_who_waits_for_weights_learns_that_a_push_broke_off(
     sender, receiver = group
     weights = list(policy(0).items())
     manifest = announce(weights, "float32")
-    broadcast, trainers, buckets_sent = collective._broadcast, id(sender._group), []
+    broadcast, trainers, buckets_sent = gloo._broadcast, id(sender._group), []
 
     def breaks_off(own: Any, buffer: torch.Tensor) -> Any:
         if id(own) == trainers:
@@ -127,7 +127,7 @@ def test_who_waits_for_weights_learns_that_a_push_broke_off(
                 raise RuntimeError("connection closed by another member")
         return broadcast(own, buffer)
 
-    monkeypatch.setattr(collective, "_broadcast", breaks_off)
+    monkeypatch.setattr(gloo, "_broadcast", breaks_off)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(list, receiver.receive(manifest))
         try:

@@ -19,7 +19,7 @@ from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from lightning_rft.model_folder import check_model, context_length
 from lightning_rft.trainer.loader import MicroBatch, split
 from lightning_rft.trainer.module import RFTModule
-from lightning_rft.trainer.objectives.objective import GRPO
+from lightning_rft.trainer.objectives.grpo import GRPO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

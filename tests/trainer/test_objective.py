@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.trainer.objectives.objective import GRPO, Objective
+from lightning_rft.trainer.objectives.grpo import GRPO
+from lightning_rft.trainer.objectives.objective import Objective
 
 
 def test_token_loss_by_hand():
@@ -67,7 +68,7 @@ def test_settings_are_frozen():
 def test_objective_can_be_named_in_a_config():
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--objective", type=Objective)
-    arguments = ["--objective=lightning_rft.trainer.objectives.objective.GRPO", "--objective.clip_high=0.28"]
+    arguments = ["--objective=lightning_rft.trainer.objectives.grpo.GRPO", "--objective.clip_high=0.28"]
     built = parser.instantiate(parser.parse_args(arguments)).objective
     assert built == GRPO(clip_high=0.28)
 

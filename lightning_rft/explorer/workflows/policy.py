@@ -1,4 +1,4 @@
-"""How a sample comes about: a coroutine is given a task and a policy, and calls the policy as often as it likes."""
+"""The policy as a workflow sees it: a coroutine is given a task and calls the policy as often as it likes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.engines.engine import Completion, Request
 
-__all__ = ["Policy", "SingleTurn", "Workflow", "encode_prompt"]
+__all__ = ["Policy", "Prompt", "Workflow", "encode_prompt"]
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -115,11 +115,3 @@ class Workflow(Protocol):
     async def __call__(self, task: Task, policy: Policy) -> str:
         """Answers a task."""
         ...
-
-
-class SingleTurn:
-    """One prompt, one answer."""
-
-    async def __call__(self, task: Task, policy: Policy) -> str:
-        """Answers a task with one call of the policy."""
-        return await policy(task.prompt)

@@ -16,8 +16,7 @@ import torch
 
 from lightning_rft.errors import TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.sync.transports.collective import _Sender
-from lightning_rft.sync.transports.transport import Explorers
+from lightning_rft.sync.transports.transport import Explorers, Sender
 
 __all__ = ["NCCLLink", "NCCLSender"]
 
@@ -33,7 +32,7 @@ class NCCLLink:
         raise TransportError("this engine cannot receive by NCCL: set CollectiveTransport(backend='gloo')")
 
 
-class NCCLSender(_Sender):
+class NCCLSender(Sender):
     """Rank 0 of vLLM's NCCL weight-transfer group."""
 
     def __init__(self, timeout_s: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import torch
 
 from lightning_rft.experience import TensorInfo
 
-__all__ = ["Explorers", "Transport", "Weights", "announce", "buckets", "nbytes"]
+__all__ = ["Explorers", "Sender", "Transport", "Weights", "announce", "buckets", "nbytes"]
 
 
 class Explorers(Protocol):
@@ -166,3 +166,25 @@ def announce(weights: Weights, dtype: str) -> list[TensorInfo]:
         first.setdefault(place, name)
         manifest.append(TensorInfo(name, kind, tuple(tensor.shape), same_as))
     return manifest
+
+
+class Sender:
+    """The trainer's end of a group."""
+
+    @property
+    def joined(self) -> bool:
+        """Whether all members have met."""
+        return False
+
+    def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
+        """Invites the members (explorer -> processes that hold weights) and meets them."""
+
+    def absent(self) -> list[int]:
+        """Who was invited and has not come."""
+        return []
+
+    def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
+        """Sends what was announced."""
+
+    def close(self) -> None:
+        """Leaves."""

@@ -1,0 +1,210 @@
+"""Weights by Gloo: a broadcast group of our own over rank 0 and the explorers, on any hardware."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
+
+from lightning_rft.errors import LinkError, TransportError
+from lightning_rft.experience import TensorInfo
+from lightning_rft.sync.transports.memory import ReusedMemory
+from lightning_rft.sync.transports.transport import Explorers, Sender, Weights, buckets, nbytes
+
+__all__ = ["GlooLink", "GlooReceiver", "GlooSender"]
+
+
+_MEET_S = 0.001
+
+
+_GO = "go"
+
+
+_Arriving = tuple[Sequence[TensorInfo], torch.Tensor, Any]  # a bucket, its bytes, and what is to be waited for
+
+
+class GlooSender(Sender):
+    """Rank 0 of a Gloo group of our own, apart from any group of the trainer's."""
+
+    def __init__(self, timeout_s: float, bucket_bytes: int) -> None:
+        self._timeout_s = timeout_s
+        self._bucket_bytes = bucket_bytes
+        self._memory = ReusedMemory(bucket_bytes)
+        self._group: ProcessGroupGloo | None = None
+        self._store: TCPStore | None = None
+        self._closed = False
+        self._invited: dict[str, int] = {}  # what an explorer's process writes into the store when it comes
+
+    @property
+    def joined(self) -> bool:
+        """Whether the group is made."""
+        return self._group is not None
+
+    def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
+        """Opens a store on a free port, invites every explorer, and meets them."""
+        world = 1 + sum(members.values())
+        timeout = timedelta(seconds=self._timeout_s)
+        store = self._store = TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
+        rank = 1
+        for explorer, size in members.items():
+            link = GlooLink("127.0.0.1", store.port, rank, world, self._timeout_s, self._bucket_bytes)
+            self._invited |= {f"here/{member}": explorer for member in range(rank, rank + size)}
+            explorers.connect(explorer, link)
+            rank += size
+        # Making the group cannot be broken off, so it begins when everyone has come; who waits in vain for another
+        # member is freed by the end of the store.
+        while not store.check(list(self._invited)):
+            if self._closed:
+                return
+            time.sleep(_MEET_S)
+        store.set(_GO, "")
+        self._group = _gloo(store, 0, world, timeout)
+
+    def absent(self) -> list[int]:
+        """Those without whom the group cannot be made."""
+        store = self._store
+        return [] if store is None else [who for key, who in self._invited.items() if not store.check([key])]
+
+    def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
+        """Packs each bucket's bytes (Gloo cannot broadcast bfloat16) and broadcasts them."""
+        group = self._group
+        assert group is not None, "send before join"
+        by_name = dict(tensors)
+        before: Any = None
+        for bucket in buckets(manifest, self._bucket_bytes):
+            if self._closed:
+                return
+            buffer = self._memory.take(sum(map(nbytes, bucket)))
+            for info, view in _views(bucket, buffer):
+                view.copy_(by_name[info.name])
+            if before is not None:
+                before.wait()  # it travelled while this one was packed
+            before = _broadcast(group, buffer)
+        if before is not None:
+            before.wait()
+
+    def close(self) -> None:
+        """Drops group and store: with the last reference to the group its connections close."""
+        self._closed = True
+        self._group = None
+        self._store = None
+
+
+@dataclass(frozen=True)
+class GlooLink:
+    """An invitation to a Gloo group.
+
+    Args:
+        host: Where rank 0's store listens.
+        port: Its port.
+        rank: Rank of the engine's first weight-holding process; the others follow.
+        world_size: Members of the group, rank 0 included.
+        timeout_s: Deadline of the meeting and of each broadcast.
+        bucket_bytes: Bytes that travel at a time.
+    """
+
+    host: str
+    port: int
+    rank: int
+    world_size: int
+    timeout_s: float
+    bucket_bytes: int
+
+    def open(self, member: int) -> GlooReceiver:
+        """Joins the group."""
+        return GlooReceiver(self, member)
+
+
+class GlooReceiver:
+    """An explorer's end of the group."""
+
+    def __init__(self, link: GlooLink, member: int) -> None:
+        timeout = timedelta(seconds=link.timeout_s)
+        self._bucket_bytes = link.bucket_bytes
+        self._memory = ReusedMemory(link.bucket_bytes)
+        with _link_errors():
+            self._store = TCPStore(link.host, link.port, None, is_master=False, timeout=timeout)
+            self._store.set(f"here/{link.rank + member}", "")
+            self._store.wait([_GO], timeout)
+            self._group: ProcessGroupGloo | None = _gloo(self._store, link.rank + member, link.world_size, timeout)
+
+    def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the tensors of one push; the next bucket travels while the engine loads one.
+
+        Raises:
+            LinkError: The group broke off in the middle.
+        """
+        group = self._group
+        if group is None:
+            raise TransportError("weights were announced on a link that was closed")
+        arriving = self._arriving(group, manifest)
+        wanted = {info.same_as for info in manifest}
+        kept: dict[str, torch.Tensor] = {}
+        for info in manifest:
+            tensor = next(arriving) if info.same_as is None else kept[info.same_as]
+            if info.name in wanted:
+                kept[info.name] = tensor
+            yield info.name, tensor
+
+    def _arriving(self, group: ProcessGroupGloo, manifest: Sequence[TensorInfo]) -> Iterator[torch.Tensor]:
+        """All but aliases, in order."""
+        broadcasts = (self._begin(group, bucket) for bucket in buckets(manifest, self._bucket_bytes))
+        arriving = next(broadcasts, None)
+        while arriving is not None:
+            bucket, buffer, work = arriving
+            with _link_errors():
+                work.wait()
+            arriving = next(broadcasts, None)
+            for _, view in _views(bucket, buffer):
+                yield view
+
+    def _begin(self, group: ProcessGroupGloo, bucket: Sequence[TensorInfo]) -> _Arriving:
+        buffer = self._memory.take(sum(map(nbytes, bucket)))
+        with _link_errors():
+            return bucket, buffer, _broadcast(group, buffer)
+
+    def close(self) -> None:
+        """Leaves the group."""
+        self._group = None
+
+
+@contextmanager
+def _link_errors() -> Iterator[None]:
+    """What torch raises when a member of a group is gone, in our terms."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LinkError(f"the weight transport broke off: {error}") from error
+
+
+def _gloo(store: Store, rank: int, world_size: int, timeout: timedelta) -> ProcessGroupGloo:
+    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    # by address: a host whose own name does not resolve would not find itself
+    options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timeout
+    return ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, options)
+
+
+def _broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:
+    """Begins a broadcast; what it returns is to be waited for."""
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    options.rootTensor = 0
+    return group.broadcast([buffer], options)  # type: ignore[attr-defined]
+
+
+def _views(bucket: Sequence[TensorInfo], buffer: torch.Tensor) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
+    offset = 0
+    for info in bucket:
+        size = nbytes(info)
+        dtype: torch.dtype = getattr(torch, info.dtype)
+        count = torch.Size(info.shape).numel()
+        yield info, buffer[offset : offset + size].view(dtype)[:count].view(info.shape)
+        offset += size
