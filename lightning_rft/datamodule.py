@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,13 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import Self
 
 from lightning_rft.buffer.filters import Filter
 from lightning_rft.buffer.selection import Priority, Replay
 from lightning_rft.buffer.stored import StoredExperience
-from lightning_rft.errors import ConfigurationError
+from lightning_rft.errors import ConfigurationError, DeadlineError
 from lightning_rft.experience import Group
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.engines.vllm import VLLMEngine
@@ -26,7 +28,7 @@ from lightning_rft.explorer.workflows.policy import Workflow
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.monitor.spans import Span
 from lightning_rft.run.coordinator import Coordinator
-from lightning_rft.run.lifecycle import Loop
+from lightning_rft.run.lifecycle import Run
 from lightning_rft.run.placement import cpu_threads, explorer_gpus
 from lightning_rft.run.spec import explorer_spec
 from lightning_rft.run.tolerance import Tolerance
@@ -192,7 +194,8 @@ class RFTDataModule(L.LightningDataModule):
         self.observers: list[Callable[[Span], None]] = []
         #: The trainer's ranks; only rank 0 starts anything.
         self.ranks = Ranks()
-        self._loop: Loop | None = None
+        self._run: Run | None = None
+        self._begun = False  # whether this call of the trainer has begun its run, which only rank 0 has
         self._folder = Path()  # the run's own, from setup on
         self._held = False
         self._limit_val_batches: float | None = None  # of the trainer, where there is nothing to validate on
@@ -237,14 +240,33 @@ class RFTDataModule(L.LightningDataModule):
             threads, _ = cpu_threads(self._trainer, sync_strategy(self._trainer), self.explorers)
             self._pool.start(spec, self.start_timeout_s, self._folder, gpus, threads)
 
-    def begin(self, strategy: SyncStrategy) -> Coordinator:
-        """Starts the run of this call of the trainer under a strategy; called by the strategy, once."""
+    # What a strategy tells of
+
+    def begin(self, strategy: SyncStrategy) -> None:
+        """Begins the run of this call of the trainer, once, and pushes the first version."""
+        if not self._begun:
+            self._begun = True
+            self.ranks.agree("the first push", lambda: self._begin(strategy))
+
+    def trained(self, batch: int) -> dict[str, float]:
+        """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""
+        return self.ranks.agree(f"the end of batch {batch}", lambda: self._active.trained(batch))
+
+    def finish(self) -> None:
+        """Pushes the last version, if it was not, so that what is sampled next is sampled with it."""
+        self.ranks.agree("the end of training", self._finish)
+
+    def _finish(self) -> None:
+        self._active.push_last()
+        rank_zero_info(self._active.summary())
+
+    def _begin(self, strategy: SyncStrategy) -> None:
         assert self._pool.assigned, "begin before setup"
         saved = self._restored if self._fits else {}
         self._restored = {}
         if self._fits:
             self._last = {}
-        self._loop = Loop(
+        self._run = Run(
             self,
             self._trainer,
             strategy,
@@ -252,14 +274,15 @@ class RFTDataModule(L.LightningDataModule):
             folder=self._folder,
             saved=saved,
             check_interrupt=self._check_interrupt,
+            gathered=self.ranks.gathered,
         )
-        return self._loop.coordinator
+        self._active.push_first()
 
     # What a checkpoint holds
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: tasks, buffer, and the generators of random numbers. Of rank 0, which saves it."""
-        return self._loop.state_dict() if self._loop is not None else self._last
+        return self._run.state_dict() if self._run is not None else self._last
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps what a checkpoint holds for the run that resumes it."""
@@ -282,8 +305,11 @@ class RFTDataModule(L.LightningDataModule):
         if isinstance(exception, SIGTERMException):
             exception.code = SIGTERM_STATUS
         self.ranks.fail(exception)
+        if self._run is not None:
+            self._run.coordinator.failed(exception)  # so that a push in the background does not go on
         try:
-            self._stop()
+            with contextlib.suppress(DeadlineError):  # of that push: the exception says more
+                self._stop()
         finally:
             self.ranks.close()
 
@@ -344,8 +370,8 @@ class RFTDataModule(L.LightningDataModule):
 
     @property
     def _active(self) -> Coordinator:
-        assert self._loop is not None, "experience was asked for before the run began"
-        return self._loop.coordinator
+        assert self._run is not None, "experience was asked for before the run began"
+        return self._run.coordinator
 
     def _check_interrupt(self) -> None:
         self.ranks.check()
@@ -354,16 +380,17 @@ class RFTDataModule(L.LightningDataModule):
 
     def _end_run(self) -> None:
         self._restored = {}  # of a fit that ended before its run began
+        self._begun = False
         if self._limit_val_batches is not None:
             self._trainer.limit_val_batches = self._limit_val_batches  # type: ignore[attr-defined]
             self._limit_val_batches = None
-        loop, self._loop = self._loop, None
-        if loop is not None:
+        run, self._run = self._run, None
+        if run is not None:
             try:
                 if self._fits:
-                    self._last = loop.state_dict()
+                    self._last = run.state_dict()
             finally:
-                loop.close()
+                run.close()
 
     def _stop(self) -> None:
         try:

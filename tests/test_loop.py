@@ -63,8 +63,11 @@ class Run:
     def fit(self, data: rft.RFTDataModule) -> Run:
         begin = data.begin
 
-        def begin_watched(strategy: rft.SyncStrategy) -> Any:
-            run = begin(strategy)
+        def begin_watched(strategy: rft.SyncStrategy) -> None:
+            begin(strategy)
+            run = data._active
+            if "wanted" in vars(run):  # every hook that may be the first begins the run
+                return
             wanted = run.wanted
 
             def wanted_watched(batch: int) -> Any:
@@ -72,7 +75,6 @@ class Run:
                 return wanted(batch)
 
             run.wanted = wanted_watched  # type: ignore[method-assign]
-            return run
 
         data.begin = begin_watched  # type: ignore[method-assign]
         try:
@@ -332,7 +334,7 @@ def test_two_explorers_share_the_work_and_end_with_fit(tiny_model_path: Path, tm
 
 
 def explorers(data: rft.RFTDataModule) -> list[int]:
-    return [data._pool.pid(explorer) for explorer in data._pool.members()]
+    return [data._pool.pid(explorer) for explorer in data._pool.up]
 
 
 def alive(pid: int) -> bool:

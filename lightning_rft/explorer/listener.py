@@ -1,4 +1,4 @@
-"""Listening to the explorers: a thread, the lock that it shares with the trainer's thread, and waiting for news."""
+"""The thread that listens to the explorers, the lock that it shares with the trainer's thread, and waits for news."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_rft.errors import DeadlineError
 from lightning_rft.explorer.pool import ExplorerPool
-from lightning_rft.explorer.watch import Watch
+from lightning_rft.explorer.roster import Roster
 
 __all__ = ["GRACE_S", "Listener"]
 
@@ -19,13 +19,13 @@ _POLL_S = 0.2
 
 
 class Listener:
-    """Hands every message of the explorers to whoever handles it, and ends explorers that hang.
+    """Hands every message of the explorers to one function, and ends explorers that hang.
 
     An error on its thread reaches the trainer at its next call or wait.
 
     Args:
         pool: The explorers.
-        watch: Which of them have work and get nowhere with it.
+        roster: Knows which of them have work and get nowhere with it.
         handle: Called with explorer and message, under the lock.
         check_interrupt: Called during every wait; raises to end it.
     """
@@ -33,7 +33,7 @@ class Listener:
     def __init__(
         self,
         pool: ExplorerPool,
-        watch: Watch,
+        roster: Roster,
         handle: Callable[[int, Any], None],
         check_interrupt: Callable[[], None],
     ) -> None:
@@ -42,7 +42,7 @@ class Listener:
         #: When there last was news, in seconds of :func:`time.monotonic`.
         self.heard = time.monotonic()
         self._pool = pool
-        self._watch = watch
+        self._roster = roster
         self._handle = handle
         self._check_interrupt = check_interrupt
         self._error: BaseException | None = None
@@ -103,11 +103,11 @@ class Listener:
                     if messages or self._pool.starting:
                         self.heard = now
                         self.lock.notify_all()
-                    hung = self._watch.overdue(now)
+                    hung = self._roster.overdue(now)
                 for explorer in hung:
                     self._pool.kill(
                         explorer,
-                        f"had work but made no progress for rollout_timeout_s={self._watch.timeout_s:g} seconds",
+                        f"had work but made no progress for rollout_timeout_s={self._roster.timeout_s:g} seconds",
                     )
         except BaseException as error:
             self.failed(error)

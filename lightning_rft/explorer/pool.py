@@ -216,7 +216,7 @@ class ExplorerPool:
     @property
     def starting(self) -> bool:
         """Whether an engine is yet to come up, or to come up again; there is a deadline for it."""
-        return self.running and len(self.members()) < self.count
+        return self.running and len(self.up) < self.count
 
     @property
     def ready(self) -> bool:
@@ -233,16 +233,11 @@ class ExplorerPool:
         """Whether every engine takes an NCCL link: NCCL refuses two members on one GPU."""
         return self._placed is not None and all(started.nccl for started in self._came_up.values())
 
-    def max_num_seqs(self, explorer: int) -> int:
-        """Most samples that an explorer's engine runs at once."""
-        started = self._members[explorer].started
-        assert started is not None, "asked before the engine was up"
-        return started.max_num_seqs
-
-    def members(self) -> dict[int, int]:
-        """Explorer index -> number of processes inside it that hold weights; those whose engine is up."""
+    @property
+    def up(self) -> dict[int, Started]:
+        """Explorers whose engine is up, with what each said of it."""
         members = list(self._members.items())  # another thread may be listening
-        return {index: member.started.world_size for index, member in members if member.started is not None}
+        return {index: member.started for index, member in members if member.started is not None}
 
     def pid(self, explorer: int) -> int:
         """Process id of an explorer, which leads a process group of its own."""
@@ -327,7 +322,7 @@ class ExplorerPool:
                     self.kill(index, f"was not ready again within start_timeout_s={self._start_timeout_s:g}")
                 else:
                     raise DeadlineError(
-                        f"only {len(self.members())} of {self.count} explorers were ready within start_timeout_s="
+                        f"only {len(self.up)} of {self.count} explorers were ready within start_timeout_s="
                         f"{self._start_timeout_s:g}: see {self._log(member.slot)}, or raise the setting"
                     )
 

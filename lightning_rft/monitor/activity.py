@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lightning_rft.monitor.idle import Idle
 from lightning_rft.monitor.spans import Span
@@ -42,15 +42,14 @@ class Activity:
         self._idle.trainer(cause, time.monotonic() - began)
         self.observe("trainer", "wait", began, version, batch, cause)
 
-    def explorer(self, index: int, state: str) -> None:
-        """Notes what an explorer is at now: ``"explore"``, ``"load"``, or what it waits for."""
-        ended = self._idle.explorer(index, state, time.monotonic())
-        if ended is not None and ended[0] in ("weights", "room"):
-            self.observe(f"explorer {index}", "wait", ended[1], detail=ended[0])
-
-    def gone(self, index: int) -> None:
-        """Notes that an explorer is dead."""
-        self._idle.gone(index, time.monotonic())
+    def explorers(self, states: Mapping[int, str]) -> None:
+        """Notes what each explorer that is alive does: ``"explore"``, ``"load"``, or what it waits for."""
+        now = time.monotonic()
+        self._idle.keep(states, now)
+        for index, state in states.items():
+            ended = self._idle.explorer(index, state, now)
+            if ended is not None and ended[0] in ("weights", "room"):
+                self.observe(f"explorer {index}", "wait", ended[1], detail=ended[0])
 
     def metrics(self) -> dict[str, float]:
         """What explorers did since the last call, in seconds, their mean."""

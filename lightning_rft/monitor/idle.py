@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Container
 
 __all__ = ["Idle", "advice"]
 
@@ -36,9 +37,9 @@ class Idle:
         self._since[index] = now
         return before, since
 
-    def gone(self, index: int, now: float) -> None:
-        """Notes that an explorer is dead."""
-        if index in self._states:
+    def keep(self, alive: Container[int], now: float) -> None:
+        """Forgets the explorers that are not alive."""
+        for index in [index for index in self._states if index not in alive]:
             self.explorer(index, "gone", now)
             del self._states[index], self._since[index]
 

@@ -18,16 +18,16 @@ from lightning_rft.experience import Group, GroupKey, Task
 from lightning_rft.explorer.listener import GRACE_S, Listener
 from lightning_rft.explorer.messages import Advanced, Cancel, Explore, Explored, Loaded, LoadFailed, Started
 from lightning_rft.explorer.pool import Died, ExplorerPool
-from lightning_rft.explorer.watch import Watch
+from lightning_rft.explorer.receivers import Receivers
+from lightning_rft.explorer.roster import Roster
 from lightning_rft.monitor.activity import Activity
 from lightning_rft.monitor.spans import Span
 from lightning_rft.run.groups import Groups
-from lightning_rft.run.receivers import Receivers
+from lightning_rft.run.pusher import Pusher
 from lightning_rft.run.tolerance import Tolerance
-from lightning_rft.run.validation import Quiz
+from lightning_rft.run.validation import Validation
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Schedule
-from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.sync.transports.transport import Explorers
+from lightning_rft.sync.transports.transport import Transport, Weights
 
 __all__ = ["Coordinator"]
 
@@ -45,7 +45,9 @@ class Coordinator:
         progress_timeout_s: Seconds without progress after which an explorer that has work is ended.
         check_interrupt: Called during every wait; raises to end it.
         folder: The run's own folder.
-        strategy: Loads weights where the schedule says so.
+        transport: How weights travel.
+        background: Whether weights are pushed in the background.
+        gathered: Returns the policy's weights, whole; called on the trainer's thread.
         observers: Called with every span of the timeline.
     """
 
@@ -59,38 +61,52 @@ class Coordinator:
         progress_timeout_s: float,
         check_interrupt: Callable[[], None],
         folder: Path,
-        strategy: SyncStrategy,
+        transport: Transport,
+        background: bool,
+        gathered: Callable[[], Weights],
         observers: Sequence[Callable[[Span], None]],
     ) -> None:
         self._schedule = schedule
         self._groups = groups
         self._pool = pool
         self._tolerance = tolerance
-        self._strategy = strategy
-        self._watch = Watch(progress_timeout_s)
+        self._load_label = transport.load_label
         self._activity = Activity(observers)
-        self._listener = Listener(pool, self._watch, self._handle, check_interrupt)
+        self._roster = Roster(progress_timeout_s)
+        self._listener = Listener(pool, self._roster, self._handle, check_interrupt)
         self._lock = self._listener.lock
-        self._receivers = Receivers(pool, self._watch, self._listener, folder, self._look)
-        self._quiz = Quiz((), run=groups.incarnation, samples=0, temperature=0.0)
+        self.pusher = Pusher(
+            transport,
+            background=background,
+            roster=self._roster,
+            receivers=Receivers(pool, self._roster, self._listener, folder, self._look),
+            gathered=gathered,
+            pushed=lambda version: self._tell(lambda: self._schedule.published(version)),
+            failed=self._listener.failed,
+            observe=self._activity.observe,
+        )
+        self._validation = Validation((), run=groups.incarnation, samples=0, temperature=0.0)
         self._due = False
         self._restarts = pool.restarts
 
     def start(self) -> None:
         """Starts to listen."""
-        for explorer in self._pool.members():  # those that an earlier run has started
-            self._join(explorer)
+        for explorer, engine in self._pool.up.items():  # those that an earlier run has started
+            self._join(explorer, engine)
         self._listener.start()
 
     def close(self) -> None:
         """Ends the run: explorers forget its work, what was leased and not trained goes back. Safe to call twice."""
         if self._listener.closed:
             return
-        self._listener.close()  # before the pool is stopped: it might just be starting an explorer again
-        with self._lock:
-            for explorer in self._pool.members():
-                self._pool.send(explorer, Cancel(self._groups.incarnation))
-            self._groups.release()
+        try:
+            self.pusher.close()  # while explorers are listened to, since it may wait for one to load
+        finally:
+            self._listener.close()  # before the pool is stopped: it might just be starting an explorer again
+            with self._lock:
+                for explorer in self._pool.up:
+                    self._pool.send(explorer, Cancel(self._groups.incarnation))
+                self._groups.release()
 
     # What the loader asks
 
@@ -130,29 +146,48 @@ class Coordinator:
         with self._lock:
             return batch, self._groups.read(batch)
 
-    # What the strategy tells and asks
+    # What the trainer does
 
     @property
     def version(self) -> int:
         """Batches trained so far."""
         return self._schedule.version
 
-    @property
-    def explorers(self) -> Explorers:
-        """What a weight transport asks of the explorers."""
-        return self._receivers
-
-    def wait_ready(self) -> None:
-        """Returns when every explorer's engine is up; the pool has the deadline."""
+    def push_first(self) -> None:
+        """Waits for every engine to be up, and brings the first version to all of them; the pool has the deadline."""
         self._listener.wait(lambda: self._pool.ready, "the explorers to start")
+        self.pusher.share_changed(self.pusher.push(self.version))
+        self.pusher.wait_loaded()
 
-    def trained(self, batch: int) -> None:
-        """Tells that a batch is part of the weights."""
+    def trained(self, batch: int) -> dict[str, float]:
+        """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""
         with self._lock:
             self._groups.trained(batch)
         self._tell(lambda: self._schedule.trained(batch))
+        began = time.monotonic()
+        due = self._wait_due()
+        waited = time.monotonic()
+        weights = self.pusher.push(self.version) if due else None
+        logged = {
+            "rft/version": float(self.version),
+            "rft/wait_push_s": waited - began,
+            "rft/sync_s": time.monotonic() - waited if due else 0.0,
+        }
+        if weights is not None:  # looked at when nobody waits for the push any more
+            logged["rft/weights_changed"] = self.pusher.share_changed(weights)
+        return logged | self.metrics()
 
-    def wait_due(self) -> bool:
+    def push_last(self) -> None:
+        """Pushes the last version if it was not, and returns when explorers have loaded it."""
+        if self.pusher.version < self.version:
+            self.pusher.push(self.version)
+        self.pusher.wait_loaded()
+
+    def failed(self, error: BaseException) -> None:
+        """Ends every wait with what went wrong elsewhere; the first error counts."""
+        self._listener.failed(error)
+
+    def _wait_due(self) -> bool:
         """Whether a push is due now, waiting first for what older weights must still explore."""
         if self._schedule.push_pending:
             began = time.monotonic()
@@ -162,28 +197,12 @@ class Coordinator:
             due, self._due = self._due, False
         return due
 
-    def published(self, version: int) -> None:
-        """Tells that a version was pushed."""
-        self._tell(lambda: self._schedule.published(version))
-
-    def late(self, explorer: int) -> None:
-        """Notes that an explorer needs weights before the next push: the trainer brings them when it waits."""
-        self._receivers.late(explorer)
-
-    def failed(self, error: BaseException) -> None:
-        """Ends every wait with what went wrong elsewhere; the first error counts."""
-        self._listener.failed(error)
-
-    # What is told to whoever looks
+    # What is told of the run
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, for a checkpoint: plain values."""
         with self._lock:
             return self._groups.state_dict(self._schedule.progress)
-
-    def observe(self, track: str, what: str, began: float, version: int) -> None:
-        """Records what took from ``began`` (``time.monotonic()``) until now."""
-        self._activity.observe(track, what, began, version)
 
     def metrics(self) -> dict[str, float]:
         """What explorers did since the last call, in seconds (their mean), and what went wrong so far."""
@@ -209,13 +228,14 @@ class Coordinator:
         """Has tasks answered beside the schedule, with whatever version is loaded."""
         self._listener.raise_failures()
         with self._lock:
-            self._quiz = Quiz(tasks, run=self._groups.incarnation, samples=samples, temperature=temperature)
+            run = self._groups.incarnation
+            self._validation = Validation(tasks, run=run, samples=samples, temperature=temperature)
             self._ask()
 
     def explored(self, index: int) -> Group:
         """Waits for the answers to one of the tasks of :meth:`explore`; without those that failed after every retry."""
-        self._wait_served(lambda: index in self._quiz.answers, f"validation task {index}")
-        return self._quiz.answers[index]
+        self._wait_served(lambda: index in self._validation.answers, f"validation task {index}")
+        return self._validation.answers[index]
 
     # How the schedule is told, and what it answers carried out
 
@@ -232,7 +252,7 @@ class Coordinator:
             elif isinstance(action, Publish):
                 self._due = True
             elif isinstance(action, Load):
-                self._strategy.load(action.explorer)
+                self.pusher.load(action.explorer)
             elif isinstance(action, Drop):
                 self._drop(action.group, action.explorer)
         if issues:
@@ -243,19 +263,20 @@ class Coordinator:
         """Sends each explorer what it is to explore, all together."""
         asked: dict[int, list[Explore]] = {}
         for message, explorer in told:
-            self._watch.asked(explorer, time.monotonic())
+            self._roster.asked(explorer, message.key, time.monotonic())
             asked.setdefault(explorer, []).append(message)
         for explorer, messages in asked.items():
             self._pool.send(explorer, *messages)
 
     def _drop(self, key: GroupKey, explorer: int | None) -> None:
-        self._groups.drop(key, explored=explorer is not None)
+        self._groups.drop(key)
         if explorer is not None:
-            self._watch.answered(explorer, time.monotonic())
+            self._roster.answered(explorer, key, time.monotonic())
             self._pool.send(explorer, Cancel(self._groups.incarnation, key))
 
-    def _join(self, explorer: int) -> None:
-        room = max(1, self._pool.max_num_seqs(explorer) // self._groups.samples_per_task)
+    def _join(self, explorer: int, engine: Started) -> None:
+        self._roster.started(explorer, engine)
+        room = max(1, engine.max_num_seqs // self._groups.samples_per_task)
         self._carry_out(self._schedule.joined(explorer, room))
 
     def _refuse_stale(self, batch: int) -> bool:
@@ -267,67 +288,68 @@ class Coordinator:
         return bool(stale)
 
     def _look(self) -> None:
-        """Notes what every explorer is at, since that may just have changed."""
-        for explorer in self._schedule.explorers:
-            loads = self._receivers.is_loading(explorer)
-            self._activity.explorer(explorer, "load" if loads else self._schedule.waits_for(explorer) or "explore")
+        """Notes what every explorer does, since that may just have changed."""
+        loading, waits_for = self._roster.is_loading, self._schedule.waits_for
+        self._activity.explorers(
+            {
+                explorer: "load" if loading(explorer) else waits_for(explorer) or "explore"
+                for explorer in self._schedule.explorers
+            }
+        )
 
     def _wait_served(self, done: Callable[[], bool], what: str) -> None:
-        """Waits on the trainer's thread, as long as explorers come further; brings weights to those that come up."""
+        """Waits on the trainer's thread, as long as explorers make progress; brings weights to those that come up."""
         self._listener.heard = time.monotonic()  # an idle stretch before this wait is nobody's fault
-        limit = self._watch.timeout_s + GRACE_S  # a hung explorer is ended before its silence ends the wait
+        limit = self._roster.timeout_s + GRACE_S  # a hung explorer is ended before its silence ends the wait
 
         def silence() -> float:
             return time.monotonic() - self._listener.heard
 
         while True:
-            self._receivers.serve(self._strategy.bring)
-            self._listener.wait(lambda: done() or self._receivers.any_late or silence() > limit, what)
+            with self._lock:
+                late = self._roster.load_alone()
+            self.pusher.push_alone(self.version, late)
+            self._listener.wait(lambda: done() or self._roster.any_needs_weights or silence() > limit, what)
             if done():
                 return
-            if not self._receivers.any_late:
+            if not self._roster.any_needs_weights:
                 raise DeadlineError(
                     f"waited {silence():.0f} s for {what} without any news from the "
-                    f"explorers: raise rollout_timeout_s, now {self._watch.timeout_s:g}, or see their logs"
+                    f"explorers: raise rollout_timeout_s, now {self._roster.timeout_s:g}, or see their logs"
                 )
 
     # What explorers report, on the listening thread
 
     def _handle(self, explorer: int, message: Any) -> None:
+        now = time.monotonic()
         if isinstance(message, Started):
-            self._join(explorer)
+            self._join(explorer, message)
         elif isinstance(message, Died):
-            self._lost(explorer, message.error)
+            self._died(explorer, message.error)
         elif isinstance(message, Advanced):
-            self._watch.advanced(explorer, time.monotonic())
+            self._roster.advanced(explorer, now)
         elif isinstance(message, Loaded):
-            began = self._receivers.loaded(explorer, message.version)
-            what = "load checkpoint" if self._strategy.transport.kind == "checkpoint" else "load"
-            self._activity.observe(f"explorer {explorer}", what, began, message.version)
-            alone = self._receivers.is_served(explorer)
+            began, alone = self._roster.loaded(explorer, message.version, now)
+            self._activity.observe(f"explorer {explorer}", self._load_label, began, message.version)
             self._carry_out(self._schedule.loaded(explorer, message.version, alone=alone))
             self._ask()
         elif isinstance(message, LoadFailed):
-            self._receivers.broke_off(explorer)
+            self._roster.load_broke_off(explorer, now)
         elif isinstance(message, Explored) and message.run == self._groups.incarnation:
-            if Quiz.owns(message):
-                self._answered(explorer, message)
-            else:
-                self._explored(explorer, message)
+            if Validation.owns(message.key):
+                self._answered(explorer, message, now)
+            elif self._groups.expects(message):
+                self._explored(explorer, message, now)
 
-    def _answered(self, explorer: int, message: Explored) -> None:
-        self._watch.answered(explorer, time.monotonic())
+    def _answered(self, explorer: int, message: Explored, now: float) -> None:
+        self._roster.answered(explorer, message.key, now)
         self._tolerance.take(message, f"explorer {explorer}")
-        self._quiz.answered(message)
+        self._validation.answered(message)
 
-    def _explored(self, explorer: int, message: Explored) -> None:
-        now, key = time.monotonic(), message.key
-        began = self._groups.came_back(message)
-        if began is None:
-            return
-        self._watch.answered(explorer, now)
+    def _explored(self, explorer: int, message: Explored, now: float) -> None:
+        began = self._roster.answered(explorer, message.key, now)
         self._tolerance.take(message, f"explorer {explorer}")
-        group = Group(key, message.task_id, message.experiences)
+        key, group = message.key, Group(message.key, message.task_id, message.experiences)
         oldest = group.oldest_version if group.experiences else None
         self._activity.observe(f"explorer {explorer}", "rollout", began, oldest, key.batch)
         score = self._groups.keep(group, message, self._schedule.version)
@@ -338,16 +360,17 @@ class Coordinator:
             self._carry_out(self._schedule.ready(key, oldest, score))
 
     def _ask(self) -> None:
-        self._send(self._quiz.ask(self._receivers.able()))
+        """Has explorers that have weights explore what of validation nobody works on."""
+        able = self._roster.with_weights
+        if able:
+            questions = self._validation.open(self._roster.work)
+            self._send([(question, able[question.key.slot % len(able)]) for question in questions])
 
-    def _lost(self, explorer: int, error: Exception) -> None:
-        """Has others do what an explorer that died was at."""
+    def _died(self, explorer: int, error: Exception) -> None:
+        """Has others do what an explorer that died worked on."""
         _log.warning("another explorer is started, since %s", error)
-        self._watch.gone(explorer)
-        self._activity.gone(explorer)
-        self._receivers.gone(explorer)
-        self._groups.lost(explorer, error, self._schedule.version)
-        self._quiz.gone(explorer)
-        if explorer in self._schedule.explorers:
+        record = self._roster.died(explorer)
+        if record is not None:
+            self._groups.lost(record.work, error, self._schedule.version)
             self._carry_out(self._schedule.died(explorer))
-        self._ask()
+            self._ask()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lightning_rft.buffer.filters import Filter
@@ -15,6 +14,7 @@ from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group, GroupKey, Progress
 from lightning_rft.explorer.messages import Explore, Explored
 from lightning_rft.run.resume import run_state
+from lightning_rft.run.validation import Validation
 from lightning_rft.tasks.plan import TaskCursor
 
 __all__ = ["Groups"]
@@ -68,7 +68,6 @@ class Groups:
         self._score = score
         self._replay = replay
         self._dropped = self._failed = 0
-        self._asked: dict[GroupKey, tuple[int, float]] = {}  # what is explored: by whom, since when
         self._attempts: Counter[GroupKey] = Counter()
         self._refusals: Counter[GroupKey] = Counter()
         self._deaths: Counter[GroupKey] = Counter()
@@ -80,32 +79,26 @@ class Groups:
         with self._ledger.together():
             for key, explorer in issues:
                 self._ledger.issue(key, self._cursor.task(key).id, self._cursor.epoch(key), explorer)
-        return [(self._asks(key, explorer), explorer) for key, explorer in issues]
+        return [(self._asks(key), explorer) for key, explorer in issues]
 
-    def _asks(self, key: GroupKey, explorer: int) -> Explore:
+    def _asks(self, key: GroupKey) -> Explore:
         seeds = tuple(self._cursor.sample_seed(key, sample) for sample in range(self.samples_per_task))
         self._attempts[key] += 1
-        self._asked[key] = explorer, time.monotonic()
         return Explore(self.incarnation, key, self._attempts[key], self._cursor.task(key), seeds, self._temperature)
 
-    def drop(self, key: GroupKey, *, explored: bool) -> None:
-        """Gives a group up, to be issued again; ``explored`` says whether an explorer is at it."""
+    def drop(self, key: GroupKey) -> None:
+        """Gives a group up, to be issued again."""
         self._dropped += 1
         self._ledger.dropped(key)
-        if explored:
-            self._attempts[key] += 1  # an answer that is on its way is too late
-            self._asked.pop(key)
+        self._attempts[key] += 1  # an answer that is on its way is too late
 
-    def came_back(self, message: Explored) -> float | None:
-        """Notes that nobody is at a group any more; returns when it was issued, ``None`` if it was given up since."""
-        if message.attempt != self._attempts[message.key]:
-            return None
-        return self._asked.pop(message.key)[1]
+    def expects(self, message: Explored) -> bool:
+        """Whether a group was not given up since it was issued."""
+        return message.attempt == self._attempts[message.key]
 
-    def lost(self, explorer: int, error: Exception, version: int) -> None:
-        """Notes that an explorer died; a group that others died with, too, has failed."""
-        for key in [key for key, (who, _) in self._asked.items() if who == explorer]:
-            del self._asked[key]
+    def lost(self, keys: Iterable[GroupKey], error: Exception, version: int) -> None:
+        """Notes that an explorer died with groups; one that others died with, too, has failed."""
+        for key in [key for key in keys if not Validation.owns(key)]:
             self._deaths[key] += 1
             if self._deaths[key] >= _DEATHS:
                 self._fail(key, f"{_DEATHS} explorers died with it, the last: {error}", version)
@@ -223,7 +216,7 @@ class Groups:
                 f"again and again, but the strategy allows a staleness of {self._max_staleness}: its explorer "
                 "does not compute with the weights that it says it loaded"
             )
-        self.drop(group.key, explored=False)
+        self.drop(group.key)
 
     def _fail(self, key: GroupKey, why: str, version: int) -> None:
         """Ends a group's task as failed; the next task takes its place in the batch."""

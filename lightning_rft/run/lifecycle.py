@@ -1,4 +1,4 @@
-"""The loop for the length of one call of the trainer: how it begins, what a checkpoint holds of it, how it ends."""
+"""One run: a single call of ``fit``, ``validate`` or ``predict``, from its beginning or a checkpoint to its end."""
 
 from __future__ import annotations
 
@@ -26,24 +26,26 @@ from lightning_rft.settings import Settings
 from lightning_rft.sync.exploration import Exploration
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
+from lightning_rft.sync.transports.transport import Weights
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
 from lightning_rft.trainer.limits import micro_batches, stop_batch
 from lightning_rft.trainer.rng import restore_rng, rng_state
 
-__all__ = ["Loop"]
+__all__ = ["Run"]
 
 
-class Loop:
+class Run:
     """Opens the buffer, begins or resumes a run in it, and has the explorers start on it.
 
     Args:
         settings: What is set of the run.
-        trainer: In the call whose loop it is.
+        trainer: In the call that is the run.
         strategy: The trainer's sync strategy.
         pool: The explorers, started.
         folder: The run's own folder.
         saved: What :meth:`state_dict` returned, to go on from there; empty for a new run.
         check_interrupt: Called during every wait; raises to end it.
+        gathered: Returns the policy's weights, whole; called on the trainer's thread.
 
     Raises:
         ConfigurationError: The buffer cannot be opened, the checkpoint is of other settings, or the schedule can never
@@ -60,6 +62,7 @@ class Loop:
         folder: Path,
         saved: Mapping[str, Any],
         check_interrupt: Callable[[], None],
+        gathered: Callable[[], Weights],
     ) -> None:
         explores_only = trainer.state.fn == TrainerFn.PREDICTING
         items = micro_batches(trainer, settings.steps_per_epoch)
@@ -114,7 +117,9 @@ class Loop:
                 progress_timeout_s=settings.rollout_timeout_s,
                 check_interrupt=check_interrupt,
                 folder=folder,
-                strategy=strategy,
+                transport=strategy.transport,
+                background=strategy.asynchronous,
+                gathered=gathered,
                 observers=settings.observers,
             )
             if explores_only:

@@ -1,75 +1,165 @@
-"""Pushes weights in the background, from a snapshot: neither training nor exploring waits for it."""
+"""Weight pushes: at once, in the background, or to an explorer that came up between two of them."""
 
 from __future__ import annotations
 
 import threading
 import time
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from lightning_rft.errors import DeadlineError
-from lightning_rft.sync.transports.transport import Explorers, Transport, Weights
+from lightning_rft.explorer.receivers import Receivers
+from lightning_rft.explorer.roster import Roster
+from lightning_rft.sync.transports.transport import Transport, Weights
 
-__all__ = ["Publisher", "snapshot"]
+__all__ = ["Background", "Pusher", "snapshot"]
 
-
-class Pushed(Protocol):
-    """What the publisher asks of the run."""
-
-    @property
-    def explorers(self) -> Explorers:
-        """Those whom weights are for."""
-        ...
-
-    def published(self, version: int) -> None:
-        """Tells that a version can be loaded."""
-        ...
-
-    def failed(self, error: BaseException) -> None:
-        """Tells what went wrong in the background."""
-        ...
-
-    def observe(self, track: str, what: str, began: float, version: int) -> None:
-        """Records what took from ``began`` until now."""
-        ...
+_SAMPLED_ELEMENTS = 100_000
 
 
-class Publisher:
-    """A thread that makes versions loadable and has explorers load them.
-
-    A version that a newer one overtakes before its turn is left out: explorers want the newest.
+class Pusher:
+    """Brings the policy's weights to the explorers of one run.
 
     Args:
         transport: How weights travel.
-        run: Where to reach explorers, and whom to tell.
+        background: Whether pushes happen in the background, from a snapshot, so that nobody waits for them.
+        roster: Knows which explorers need weights before the next push.
+        receivers: How the transport reaches explorers.
+        gathered: Returns the policy's weights, whole; called on the trainer's thread.
+        pushed: Called with the version once it is pushed, or in the background can be loaded.
+        failed: Called with what went wrong in the background.
+        observe: Called with track, label, begin and version of what is to be seen in the timeline.
     """
 
-    def __init__(self, transport: Transport, run: Pushed) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        background: bool,
+        roster: Roster,
+        receivers: Receivers,
+        gathered: Callable[[], Weights],
+        pushed: Callable[[int], None],
+        failed: Callable[[BaseException], None],
+        observe: Callable[[str, str, float, int], None],
+    ) -> None:
+        #: The version whose weights were taken last.
+        self.version = -1
         self._transport = transport
-        self._run = run
+        self._roster = roster
+        self._receivers = receivers
+        self._gathered = gathered
+        self._pushed = pushed
+        self._observe = observe
+        self._sample: torch.Tensor | None = None  # of the last push
+        self._background = Background(transport, receivers, pushed, failed, observe) if background else None
+
+    def push(self, version: int) -> Weights:
+        """Pushes the policy's weights to all explorers, or hands them to the background; returns them."""
+        self.version = version
+        began = time.monotonic()
+        weights = self._gathered()
+        if self._background is not None:
+            self._background.push(snapshot(weights, self._receivers.dtype), version)
+        else:
+            self._transport.push(weights, version, self._receivers)
+            self._observe("trainer", self._transport.push_label, began, version)
+            self._pushed(version)
+        return weights
+
+    def load(self, explorer: int) -> None:
+        """Has an explorer load the newest version; returns at once.
+
+        Where pushes are not in the background, this explorer came up between two of them: the trainer brings it weights
+        when it waits.
+        """
+        if self._background is not None:
+            self._background.load(explorer)
+        else:
+            self._roster.want_weights(explorer)
+
+    def push_alone(self, version: int, late: Sequence[int]) -> None:
+        """Pushes the policy's weights to the explorers that came up between two pushes, if there are any."""
+        if late:
+            began = time.monotonic()
+            self._transport.push(self._gathered(), version, self._receivers, sorted(late))
+            self._observe("trainer", self._transport.push_label, began, version)
+
+    def wait_loaded(self) -> None:
+        """Returns when every explorer has loaded what was pushed in the background."""
+        if self._background is not None:
+            explorers = list(self._receivers.members())
+            timeout_s = 2 * self._transport.timeout_s * max(1, len(explorers))
+            setting = f"{type(self._transport).__name__}(timeout_s=...)"
+            self._receivers.wait_loaded(self.version, explorers, timeout_s, setting)
+
+    def share_changed(self, weights: Weights) -> float:
+        """Compares about a hundred thousand evenly spaced elements with those of the last call, in the engines' dtype.
+
+        Small updates vanish in bfloat16: a share near 0 says that explorers see the same policy as before. 1 at first.
+        """
+        stride = max(1, sum(tensor.numel() for _, tensor in weights) // _SAMPLED_ELEMENTS)
+        dtype: torch.dtype = getattr(torch, self._receivers.dtype)
+        now = torch.cat([tensor.detach().reshape(-1)[::stride].to("cpu", dtype) for _, tensor in weights])
+        before, self._sample = self._sample, now
+        if before is None or before.shape != now.shape or before.dtype != now.dtype:
+            return 1.0
+        return float((before != now).float().mean())
+
+    def close(self) -> None:
+        """Ends the background thread and leaves the transport's group; safe to call twice."""
+        background, self._background = self._background, None
+        try:
+            if background is not None:
+                background.close(self._transport.timeout_s)
+        finally:
+            self._transport.close()
+
+
+class Background:
+    """A thread that makes versions loadable and has explorers load them.
+
+    A version that a newer one overtakes before its turn is left out: explorers want the newest. The arguments are those
+    of :class:`Pusher`.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        receivers: Any,
+        pushed: Callable[[int], None],
+        failed: Callable[[BaseException], None],
+        observe: Callable[[str, str, float, int], None],
+    ) -> None:
+        self._transport = transport
+        self._receivers = receivers
+        self._pushed = pushed
+        self._failed = failed
+        self._observe = observe
         self._news = threading.Condition()
         self._next: tuple[Weights, int] | None = None
         self._current: tuple[Weights, int] | None = None
         self._loads: list[int] = []
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="pusher", daemon=True)
         self._thread.start()
 
-    def publish(self, weights: Weights, version: int) -> None:
+    def push(self, weights: Weights, version: int) -> None:
         """Takes over a :func:`snapshot`; returns at once."""
         with self._news:
             self._next = weights, version
             self._news.notify_all()
 
     def load(self, explorer: int) -> None:
-        """Has an explorer load what is published last; returns at once."""
+        """Has an explorer load what was pushed last; returns at once."""
         with self._news:
             self._loads.append(explorer)
             self._news.notify_all()
 
     def close(self, timeout_s: float) -> None:
-        """Ends the thread after what it is at.
+        """Ends the thread after the push that it is in.
 
         Raises:
             DeadlineError: It did not end in time.
@@ -86,7 +176,7 @@ class Publisher:
             while self._wait():
                 self._step()
         except BaseException as error:
-            self._run.failed(error)
+            self._failed(error)
 
     def _wait(self) -> bool:
         with self._news:
@@ -99,18 +189,17 @@ class Publisher:
         if new is not None:
             weights, version = new
             began = time.monotonic()
-            self._transport.prepare(weights, version, self._run.explorers)
-            if self._transport.kind == "checkpoint":
-                self._run.observe("trainer", "write checkpoint", began, version)
+            if self._transport.prepare(weights, version, self._receivers):
+                self._observe("trainer", self._transport.push_label, began, version)
             self._current = new
-            self._run.published(version)
+            self._pushed(version)
             return
         assert self._current is not None, "a load before the first version"
         weights, version = self._current
         with self._news:
             count = 1 if self._transport.one_by_one else len(self._loads)
             explorers, self._loads = self._loads[:count], self._loads[count:]
-        self._transport.push(weights, version, self._run.explorers, explorers)
+        self._transport.push(weights, version, self._receivers, explorers)
 
 
 def snapshot(weights: Weights, dtype: str) -> Weights:

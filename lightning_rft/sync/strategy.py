@@ -1,4 +1,4 @@
-"""The base of every sync strategy: a Lightning callback that says when explorers explore and when weights go back.
+"""The base of every sync strategy: a Lightning callback that says when explorers explore and when weights are pushed.
 
 The base class owns *when hooks fire*; a strategy answers two questions, :meth:`SyncStrategy.admit` and
 :meth:`SyncStrategy.publishes_after`, from which the schedule follows.
@@ -6,70 +6,18 @@ The base class owns *when hooks fire*; a strategy answers two questions, :meth:`
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import override
 
-from lightning_rft.errors import ConfigurationError, DeadlineError, ScheduleError
-from lightning_rft.run.pusher import Publisher, Pushed, snapshot
-from lightning_rft.sync.changes import Changes
-from lightning_rft.sync.schedule import Rule
+from lightning_rft.errors import ConfigurationError, ScheduleError
+from lightning_rft.sync.rule import Rule
 from lightning_rft.sync.transports.collective import CollectiveTransport
-from lightning_rft.sync.transports.transport import Transport, Weights
+from lightning_rft.sync.transports.transport import Transport
 
-__all__ = ["Run", "SyncStrategy"]
-
-_T = TypeVar("_T")
-
-
-class Run(Pushed, Protocol):
-    """What a strategy asks of the run that it drives."""
-
-    @property
-    def version(self) -> int:
-        """Batches trained so far."""
-        ...
-
-    def wait_ready(self) -> None:
-        """Returns when every explorer's engine is up."""
-        ...
-
-    def trained(self, batch: int) -> None:
-        """Tells that a batch is part of the weights."""
-        ...
-
-    def wait_due(self) -> bool:
-        """Whether a push is due now, waiting first for what older weights must still explore."""
-        ...
-
-    def late(self, explorer: int) -> None:
-        """Notes that an explorer needs weights before the next push."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """What the explorers did since the last call, in seconds, and what went wrong so far."""
-        ...
-
-    def summary(self) -> str:
-        """One line about who waited for whom, and what to change."""
-        ...
-
-
-class Ranks(Protocol):
-    """What a strategy asks of the trainer's ranks: only rank 0 has a run, and the others are told what came of it."""
-
-    def agree(self, what: str, function: Callable[[], _T]) -> _T:
-        """Calls a function on rank 0, and returns its result on every rank."""
-        ...
-
-    def gathered(self) -> Weights:
-        """The policy's weights, whole; on rank 0 inside :meth:`agree`."""
-        ...
+__all__ = ["SyncStrategy"]
 
 
 class SyncStrategy(Callback, Rule):
@@ -98,11 +46,6 @@ class SyncStrategy(Callback, Rule):
             raise ConfigurationError(f"sync_interval={sync_interval} must be at least 1: it counts batches")
         self.sync_interval = sync_interval
         self.transport = transport or CollectiveTransport()
-        self._ranks: Ranks | None = None
-        self._run: Run | None = None
-        self._publisher: Publisher | None = None
-        self._pushed = -1  # the version whose weights were taken last
-        self._changes = Changes()
 
     def check(self, explorers: int) -> None:
         """Checks what a strategy needs of the data module, before anything is started; by default nothing.
@@ -121,28 +64,28 @@ class SyncStrategy(Callback, Rule):
         Raises:
             ConfigurationError: The trainer was not given an ``RFTDataModule``.
         """
-        if not hasattr(trainer.datamodule, "begin"):  # type: ignore[attr-defined]
+        if not hasattr(_run_of(trainer), "begin"):
             raise ConfigurationError(
                 f"{type(self).__name__} needs an RFTDataModule: call trainer.fit(module, datamodule=RFTDataModule(...))"
             )
 
-    # The first push: whichever of these comes first
+    # The run begins, and the first version is pushed, with whichever of these comes first
 
+    @override
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pushes the first version."""
-        self._begin(trainer)
+        _run_of(trainer).begin(self)
 
+    @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pushes the first version, if no training came before."""
-        self._begin(trainer)
+        _run_of(trainer).begin(self)
 
+    @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pushes the one version that explores."""
-        self._begin(trainer)
+        _run_of(trainer).begin(self)
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pushes the first version, if no sanity check came before."""
-        self._begin(trainer)
+        _run_of(trainer).begin(self)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -165,128 +108,15 @@ class SyncStrategy(Callback, Rule):
         """Counts the version up with a batch's last micro-batch and pushes if that is due."""
         if not batch.last:  # the hook fires for every micro-batch
             return
-        logged = self._agree(f"the end of batch {batch.batch}", lambda: self._trained(batch.batch))
+        logged = _run_of(trainer).trained(batch.batch)
         pl_module.log("rft/version", logged.pop("rft/version"), prog_bar=True)
         pl_module.log_dict(logged)
 
+    @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pushes the last version, if it was not, so that what is sampled next is sampled with it."""
-        self._agree("the end of training", self._finish)
+        _run_of(trainer).finish()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Ends pushes; what was started is the data module's to end."""
-        if self._run is not None:
-            self._run.failed(exception)  # so that a push in the background does not go on
-        with contextlib.suppress(DeadlineError):  # raised here, it would keep the data module from ending explorers
-            self._end()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leaves the transport's group."""
-        self._end()
-
-    def load(self, explorer: int) -> None:
-        """Has an explorer load what is published last; the schedule asks for it.
-
-        A strategy that pushes in the background does it there. For the others this is an explorer that came up between
-        two pushes, and it gets its weights when the trainer waits.
-        """
-        if self._publisher is not None:
-            self._publisher.load(explorer)
-        else:
-            self._active.late(explorer)
-
-    def bring(self, explorers: Sequence[int]) -> None:
-        """Brings the weights of this moment to explorers that came up between two pushes; on the trainer's thread."""
-        run = self._active
-        began = time.monotonic()
-        self.transport.push(self._gathered(), run.version, run.explorers, explorers)
-        run.observe("trainer", self._push_is, began, run.version)
-
-    @property
-    def _push_is(self) -> str:
-        """What a push is in the timeline."""
-        return "write checkpoint" if self.transport.kind == "checkpoint" else "sync"
-
-    def _begin(self, trainer: L.Trainer) -> None:
-        if self._ranks is None:
-            # the datamodule owns ranks and run; anything else was refused in its setup
-            data = trainer.datamodule  # type: ignore[attr-defined]
-            self._ranks = data.ranks
-            self._agree("the first push", lambda: self._start(data.begin(self)))
-
-    def _start(self, run: Run) -> None:
-        self._run = run
-        run.wait_ready()
-        if self.asynchronous:
-            self._publisher = Publisher(self.transport, run)
-        self._changes.since_last(self._push(), run.explorers.dtype)
-        self._wait_loaded()
-
-    def _trained(self, batch: int) -> dict[str, float]:
-        """Counts the version up and pushes if that is due; what is to be logged of it."""
-        run = self._active
-        run.trained(batch)
-        began = time.monotonic()
-        due = run.wait_due()
-        waited = time.monotonic()
-        weights = self._push() if due else None
-        logged = {
-            "rft/version": float(run.version),
-            "rft/wait_push_s": waited - began,
-            "rft/sync_s": time.monotonic() - waited if due else 0.0,
-        }
-        if weights is not None:  # looked at when nobody waits for the push any more
-            logged["rft/weights_changed"] = self._changes.since_last(weights, run.explorers.dtype)
-        return logged | run.metrics()
-
-    def _finish(self) -> None:
-        run = self._active
-        if self._pushed < run.version:
-            self._push()
-        self._wait_loaded()
-        rank_zero_info(run.summary())
-
-    def _push(self) -> Weights:
-        """Brings the policy's weights to the explorers: now, or when the publisher comes to it; returns them."""
-        run = self._active
-        self._pushed = run.version
-        began = time.monotonic()
-        weights = self._gathered()
-        if self._publisher is not None:
-            self._publisher.publish(snapshot(weights, run.explorers.dtype), run.version)
-        else:
-            self.transport.push(weights, run.version, run.explorers)
-            run.observe("trainer", self._push_is, began, run.version)
-            run.published(run.version)
-        return weights
-
-    def _wait_loaded(self) -> None:
-        """Returns when what was pushed in the background has arrived."""
-        run = self._active
-        if self._publisher is not None:
-            explorers = list(run.explorers.members())
-            timeout_s = 2 * self.transport.timeout_s * max(1, len(explorers))
-            setting = f"{type(self.transport).__name__}(timeout_s=...)"
-            run.explorers.wait_loaded(run.version, explorers, timeout_s, setting)
-
-    def _end(self) -> None:
-        publisher, self._publisher = self._publisher, None
-        self._ranks, self._run, self._pushed, self._changes = None, None, -1, Changes()
-        try:
-            if publisher is not None:
-                publisher.close(self.transport.timeout_s)
-        finally:
-            self.transport.close()
-
-    def _agree(self, what: str, function: Callable[[], _T]) -> _T:
-        assert self._ranks is not None, "a hook fired before the first push"
-        return self._ranks.agree(what, function)
-
-    def _gathered(self) -> Weights:
-        assert self._ranks is not None, "weights were asked for before the first push"
-        return self._ranks.gathered()
-
-    @property
-    def _active(self) -> Run:
-        assert self._run is not None, "the run was asked for before the first push, or on a rank other than 0"
-        return self._run
+def _run_of(trainer: L.Trainer) -> Any:
+    """The data module, which owns the run."""
+    return trainer.datamodule  # type: ignore[attr-defined]

@@ -75,7 +75,7 @@ def test_a_life(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
     assert pool.running and not pool.ready
     heard(pool, Started, 2)
     assert pool.ready
-    assert pool.members() == {0: 1, 1: 1}
+    assert {explorer: engine.world_size for explorer, engine in pool.up.items()} == {0: 1, 1: 1}
     assert pool.dtype == "float32"
     assert not pool.nccl
     for index in range(2):
@@ -86,7 +86,7 @@ def test_a_life(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
     pool.stop()
     assert not alive(mark)
     assert not pool.running and not pool.ready
-    assert pool.members() == {}
+    assert pool.up == {}
     pool.stop()
     assert sorted(log.name for log in (tmp_path / "logs").iterdir()) == ["explorer-0.log", "explorer-1.log"]
 

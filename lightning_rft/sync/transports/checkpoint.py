@@ -38,7 +38,8 @@ class CheckpointTransport(Transport):
         ConfigurationError: ``keep`` is below 1.
     """
 
-    kind = "checkpoint"
+    push_label = "write checkpoint"
+    load_label = "load checkpoint"
 
     def __init__(self, dirpath: str | os.PathLike[str] | None = None, keep: int = 2, timeout_s: float = 120.0) -> None:
         if keep < 1:
@@ -50,14 +51,14 @@ class CheckpointTransport(Transport):
         self._folder: Path | None = None
         self._written: dict[int, tuple[Path, list[TensorInfo]]] = {}  # by version, the oldest first
 
-    def prepare(self, weights: Weights, version: int, explorers: Explorers) -> None:
+    def prepare(self, weights: Weights, version: int, explorers: Explorers) -> bool:
         """Writes ``version``, unless it is there.
 
         Raises:
             TransportError: It cannot be written; the message says why.
         """
         if version in self._written:
-            return
+            return False
         folder = self._opened(explorers.folder) / f"version-{version:08d}"
         manifest = announce(weights, explorers.dtype)
         try:
@@ -71,6 +72,7 @@ class CheckpointTransport(Transport):
         # whoever reads, reads the newest: pushes come one after another, and only then is the next one written
         for old in list(self._written)[: -self.keep]:
             shutil.rmtree(self._written.pop(old)[0], ignore_errors=True)
+        return True
 
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
         """Writes ``version`` if need be and has explorers load it; see :meth:`Transport.push`."""

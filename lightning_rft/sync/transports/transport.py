@@ -74,18 +74,23 @@ Weights = Sequence[tuple[str, torch.Tensor]]
 class Transport(ABC):
     """Carries weights from the trainer to the explorers. Starts nothing until the first push."""
 
-    #: How weights travel: ``"sync"`` (by collective) or ``"checkpoint"``.
-    kind: str = "sync"
+    #: What the trainer's half of a push, and an explorer's, are called in the timeline.
+    push_label: str = "sync"
+    load_label: str = "load"
     #: Whether pushes in the background go to one explorer at a time.
     one_by_one: bool = False
     #: Seconds that one push may take; whoever has not loaded it then is ended.
     timeout_s: float = 120.0
 
-    def prepare(self, weights: Weights, version: int, explorers: Explorers) -> None:
+    def prepare(self, weights: Weights, version: int, explorers: Explorers) -> bool:
         """Does what can be done before anyone loads ``version``, such as writing a file; by default nothing.
 
-        Strategies that push in the background call it first, and :meth:`push` later, for one explorer after another.
+        A push in the background calls it first, and :meth:`push` later, for one explorer after another.
+
+        Returns:
+            Whether there was anything to do.
         """
+        return False
 
     @abstractmethod
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
