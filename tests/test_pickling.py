@@ -272,7 +272,8 @@ def place(tmp_path: Path, importable: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("where", PLACES, ids=[where.__name__ for where in PLACES])
 def test_a_traceback_shows_the_users_line(send: Send, place: Place, where: Callable[[Place], Code], kind: str) -> None:
-    failure = send(place.before_the_call, CALLS[kind](where(place)))
+    call = CALLS[kind](where(place))
+    failure = send(place.before_the_call, call)
     assert isinstance(failure, Failure), failure
     (number,) = [
         number
@@ -310,9 +311,10 @@ def test_a_constant_that_is_put_into_code(send: Send, place: Place) -> None:
 
 
 def test_the_lines_of_a_file_travel_once(place: Place) -> None:
-    code = script(place)
+    place.write(SOURCE + "".join(f"# more, {number}\n" for number in range(1000)))
+    code = runpy.run_path(place.name, run_name="__main__")
     everything = dumps([choose(code) for choose in CALLS.values()])
-    assert everything.count(b"  # rebuilding\n") == 1
+    assert everything.count(b"  # rebuilding\n") == everything.count(b"# more, 7\n") == 1
     assert len(dumps([code["function"], code["anonymous"]])) - len(dumps(code["function"])) < 500
 
 
