@@ -44,18 +44,23 @@ class _Pickler(cloudpickle.Pickler):
             # go apart, because marshal refuses those that tools put there, such as functions.
             bare = marshal.dumps(obj.replace(co_consts=(None,) * len(obj.co_consts)))
             return _rebuild, (bare, obj.co_consts, self._lines_of(obj) if self._source else [])
-        if isinstance(obj, FunctionType):
-            linecache.lazycache(obj.__code__.co_filename, obj.__globals__)  # a zip file's lines are its loader's
+        if isinstance(obj, FunctionType) and obj.__globals__.get("__file__") == obj.__code__.co_filename:
+            linecache.lazycache(
+                obj.__code__.co_filename, obj.__globals__
+            )  # of a zip file: only its loader has the lines
         return super().reducer_override(obj)
 
     def _lines_of(self, code: CodeType) -> list[str]:
         """The lines that a traceback in this process would be made of."""
         name = code.co_filename
         if name not in self._lines:
-            linecache.checkcache(name)
-            lines = linecache.getlines(name)
-            if not lines and name.startswith("<python-input-"):  # since 3.13.1, the prompt's lines are kept elsewhere
-                lines = getattr(linecache, "_getlines_from_code", lambda code: [])(code)
+            try:
+                linecache.checkcache(name)
+                lines = linecache.getlines(name)
+                if not lines and name.startswith("<python-input-"):  # later 3.13s keep the prompt's lines elsewhere
+                    lines = getattr(linecache, "_getlines_from_code", lambda code: [])(code)
+            except Exception:  # whatever a loader raises: a traceback without lines is better than no run
+                lines = []
             self._lines[name] = lines
         return self._lines[name]
 
