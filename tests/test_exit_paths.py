@@ -62,11 +62,40 @@ def test_exception_in_the_reward(start: Start, tmp_path: Path) -> None:
     """)
     assert script.wait() == 1
     assert script.stdout.startswith("('no', '1 + ")  # its own class, so that `except` finds it
-    assert "the line that is to blame" in script.stderr
+    assert f'  File "{tmp_path}/script.py", line 8, in reward\n    raise Unhappy("no", task.prompt)' in script.stderr
     assert script.stderr.splitlines()[-1].startswith("Unhappy: ('no', '1 + ")
     # a retried sample has the same seed, so it gives the same completion
     calls = Counter((tmp_path / "calls").read_text().splitlines())
     assert max(calls.values()) == 3
+
+
+def test_exception_in_the_reward_of_a_notebook(start: Start) -> None:
+    script = start("""
+        import linecache
+        from tests.processes import fit
+        cell = "def reward(completion, task):\\n    return 1 / 0  # the line that is to blame\\n"
+        name = "<ipython-input-3-0123456789ab>"
+        linecache.cache[name] = len(cell), None, cell.splitlines(True), name  # as IPython does
+        exec(compile(cell, name, "exec"))
+        fit(reward=reward)
+    """)
+    assert script.wait() == 1
+    shown = 'File "<ipython-input-3-0123456789ab>", line 2, in reward\n    return 1 / 0  # the line that is to blame\n'
+    assert shown in script.stderr
+
+
+def test_exception_in_a_workflow_whose_file_is_edited_meanwhile(start: Start, tmp_path: Path) -> None:
+    script = start("""
+        from pathlib import Path
+        from tests.processes import fit
+        async def workflow(task, policy):
+            Path("script.py").write_text("# begun anew\\n" * 20)
+            return 1 / 0  # the line that is to blame
+        fit(workflow=workflow)
+    """)
+    assert script.wait() == 1
+    shown = f'File "{tmp_path}/script.py", line 6, in workflow\n    return 1 / 0  # the line that is to blame\n'
+    assert shown in script.stderr
 
 
 def test_reward_that_ends_its_process(start: Start) -> None:

@@ -16,10 +16,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
-
 from lightning_rft.errors import ConfigurationError, ExplorerError, RFTError
 from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo
+from lightning_rft.pickling import dumps
 
 __all__ = [
     *("Advanced", "Cancel", "Channel", "Connect", "Explore", "Explored", "Failed", "Failure", "Load", "LoadFailed"),
@@ -131,7 +130,7 @@ class Failure:
         text = "".join(traceback.format_exception(exception))
         permanent = isinstance(exception, ConfigurationError)
         try:
-            return cls(cloudpickle.dumps(exception), text, permanent)
+            return cls(dumps(exception, source=False), text, permanent)
         except Exception:  # whatever a user's class raises here, the text still tells what happened
             return cls(None, text, permanent)
 
@@ -207,7 +206,7 @@ class Channel:
 
     def send(self, message: Any) -> None:
         """Sends any object; functions and lambdas defined in a script or notebook travel by value."""
-        packed = cloudpickle.dumps(message)
+        packed = dumps(message)
         with self._lock:
             self._connection.send_bytes(packed)
 

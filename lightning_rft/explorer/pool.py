@@ -15,8 +15,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
 
-import cloudpickle
-
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Engine
@@ -33,6 +31,7 @@ from lightning_rft.explorer.messages import (
 )
 from lightning_rft.explorer.worker.main import ExplorerSpec
 from lightning_rft.hardware import available_cpus, share_cores
+from lightning_rft.pickling import dumps
 
 __all__ = ["Died", "ExplorerPool"]
 
@@ -378,7 +377,7 @@ class ExplorerPool:
 def _check_travels(**settings: Any) -> None:
     for setting, value in settings.items():
         try:
-            cloudpickle.dumps(value)
+            dumps(value)
         except Exception as error:  # pickling runs any object's own code
             raise ConfigurationError(
                 f"{setting} cannot be sent to an explorer process ({error}): keep open files, locks, models and "

@@ -18,8 +18,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-import cloudpickle
-
 from lightning_rft.errors import ConfigurationError, DeadlineError, LinkError
 from lightning_rft.experience import Experience, Task
 from lightning_rft.explorer.engines.engine import Engine
@@ -43,12 +41,13 @@ from lightning_rft.explorer.messages import (
 from lightning_rft.explorer.worker.scorer import Scorer
 from lightning_rft.explorer.worker.stepper import Stepper
 from lightning_rft.explorer.workflows.policy import Policy, Workflow
+from lightning_rft.pickling import dumps
 
 __all__ = ["Explorer", "ExplorerSpec"]
 
 _ORPHAN_POLL_S = 1.0
 _REPORT_S = 1.0
-_END = cloudpickle.dumps(None)
+_END = dumps(None)
 
 
 @dataclass(frozen=True)
