@@ -31,7 +31,7 @@ import torch
 
 import lightning_rft as rft
 from benchmarks.overlap import restless, spans
-from lightning_rft.explorer.messages import Channel, spawn
+from lightning_rft.channel import Channel, spawn
 from lightning_rft.hardware import available_cpus, fast_dtype
 from lightning_rft.testing import tiny_model
 

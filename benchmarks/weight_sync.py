@@ -36,8 +36,8 @@ import torch
 import lightning_rft as rft
 from benchmarks.overlap import restless, spans
 from benchmarks.rollout import DEADLINE_S, Consumes, beside
+from lightning_rft.channel import Channel
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.messages import Channel
 from lightning_rft.hardware import available_cpus, fast_dtype
 from lightning_rft.sync.transports.transport import Weights, announce, nbytes
 from lightning_rft.testing import tiny_model

@@ -24,13 +24,13 @@ from lightning_rft.experience import Group
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.engines.vllm import VLLMEngine
 from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.explorer.spec import explorer_spec
 from lightning_rft.explorer.workflows.policy import Workflow
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.monitor.spans import Span
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.lifecycle import Run
 from lightning_rft.run.placement import cpu_threads, explorer_gpus
-from lightning_rft.run.spec import explorer_spec
 from lightning_rft.run.tolerance import Tolerance
 from lightning_rft.settings import check_counts, check_source, check_together, sync_strategy
 from lightning_rft.sync.strategy import SyncStrategy

@@ -45,9 +45,8 @@ class _Pickler(cloudpickle.Pickler):
             bare = marshal.dumps(obj.replace(co_consts=(None,) * len(obj.co_consts)))
             return _rebuild, (bare, obj.co_consts, self._lines_of(obj) if self._source else [])
         if isinstance(obj, FunctionType) and obj.__globals__.get("__file__") == obj.__code__.co_filename:
-            linecache.lazycache(
-                obj.__code__.co_filename, obj.__globals__
-            )  # of a zip file: only its loader has the lines
+            # of a zip file only its loader has the lines
+            linecache.lazycache(obj.__code__.co_filename, obj.__globals__)
         return super().reducer_override(obj)
 
     def _lines_of(self, code: CodeType) -> list[str]:

@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-from lightning_rft.explorer.messages import Channel, Failure, unpack
+from lightning_rft.channel import Channel, Failure, unpack
 
 
 async def run(packed: bytes) -> Any:

@@ -20,7 +20,7 @@ import cloudpickle
 import pytest
 
 import lightning_rft
-from lightning_rft.explorer.messages import Channel, Failure, spawn
+from lightning_rft.channel import Channel, Failure, spawn
 from lightning_rft.pickling import dumps
 
 Code = dict[str, Any]

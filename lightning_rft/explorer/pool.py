@@ -15,21 +15,12 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
 
+from lightning_rft.channel import Channel, spawn
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Engine
-from lightning_rft.explorer.messages import (
-    Channel,
-    Connect,
-    Explored,
-    Failed,
-    Load,
-    Prepare,
-    Several,
-    Started,
-    spawn,
-)
-from lightning_rft.explorer.worker.main import ExplorerSpec
+from lightning_rft.explorer.messages import Connect, Explored, Failed, Load, Prepare, Several, Started
+from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.hardware import available_cpus, share_cores
 from lightning_rft.pickling import dumps
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections import deque
 
+from lightning_rft.channel import Failure
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.explorer.messages import Explored, Failure
+from lightning_rft.explorer.messages import Explored
 
 __all__ = ["Tolerance"]
 

@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_rft.channel import Channel, Failure
 from lightning_rft.errors import DeadlineError, RankError, ScheduleError
-from lightning_rft.explorer.messages import Channel, Failure
 
 __all__ = ["SIGTERM_STATUS", "Ranks"]
 

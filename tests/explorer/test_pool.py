@@ -17,7 +17,7 @@ from lightning_rft.errors import DeadlineError, ExplorerError
 from lightning_rft.experience import GroupKey, Task
 from lightning_rft.explorer.messages import Explore, Explored, Started
 from lightning_rft.explorer.pool import ExplorerPool
-from lightning_rft.explorer.worker.main import ExplorerSpec
+from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from tests.processes import MARK, LightEngine, alive, until
 

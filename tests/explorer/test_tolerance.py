@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_rft.channel import Failure
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, GroupKey
-from lightning_rft.explorer.messages import Explored, Failure
+from lightning_rft.explorer.messages import Explored
 from lightning_rft.run.tolerance import Tolerance
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from lightning_rft.channel import Channel
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey, Task
 from lightning_rft.explorer.engines.fake import FakeEngine
-from lightning_rft.explorer.messages import Advanced, Cancel, Channel, Explore, Explored, Several, Started
-from lightning_rft.explorer.worker.main import Explorer, ExplorerSpec
+from lightning_rft.explorer.messages import Advanced, Cancel, Explore, Explored, Several, Started
+from lightning_rft.explorer.spec import ExplorerSpec
+from lightning_rft.explorer.worker.main import Explorer
 from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 

@@ -14,69 +14,37 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Coroutine
 from typing import Any
 
+from lightning_rft.channel import Channel, Failure, unpack
 from lightning_rft.errors import ConfigurationError, DeadlineError, LinkError
 from lightning_rft.experience import Experience, Task
-from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.messages import (
     Advanced,
     Cancel,
-    Channel,
     Connect,
     Explore,
     Explored,
     Failed,
-    Failure,
     Load,
     Loaded,
     LoadFailed,
     Prepare,
     Several,
     Started,
-    unpack,
 )
+from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.scorer import Scorer
 from lightning_rft.explorer.worker.stepper import Stepper
-from lightning_rft.explorer.workflows.policy import Policy, Workflow
+from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.pickling import dumps
 
-__all__ = ["Explorer", "ExplorerSpec"]
+__all__ = ["Explorer"]
 
 _ORPHAN_POLL_S = 1.0
 _REPORT_S = 1.0
 _END = dumps(None)
-
-
-@dataclass(frozen=True)
-class ExplorerSpec:
-    """Everything that an explorer is told when it starts.
-
-    Args:
-        engine: Description of the engine.
-        model: Model path or hub name.
-        workflow: Answers a task.
-        reward: Scores an answer.
-        max_new_tokens: Most tokens of one answer.
-        max_model_len: Most tokens of prompt and answer together.
-        seed: Seed of the run.
-        retries: How often a sample is tried again when it raised.
-        reward_timeout_s: Seconds that one reward may take.
-        sample_timeout_s: Seconds that one sample may take, reward included.
-    """
-
-    engine: Engine
-    model: str
-    workflow: Workflow
-    reward: Callable[..., Any]
-    max_new_tokens: int
-    max_model_len: int
-    seed: int
-    retries: int
-    reward_timeout_s: float
-    sample_timeout_s: float
 
 
 class Explorer:

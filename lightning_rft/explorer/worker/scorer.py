@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_rft.channel import Channel, Failure, spawn
 from lightning_rft.errors import DeadlineError
 from lightning_rft.experience import Task
-from lightning_rft.explorer.messages import Channel, Failure, spawn
 from lightning_rft.rewards import as_reward
 
 __all__ = ["Scorer"]

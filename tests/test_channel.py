@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from lightning_rft.channel import Channel, Failure, spawn
 from lightning_rft.errors import ExplorerError
-from lightning_rft.explorer.messages import Channel, Failure, spawn
 from tests.processes import until
 
 # Failures
@@ -121,7 +121,7 @@ def test_end_of_file(pair: Pair) -> None:
 
 
 def test_a_peer_that_does_not_read_blocks_nobody_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_rft.explorer.messages._SEND_DEADLINE_S", 1)
+    monkeypatch.setattr("lightning_rft.channel._SEND_DEADLINE_S", 1)
     ours, theirs = socket.socketpair()
     with theirs:
         channel = Channel(ours.detach())
@@ -159,7 +159,7 @@ def test_threads_do_not_mix_their_messages(pair: Pair) -> None:
 
 ECHO = """
 import os, sys
-from lightning_rft.explorer.messages import Channel
+from lightning_rft.channel import Channel
 channel = Channel(int(sys.argv[1]))
 print("hello from the child", flush=True)
 try:

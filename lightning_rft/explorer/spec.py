@@ -1,17 +1,87 @@
-"""How many tokens engines must have room for: no more than the prompts need, since room costs memory."""
+"""The specification of an explorer: everything that it is told when it starts, and how long its context must be."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.explorer.workflows.policy import Prompt, encode_prompt
-from lightning_rft.model_folder import context_length
+from lightning_rft.explorer.engines.engine import Engine
+from lightning_rft.explorer.workflows.policy import Prompt, Workflow, encode_prompt
+from lightning_rft.explorer.workflows.single_turn import SingleTurn
+from lightning_rft.model_folder import check_model, context_length
 
-__all__ = ["fitting_length"]
+if TYPE_CHECKING:  # explorers import this file, and not Lightning
+    from lightning_rft.settings import Settings
+
+__all__ = ["ExplorerSpec", "explorer_spec", "fitting_length"]
 
 _MEASURED_PROMPTS = 512
 _PROMPT_ROOM = 128
+
+
+@dataclass(frozen=True)
+class ExplorerSpec:
+    """Everything that an explorer is told when it starts.
+
+    Args:
+        engine: Description of the engine.
+        model: Model path or hub name.
+        workflow: Answers a task.
+        reward: Scores an answer.
+        max_new_tokens: Most tokens of one answer.
+        max_model_len: Most tokens of prompt and answer together.
+        seed: Seed of the run.
+        retries: How often a sample is tried again when it raised.
+        reward_timeout_s: Seconds that one reward may take.
+        sample_timeout_s: Seconds that one sample may take, reward included.
+    """
+
+    engine: Engine
+    model: str
+    workflow: Workflow
+    reward: Callable[..., Any]
+    max_new_tokens: int
+    max_model_len: int
+    seed: int
+    retries: int
+    reward_timeout_s: float
+    sample_timeout_s: float
+
+
+def explorer_spec(settings: Settings, model: str) -> ExplorerSpec:
+    """What every explorer runs, once it is certain that it can.
+
+    Args:
+        settings: What is set of the run.
+        model: Path of a folder, or hub name, of the trainer's model; explorers take it unless the engine names another.
+
+    Raises:
+        ConfigurationError: The model is not whole, the engine cannot run, or prompts do not fit.
+    """
+    assert settings.reward is not None, "checked when it was set"
+    model = settings.engine.model or model
+    check_model(model)
+    settings.engine.check()
+    return ExplorerSpec(
+        engine=settings.engine,
+        model=model,
+        workflow=settings.workflow,
+        reward=settings.reward,
+        max_new_tokens=settings.max_new_tokens,
+        max_model_len=fitting_length(
+            model,
+            [task.prompt for task in [*settings.tasks, *settings.val_tasks]],
+            max_new_tokens=settings.max_new_tokens,
+            max_model_len=settings.max_model_len,
+            single_turn=isinstance(settings.workflow, SingleTurn),
+        ),
+        seed=settings.seed,
+        retries=settings.retries,
+        reward_timeout_s=settings.reward_timeout_s,
+        sample_timeout_s=settings.sample_timeout_s,
+    )
 
 
 def fitting_length(
