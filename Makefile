@@ -1,12 +1,17 @@
 # Every target first makes .venv complete, which takes no time when it is. ARGS goes to the command that is run:
 #   make test ARGS="-k ledger"
+# DEPS chooses versions, for any target: tested (those of .ci/tested.txt) or latest, in an environment of its own:
+#   make test DEPS=latest
 .DEFAULT_GOAL := help
+DEPS ?= tested
+VENV := $(if $(filter latest,$(DEPS)),.venv-latest,.venv)
+export DEPS VENV
 # two at a time, a file of tests in one process: many wait for processes to start
 PARALLEL := -n 2 --dist loadfile
 MODEL := runs/models/SmolLM2-135M-Instruct
 CONFIG := examples/synchronous.yaml
 BENCHMARKS := $(filter-out __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
-.PHONY: help install model demo train test test-quick chaos bench check format clean
+.PHONY: help install model demo train test test-quick chaos bench check format dist dist-check tested clean
 
 help:
 	@echo "make demo        train a small model with reinforcement, here and now (installs what it needs into .venv)"
@@ -19,48 +24,68 @@ help:
 	@echo "make format      rewrite the code in the project's style"
 	@echo "make install     only make .venv complete; PYTHON=python3.12 chooses the interpreter"
 	@echo "make model       only make the demo's model, runs/models/SmolLM2-135M-Instruct"
-	@echo "make clean       remove .venv and what tools left behind"
+	@echo "make dist        wheel and sdist, in dist/"
+	@echo "make dist-check  the same, then the wheel in an empty environment: every extra, and the README's program"
+	@echo "make tested      write .ci/tested.txt, the versions that all of this takes, from today's newest"
+	@echo "make clean       remove .venv, .venv-latest and what tools left behind"
+	@echo "With DEPS=latest, any of these takes the newest versions of everything instead, in .venv-latest."
 
 install:
 	@.ci/install
 
 demo: install
-	.venv/bin/python examples/demo.py $(ARGS)
+	$(VENV)/bin/python examples/demo.py $(ARGS)
 
 model: install $(MODEL)/model.safetensors
 
 $(MODEL)/model.safetensors: | install
-	.venv/bin/python examples/convert_smollm2.py $(MODEL)
+	$(VENV)/bin/python examples/convert_smollm2.py $(MODEL)
 
 train: model
-	.venv/bin/python -m lightning_rft fit --config $(CONFIG) $(ARGS)
+	$(VENV)/bin/python -m lightning_rft fit --config $(CONFIG) $(ARGS)
 
 test: install
-	.venv/bin/python -m pytest $(PARALLEL) $(ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 test-quick: install
-	.venv/bin/python -m pytest $(PARALLEL) -m "not vllm and not chaos and not exhaustive" $(ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not vllm and not chaos and not exhaustive" $(ARGS)
 
 # CHAOS multiplies kills and lengths; the tests of these names run with 1 in `make test`
 CHAOS ?= 5
 chaos: install
-	CHAOS=$(CHAOS) .venv/bin/python -m pytest -m chaos $(ARGS)
+	CHAOS=$(CHAOS) $(VENV)/bin/python -m pytest -m chaos $(ARGS)
 
 # One after another, and with nothing else running: they measure times.
+bench: CONSTRAINT := $(if $(filter tested,$(DEPS)),--constraint .ci/tested.txt)
 bench: model
-	.venv/bin/python -m pip install --quiet --editable ".[bench]"
-	@set -e; for name in $(BENCHMARKS); do echo "=== $$name"; .venv/bin/python -m benchmarks.$$name $(ARGS); done
+	$(VENV)/bin/python -m pip install --quiet $(CONSTRAINT) --editable ".[bench]"
+	@set -e; for name in $(BENCHMARKS); do echo "=== $$name"; $(VENV)/bin/python -m benchmarks.$$name $(ARGS); done
 
 check: install
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy lightning_rft
-	.venv/bin/python -m pytest --doctest-modules lightning_rft --ignore=lightning_rft/explorer/engines/vllm_weights.py $(ARGS)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy lightning_rft
+	$(VENV)/bin/python -m pytest --doctest-modules lightning_rft --ignore=lightning_rft/explorer/engines/vllm_weights.py $(ARGS)
 
 format: install
-	.venv/bin/ruff check --fix .
-	.venv/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+dist: install
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist
+	$(VENV)/bin/twine check --strict dist/*
+
+dist-check: dist
+	$(VENV)/bin/python .ci/dist_check.py
+
+# What the benchmarks want belongs to it.
+tested:
+	@$(MAKE) --no-print-directory install DEPS=latest
+	.venv-latest/bin/python -m pip install --quiet --editable ".[bench]"
+	.venv-latest/bin/python .ci/tested.py
+	@echo "Now: make check test, which installs these versions into .venv; then commit .ci/tested.txt"
 
 clean:
-	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-latest build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

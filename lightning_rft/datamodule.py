@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
-from typing_extensions import Self
 
 from lightning_rft.buffer.filters import Filter
 from lightning_rft.buffer.selection import Priority, Replay

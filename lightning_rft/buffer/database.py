@@ -6,14 +6,11 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from lightning_rft.buffer.faults import opening_error, storage_errors
 from lightning_rft.buffer.place import check_filesystem, lock
 from lightning_rft.buffer.schema import prepare
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["File"]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Self
 
 from lightning_rft.buffer.codec import COLUMNS, from_row, to_row
 from lightning_rft.buffer.database import File
@@ -25,9 +25,6 @@ from lightning_rft.buffer.resume import ENDED, Round, settle
 from lightning_rft.buffer.schema import State
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group, GroupKey, Progress
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["Ledger", "State"]
 

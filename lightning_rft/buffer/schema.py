@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import uuid
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 from lightning_rft.buffer.faults import DAMAGED
@@ -16,7 +16,7 @@ FORMAT_VERSION = 2
 APPLICATION_ID = 0x52465442  # "RFTB": tells our files from those of other programs that also count versions from 1
 
 
-class State(str, Enum):
+class State(StrEnum):
     """Where a group stands.
 
     ``trained``, ``filtered`` and ``failed`` end a task. A dropped group is issued again in the same round; the slot of

@@ -64,7 +64,7 @@ class Scorer:
         if inspect.iscoroutinefunction(self._reward) or inspect.iscoroutinefunction(type(self._reward).__call__):
             try:
                 return as_reward(await asyncio.wait_for(self._reward(completion, task), self._timeout_s), task.id)
-            except asyncio.TimeoutError as error:
+            except TimeoutError as error:
                 raise self._late(task) from error
         if self._stopped:
             raise asyncio.CancelledError
