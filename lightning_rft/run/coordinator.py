@@ -21,6 +21,7 @@ from lightning_rft.explorer.tolerance import Tolerance
 from lightning_rft.explorer.watch import Watch
 from lightning_rft.monitor.activity import Activity
 from lightning_rft.monitor.spans import Span
+from lightning_rft.monitor.status import StatusLine
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.listener import GRACE_S, Listener
 from lightning_rft.run.quiz import Quiz
@@ -47,6 +48,7 @@ class Coordinator:
         folder: The run's own folder.
         strategy: Loads weights where the schedule says so.
         observers: Called with every span of the timeline.
+        status: Shows what is waited for, until the first batch is there.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Coordinator:
         folder: Path,
         strategy: SyncStrategy,
         observers: Sequence[Callable[[Span], None]],
+        status: StatusLine,
     ) -> None:
         self._schedule = schedule
         self._groups = groups
@@ -69,6 +72,7 @@ class Coordinator:
         self._strategy = strategy
         self._watch = Watch(progress_timeout_s)
         self._activity = Activity(observers)
+        self._status = status
         self._listener = Listener(pool, self._watch, self._handle, check_interrupt)
         self._lock = self._listener.lock
         self._receivers = Receivers(pool, self._watch, self._listener, folder, self._look)
@@ -104,10 +108,16 @@ class Coordinator:
         """
         began = time.monotonic()
         self._tell(lambda: self._schedule.wanted(batch))
-        while True:
-            self._wait_served(lambda: self._groups.leased is not None, f"batch {batch} of experience")
-            if not self._refuse_stale(batch):
-                break
+        with self._status:
+            while True:
+                self._wait_served(
+                    lambda: self._groups.leased is not None,
+                    f"batch {batch} of experience",
+                    lambda: self._show_exploring(batch),
+                )
+                if not self._refuse_stale(batch):
+                    break
+        self._status = StatusLine(None)  # from now on the progress bar moves
         self._activity.trainer_waited("experience", began, batch=batch)
         return self._groups.with_replay(batch)
 
@@ -126,7 +136,13 @@ class Coordinator:
         """
         self._listener.raise_failures()
         batch = self._schedule.version + index  # nothing is trained, so the version stays
-        self._wait_served(lambda: self._schedule.is_ready(batch), f"batch {batch} of experience")
+        with self._status:
+            self._wait_served(
+                lambda: self._schedule.is_ready(batch),
+                f"batch {batch} of experience",
+                lambda: self._show_exploring(batch),
+            )
+        self._status = StatusLine(None)
         with self._lock:
             return batch, self._groups.read(batch)
 
@@ -144,7 +160,16 @@ class Coordinator:
 
     def wait_ready(self) -> None:
         """Returns when every explorer's engine is up; the pool has the deadline."""
-        self._listener.wait(lambda: self._pool.ready, "the explorers to start")
+
+        def show() -> None:
+            up, count = len(self._pool.members()), self._pool.count
+            self._status.say(
+                "waiting for " + (f"{count} explorers" if count > 1 else "the explorer") + " to start",
+                f"{up} of {count} ready" if count > 1 else "",
+            )
+
+        with self._status:
+            self._listener.wait(lambda: self._pool.ready, "the explorers to start", show=show)
 
     def trained(self, batch: int) -> None:
         """Tells that a batch is part of the weights."""
@@ -214,7 +239,12 @@ class Coordinator:
 
     def explored(self, index: int) -> Group:
         """Waits for the answers to one of the tasks of :meth:`explore`; without those that failed after every retry."""
-        self._wait_served(lambda: index in self._quiz.answers, f"validation task {index}")
+        with self._status:
+            self._wait_served(
+                lambda: index in self._quiz.answers,
+                f"validation task {index}",
+                lambda: self._status.say("exploring validation tasks", self._quiz.progress),
+            )
         return self._quiz.answers[index]
 
     # How the schedule is told, and what it answers carried out
@@ -272,7 +302,10 @@ class Coordinator:
             loads = self._receivers.is_loading(explorer)
             self._activity.explorer(explorer, "load" if loads else self._schedule.waits_for(explorer) or "explore")
 
-    def _wait_served(self, done: Callable[[], bool], what: str) -> None:
+    def _show_exploring(self, batch: int) -> None:
+        self._status.say(f"exploring batch {batch}", "{} of {} groups".format(*self._schedule.arrived(batch)))
+
+    def _wait_served(self, done: Callable[[], bool], what: str, show: Callable[[], None] = lambda: None) -> None:
         """Waits on the trainer's thread, as long as explorers come further; brings weights to those that come up."""
         self._listener.heard = time.monotonic()  # an idle stretch before this wait is nobody's fault
         limit = self._watch.timeout_s + GRACE_S  # a hung explorer is ended before its silence ends the wait
@@ -282,7 +315,7 @@ class Coordinator:
 
         while True:
             self._receivers.serve(self._strategy.bring)
-            self._listener.wait(lambda: done() or self._receivers.any_late or silence() > limit, what)
+            self._listener.wait(lambda: done() or self._receivers.any_late or silence() > limit, what, show=show)
             if done():
                 return
             if not self._receivers.any_late:

@@ -18,6 +18,7 @@ from lightning_rft.buffer.policies import ReplayMemory
 from lightning_rft.buffer.stored import stored_keys
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.tolerance import Tolerance
+from lightning_rft.monitor.status import StatusLine
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.limits import micro_batches, stop_batch
@@ -116,6 +117,7 @@ class Loop:
                 folder=folder,
                 strategy=strategy,
                 observers=settings.observers,
+                status=StatusLine(trainer),
             )
             if explores_only:
                 ends.callback(_tell_explored, ledger, Path(path))

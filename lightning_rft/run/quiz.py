@@ -49,6 +49,11 @@ class Quiz:
         """Takes in a group."""
         self.answers[message.key.slot] = Group(message.key, message.task_id, message.experiences)
 
+    @property
+    def progress(self) -> str:
+        """How many of the tasks are answered."""
+        return f"{len(self.answers)} of {len(self._questions)}"
+
     def gone(self, explorer: int) -> None:
         """Notes that an explorer is dead: what it was at is to be asked again."""
         self._asked = {index: who for index, who in self._asked.items() if who != explorer}

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ScheduleError
+from lightning_rft.monitor.status import StatusLine
 from lightning_rft.sync.changes import Changes
 from lightning_rft.sync.collective import CollectiveTransport
 from lightning_rft.sync.publisher import Publisher, Pushed, snapshot
@@ -103,6 +104,7 @@ class SyncStrategy(Callback, Rule):
         self._publisher: Publisher | None = None
         self._pushed = -1  # the version whose weights were taken last
         self._changes = Changes()
+        self._status = StatusLine(None)  # of the first step
 
     def check(self, explorers: int) -> None:
         """Checks what a strategy needs of the data module, before anything is started; by default nothing.
@@ -158,11 +160,14 @@ class SyncStrategy(Callback, Rule):
                 "per batch is needed, so keep accumulate_grad_batches constant (no GradientAccumulationScheduler) and "
                 "use one optimizer"
             )
+        self._status.say(f"training on batch {batch.batch}")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the version up with a batch's last micro-batch and pushes if that is due."""
+        self._status.clear()
+        self._status = StatusLine(None)
         if not batch.last:  # the hook fires for every micro-batch
             return
         logged = self._agree(f"the end of batch {batch.batch}", lambda: self._trained(batch.batch))
@@ -212,15 +217,18 @@ class SyncStrategy(Callback, Rule):
             # the datamodule owns ranks and run; anything else was refused in its setup
             data = trainer.datamodule  # type: ignore[attr-defined]
             self._ranks = data.ranks
-            self._agree("the first push", lambda: self._start(data.begin(self)))
+            self._agree("the first push", lambda: self._start(data.begin(self), trainer))
 
-    def _start(self, run: Run) -> None:
+    def _start(self, run: Run, trainer: L.Trainer) -> None:
         self._run = run
         run.wait_ready()
         if self.asynchronous:
             self._publisher = Publisher(self.transport, run)
-        self._changes.since_last(self._push(), run.explorers.dtype)
-        self._wait_loaded()
+        with StatusLine(trainer) as status:
+            status.say(f"pushing weights (version {run.version})")
+            self._changes.since_last(self._push(), run.explorers.dtype)
+            self._wait_loaded()
+        self._status = StatusLine(trainer, bar_only=True)  # others write during a step
 
     def _trained(self, batch: int) -> dict[str, float]:
         """Counts the version up and pushes if that is due; what is to be logged of it."""
@@ -270,6 +278,8 @@ class SyncStrategy(Callback, Rule):
             run.explorers.wait_loaded(run.version, explorers, timeout_s, setting)
 
     def _end(self) -> None:
+        self._status.clear()
+        self._status = StatusLine(None)
         publisher, self._publisher = self._publisher, None
         self._ranks, self._run, self._pushed, self._changes = None, None, -1, Changes()
         try:

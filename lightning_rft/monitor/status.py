@@ -1,0 +1,157 @@
+"""The line in the terminal that says what a run is doing while its progress bar has nothing to show yet."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Protocol
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from tqdm import tqdm
+from typing_extensions import Self
+
+__all__ = ["StatusLine"]
+
+
+class StatusLine:
+    """Shows what the trainer waits for, in the one line that its progress bar then takes over.
+
+    In a terminal the line is rewritten in place. Where a bar of TQDM or Rich is already on the screen, the text is part
+    of it. Anywhere else (a file, a notebook) each new stage is a line of its own. Without a progress bar it is silent.
+
+    A ``with`` block around the wait and nothing else leaves the terminal clean however the wait ends, before anybody
+    else writes to it::
+
+        with StatusLine(trainer) as status:
+            while len(done) < 4:
+                status.say("exploring batch 0", f"{len(done)} of 4 groups")
+                ...
+
+    Only the trainer's thread may use it.
+
+    Args:
+        trainer: Whose progress bar it is; ``None`` for silence.
+        bar_only: Whether it stays silent in a terminal without a bar of TQDM or Rich on the screen. For a stage during
+            which others may write.
+    """
+
+    def __init__(self, trainer: L.Trainer | None, *, bar_only: bool = False) -> None:
+        self._trainer = trainer if trainer is not None and trainer.is_global_zero else None
+        self._bar_only = bar_only
+        self._place: _Place | None = None
+        self._printed = ""
+        self._shown: tuple[str, int] | None = None
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Starts the clock."""
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Takes the text away."""
+        self.clear()
+
+    def say(self, stage: str, progress: str = "") -> None:
+        """Shows a stage, in place of what was shown before.
+
+        Args:
+            stage: What is done, such as ``"exploring batch 0"``.
+            progress: How far it is, such as ``"3 of 4 groups"``; only shown where text can be rewritten.
+        """
+        callback = None if self._trainer is None else self._trainer.progress_bar_callback
+        if callback is None or not getattr(callback, "is_enabled", True):
+            return
+        if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+            if stage != self._printed:
+                self._printed = stage
+                tqdm.write(f"lightning_rft: {stage}")  # above a bar, if there is one
+                sys.stdout.flush()
+            return
+        shown = f"{stage}: {progress}" if progress else stage, int(time.monotonic() - self._began)
+        if shown == self._shown:
+            return
+        self._shown = shown
+        if self._place is None:
+            self._place = _place(callback, self._bar_only)
+        if self._place is not None:
+            self._place.show(*shown)
+
+    def clear(self) -> None:
+        """Takes the text away, if any is shown."""
+        place, self._place, self._shown = self._place, None, None
+        if place is not None:
+            place.clear()
+
+
+def _place(callback: ProgressBar, bar_only: bool) -> _Place | None:
+    if isinstance(callback, TQDMProgressBar):
+        for bar in vars(callback).values():
+            if isinstance(bar, tqdm) and not bar.disable:
+                return _InTqdm(bar)
+    if isinstance(callback, RichProgressBar) and callback.progress is not None and callback.progress.live.is_started:
+        return _InRich(callback)
+    return None if bar_only else _OwnLine()
+
+
+class _Place(Protocol):
+    """Where text can be shown, and taken away again."""
+
+    def show(self, text: str, seconds: int) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+class _OwnLine:
+    """The line that the cursor is in.
+
+    The cursor waits at its beginning: what others print meanwhile, such as a warning, is not appended to our text.
+    """
+
+    def show(self, text: str, seconds: int) -> None:
+        line = text[0].upper() + text[1:] + (f" ({seconds} s)" if seconds else " ...")
+        self._write(line[: (os.get_terminal_size(sys.stdout.fileno()).columns or 80) - 1] + "\r")
+
+    def clear(self) -> None:
+        self._write("")
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write("\r\x1b[K" + text)
+        sys.stdout.flush()
+
+
+class _InTqdm:
+    """The end of a bar of TQDM, where Lightning shows metrics."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+        self._before = bar.postfix or ""
+
+    def show(self, text: str, seconds: int) -> None:
+        self._bar.set_postfix_str(text)
+
+    def clear(self) -> None:
+        self._bar.set_postfix_str(self._before)
+
+
+class _InRich:
+    """A row of its own among the bars of Rich."""
+
+    def __init__(self, callback: RichProgressBar) -> None:
+        self._callback = callback
+        assert callback.progress is not None
+        self._progress = callback.progress
+        self._row = self._progress.add_task("", total=float("inf"))
+
+    def show(self, text: str, seconds: int) -> None:
+        self._progress.update(self._row, description=text)
+        self._callback.refresh()
+
+    def clear(self) -> None:
+        self._progress.update(self._row, visible=False)  # a row that is removed would shift Lightning's
+        self._callback.refresh()
