@@ -1,18 +1,21 @@
-"""A terminal that remembers what was on its screen."""
+"""A terminal that remembers what was on its screen, and an engine that waits until it is seen to be waited for."""
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
 import re
-import select
 import struct
 import termios
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
+
+from tests.processes import LightEngine, until
 
 _CONTROL = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])|\x1b\[[?0-9;]*$|\x1b$")
 
@@ -76,21 +79,30 @@ class Screen:
             assert letter in "mhl", letter  # colour, and whether the cursor is shown
 
 
-class Terminal:
-    """A pseudo-terminal; ``stream`` writes to it, and ``frames`` are the screens that were seen."""
+class Recording:
+    """A stream whose other end is a terminal, or a pipe; ``frames`` are the screens that were seen.
 
-    def __init__(self, columns: int = 100) -> None:
+    Args:
+        columns: Width of the terminal.
+        tty: Whether it is a terminal.
+        when: What to do, once, when a text is on the screen; called on another thread.
+    """
+
+    def __init__(
+        self, columns: int = 100, *, tty: bool = True, when: dict[str, Callable[[Recording], object]] | None = None
+    ) -> None:
         self.frames: list[list[str]] = []
         self.text = ""
+        self._tty = tty
+        self._when = dict(when or {})
         self._screen = Screen(columns)
-        self._ours, theirs = pty.openpty()
-        attributes = termios.tcgetattr(theirs)
-        termios.tcsetattr(theirs, termios.TCSANOW, attributes)
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        self._ours, theirs = pty.openpty() if tty else os.pipe()
+        if tty:
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self.stream: TextIO = os.fdopen(theirs, "w", encoding="utf-8")
         self._thread = threading.Thread(target=self._read, daemon=True)
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Recording:
         self._thread.start()
         return self
 
@@ -104,18 +116,37 @@ class Terminal:
     @property
     def screen(self) -> list[str]:
         """The last of the frames."""
-        return self.frames[-1] if self.frames else []
-
-    def save(self, path: Path) -> None:
-        path.write_text("\n\n".join("\n".join(frame) for frame in self.frames))
+        return self.frames[-1]
 
     def _read(self) -> None:
-        while select.select([self._ours], [], []):
+        decode = codecs.getincrementaldecoder("utf-8")().decode
+        while True:
             try:
-                text = os.read(self._ours, 65536).decode(errors="replace")
-            except OSError:  # the other end is closed
+                received = os.read(self._ours, 65536)
+            except OSError:  # the terminal is closed
                 return
+            if not received:  # the pipe is
+                return
+            text = decode(received)
             self.text += text
-            self._screen.feed(text)
+            self._screen.feed(text if self._tty else text.replace("\n", "\r\n"))
             if not self.frames or self.frames[-1] != self._screen.lines:
                 self.frames.append(self._screen.lines)
+            for expected in [expected for expected in self._when if any(expected in line for line in self.screen)]:
+                self._when.pop(expected)(self)
+
+
+class HeldEngine(LightEngine):
+    """Starts once ``waiting`` exists in a folder, and answers once ``exploring`` does."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(mean_tokens=4)
+        self.folder = folder
+
+    def start(self, model: str, *, max_model_len: int, seed: int) -> None:
+        until(lambda: (self.folder / "waiting").exists(), "waiting")
+        super().start(model, max_model_len=max_model_len, seed=seed)
+
+    def step(self) -> Any:
+        until(lambda: (self.folder / "exploring").exists(), "exploring")
+        return super().step()

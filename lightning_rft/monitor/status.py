@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
@@ -27,7 +28,7 @@ class StatusLine:
 
         with StatusLine(trainer) as status:
             while len(done) < 4:
-                status.say("exploring batch 0", f"{len(done)} of 4 groups")
+                status.say("exploring batch 0", len(done), 4, "groups")
                 ...
 
     Only the trainer's thread may use it.
@@ -43,7 +44,7 @@ class StatusLine:
         self._bar_only = bar_only
         self._place: _Place | None = None
         self._printed = ""
-        self._shown: tuple[str, int] | None = None
+        self._shown: _Stage | None = None
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -57,12 +58,14 @@ class StatusLine:
         """Takes the text away."""
         self.clear()
 
-    def say(self, stage: str, progress: str = "") -> None:
+    def say(self, stage: str, done: int = 0, total: int = 0, unit: str = "") -> None:
         """Shows a stage, in place of what was shown before.
 
         Args:
             stage: What is done, such as ``"exploring batch 0"``.
-            progress: How far it is, such as ``"3 of 4 groups"``; only shown where text can be rewritten.
+            done: How far it is; shown only where text can be rewritten.
+            total: Where it ends; 0 if that cannot be counted.
+            unit: What is counted, such as ``"groups"``.
         """
         callback = None if self._trainer is None else self._trainer.progress_bar_callback
         if callback is None or not getattr(callback, "is_enabled", True):
@@ -73,20 +76,32 @@ class StatusLine:
                 tqdm.write(f"lightning_rft: {stage}")  # above a bar, if there is one
                 sys.stdout.flush()
             return
-        shown = f"{stage}: {progress}" if progress else stage, int(time.monotonic() - self._began)
-        if shown == self._shown:
+        now = _Stage(stage, done, total, unit, int(time.monotonic() - self._began))
+        if now == self._shown:
             return
-        self._shown = shown
+        self._shown = now
         if self._place is None:
             self._place = _place(callback, self._bar_only)
         if self._place is not None:
-            self._place.show(*shown)
+            self._place.show(now)
 
     def clear(self) -> None:
         """Takes the text away, if any is shown."""
         place, self._place, self._shown = self._place, None, None
         if place is not None:
             place.clear()
+
+
+@dataclass(frozen=True)
+class _Stage:
+    name: str
+    done: int
+    total: int
+    unit: str
+    seconds: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.done} of {self.total} {self.unit}" if self.total else self.name
 
 
 def _place(callback: ProgressBar, bar_only: bool) -> _Place | None:
@@ -99,10 +114,14 @@ def _place(callback: ProgressBar, bar_only: bool) -> _Place | None:
     return None if bar_only else _OwnLine()
 
 
-class _Place(Protocol):
-    """Where text can be shown, and taken away again."""
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
-    def show(self, text: str, seconds: int) -> None: ...
+
+class _Place(Protocol):
+    """Where a stage can be shown, and taken away again."""
+
+    def show(self, stage: _Stage) -> None: ...
 
     def clear(self) -> None: ...
 
@@ -113,8 +132,8 @@ class _OwnLine:
     The cursor waits at its beginning: what others print meanwhile, such as a warning, is not appended to our text.
     """
 
-    def show(self, text: str, seconds: int) -> None:
-        line = text[0].upper() + text[1:] + (f" ({seconds} s)" if seconds else " ...")
+    def show(self, stage: _Stage) -> None:
+        line = _capital(str(stage)) + (f" ({stage.seconds} s)" if stage.seconds else " ...")
         self._write(line[: (os.get_terminal_size(sys.stdout.fileno()).columns or 80) - 1] + "\r")
 
     def clear(self) -> None:
@@ -131,12 +150,15 @@ class _InTqdm:
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
         self._before = bar.postfix or ""
+        self._shown = ""
 
-    def show(self, text: str, seconds: int) -> None:
-        self._bar.set_postfix_str(text)
+    def show(self, stage: _Stage) -> None:
+        self._shown = str(stage)
+        self._bar.set_postfix_str(self._shown)
 
     def clear(self) -> None:
-        self._bar.set_postfix_str(self._before)
+        if self._bar.postfix == self._shown:  # else it is Lightning's
+            self._bar.set_postfix_str(self._before)
 
 
 class _InRich:
@@ -146,10 +168,16 @@ class _InRich:
         self._callback = callback
         assert callback.progress is not None
         self._progress = callback.progress
-        self._row = self._progress.add_task("", total=float("inf"))
+        self._row = self._progress.add_task("", visible=False)
 
-    def show(self, text: str, seconds: int) -> None:
-        self._progress.update(self._row, description=text)
+    def show(self, stage: _Stage) -> None:
+        self._progress.update(
+            self._row,
+            description=_capital(stage.name),
+            completed=stage.done,
+            total=stage.total or float("inf"),
+            visible=True,
+        )
         self._callback.refresh()
 
     def clear(self) -> None:

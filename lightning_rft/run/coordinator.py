@@ -162,11 +162,7 @@ class Coordinator:
         """Returns when every explorer's engine is up; the pool has the deadline."""
 
         def show() -> None:
-            up, count = len(self._pool.members()), self._pool.count
-            self._status.say(
-                "waiting for " + (f"{count} explorers" if count > 1 else "the explorer") + " to start",
-                f"{up} of {count} ready" if count > 1 else "",
-            )
+            self._status.say("waiting for explorers", len(self._pool.members()), self._pool.count, "ready")
 
         with self._status:
             self._listener.wait(lambda: self._pool.ready, "the explorers to start", show=show)
@@ -243,7 +239,7 @@ class Coordinator:
             self._wait_served(
                 lambda: index in self._quiz.answers,
                 f"validation task {index}",
-                lambda: self._status.say("exploring validation tasks", self._quiz.progress),
+                lambda: self._status.say("exploring validation", *self._quiz.progress, "tasks"),
             )
         return self._quiz.answers[index]
 
@@ -303,7 +299,7 @@ class Coordinator:
             self._activity.explorer(explorer, "load" if loads else self._schedule.waits_for(explorer) or "explore")
 
     def _show_exploring(self, batch: int) -> None:
-        self._status.say(f"exploring batch {batch}", "{} of {} groups".format(*self._schedule.arrived(batch)))
+        self._status.say(f"exploring batch {batch}", *self._schedule.arrived(batch), "groups")
 
     def _wait_served(self, done: Callable[[], bool], what: str, show: Callable[[], None] = lambda: None) -> None:
         """Waits on the trainer's thread, as long as explorers come further; brings weights to those that come up."""

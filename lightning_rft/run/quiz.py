@@ -50,9 +50,9 @@ class Quiz:
         self.answers[message.key.slot] = Group(message.key, message.task_id, message.experiences)
 
     @property
-    def progress(self) -> str:
-        """How many of the tasks are answered."""
-        return f"{len(self.answers)} of {len(self._questions)}"
+    def progress(self) -> tuple[int, int]:
+        """How many tasks are answered, and how many there are."""
+        return len(self.answers), len(self._questions)
 
     def gone(self, explorer: int) -> None:
         """Notes that an explorer is dead: what it was at is to be asked again."""

@@ -104,7 +104,7 @@ class SyncStrategy(Callback, Rule):
         self._publisher: Publisher | None = None
         self._pushed = -1  # the version whose weights were taken last
         self._changes = Changes()
-        self._status = StatusLine(None)  # of the first step
+        self._status = StatusLine(None)  # until the end of the first step
 
     def check(self, explorers: int) -> None:
         """Checks what a strategy needs of the data module, before anything is started; by default nothing.
@@ -166,11 +166,10 @@ class SyncStrategy(Callback, Rule):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the version up with a batch's last micro-batch and pushes if that is due."""
-        self._status.clear()
-        self._status = StatusLine(None)
         if not batch.last:  # the hook fires for every micro-batch
             return
         logged = self._agree(f"the end of batch {batch.batch}", lambda: self._trained(batch.batch))
+        self._end_status()
         pl_module.log("rft/version", logged.pop("rft/version"), prog_bar=True)
         pl_module.log_dict(logged)
 
@@ -224,8 +223,8 @@ class SyncStrategy(Callback, Rule):
         run.wait_ready()
         if self.asynchronous:
             self._publisher = Publisher(self.transport, run)
-        with StatusLine(trainer) as status:
-            status.say(f"pushing weights (version {run.version})")
+        self._status = StatusLine(trainer)
+        with self._status:
             self._changes.since_last(self._push(), run.explorers.dtype)
             self._wait_loaded()
         self._status = StatusLine(trainer, bar_only=True)  # others write during a step
@@ -258,6 +257,7 @@ class SyncStrategy(Callback, Rule):
         """Brings the policy's weights to the explorers: now, or when the publisher comes to it; returns them."""
         run = self._active
         self._pushed = run.version
+        self._status.say(f"pushing weights (version {run.version})")
         began = time.monotonic()
         weights = self._gathered()
         if self._publisher is not None:
@@ -278,8 +278,7 @@ class SyncStrategy(Callback, Rule):
             run.explorers.wait_loaded(run.version, explorers, timeout_s, setting)
 
     def _end(self) -> None:
-        self._status.clear()
-        self._status = StatusLine(None)
+        self._end_status()
         publisher, self._publisher = self._publisher, None
         self._ranks, self._run, self._pushed, self._changes = None, None, -1, Changes()
         try:
@@ -287,6 +286,10 @@ class SyncStrategy(Callback, Rule):
                 publisher.close(self.transport.timeout_s)
         finally:
             self.transport.close()
+
+    def _end_status(self) -> None:
+        self._status.clear()
+        self._status = StatusLine(None)
 
     def _agree(self, what: str, function: Callable[[], _T]) -> _T:
         assert self._ranks is not None, "a hook fired before the first push"
