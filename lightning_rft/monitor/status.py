@@ -149,15 +149,16 @@ class _InTqdm:
 
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
-        self._before = bar.postfix or ""
-        self._shown = ""
+        self._before = self._shown = ""
 
     def show(self, stage: _Stage) -> None:
+        if self._bar.postfix != self._shown:  # it is Lightning's
+            self._before = self._bar.postfix or ""
         self._shown = str(stage)
         self._bar.set_postfix_str(self._shown)
 
     def clear(self) -> None:
-        if self._bar.postfix == self._shown:  # else it is Lightning's
+        if self._bar.postfix == self._shown:
             self._bar.set_postfix_str(self._before)
 
 
@@ -178,8 +179,8 @@ class _InRich:
             total=stage.total or float("inf"),
             visible=True,
         )
-        self._callback.refresh()
+        self._callback.refresh(hard=True)
 
     def clear(self) -> None:
         self._progress.update(self._row, visible=False)  # a row that is removed would shift Lightning's
-        self._callback.refresh()
+        self._callback.refresh(hard=True)
