@@ -43,6 +43,7 @@ explorers = rft.ExplorerPool(rft.VLLMEngine())
 if __name__ == "__main__":
     arguments = command_line()
     explorers.launch(arguments.out / "explorers")  # they import vLLM while this process imports Lightning
+    print("Importing vLLM in the explorer, and Lightning here ...", flush=True)
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402

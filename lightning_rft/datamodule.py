@@ -27,6 +27,7 @@ from lightning_rft.explorer.spec import explorer_spec
 from lightning_rft.explorer.workflows.policy import Workflow
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.monitor.spans import Span
+from lightning_rft.monitor.status import StatusLine
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.lifecycle import Run
 from lightning_rft.run.placement import cpu_threads, explorer_gpus
@@ -234,10 +235,13 @@ class RFTDataModule(L.LightningDataModule):
 
     def _start_explorers(self, module: RFTModule) -> None:
         if self._stored is None and not self._pool.assigned:
-            spec = explorer_spec(self, module.model)
-            gpus = explorer_gpus(self._trainer, self.explorers, self.engine.world_size)
-            threads, _ = cpu_threads(self._trainer, sync_strategy(self._trainer), self.explorers)
-            self._pool.start(spec, self.start_timeout_s, self._folder, gpus, threads)
+            with StatusLine(self._trainer) as status:
+                several = "s" if self.explorers > 1 else ""
+                status.say(f"starting {self.explorers} explorer{several} ({type(self.engine).__name__})")
+                spec = explorer_spec(self, module.model)
+                gpus = explorer_gpus(self._trainer, self.explorers, self.engine.world_size)
+                threads, _ = cpu_threads(self._trainer, sync_strategy(self._trainer), self.explorers)
+                self._pool.start(spec, self.start_timeout_s, self._folder, gpus, threads)
 
     # What a strategy tells of
 

@@ -76,8 +76,20 @@ class Listener:
             self._error = self._error or error
             self.lock.notify_all()
 
-    def wait(self, done: Callable[[], bool], what: str, timeout_s: float | None = None) -> None:
+    def wait(
+        self,
+        done: Callable[[], bool],
+        what: str,
+        timeout_s: float | None = None,
+        show: Callable[[], None] = lambda: None,
+    ) -> None:
         """Waits until ``done``, which itself sees to it that this happens in time unless ``timeout_s`` is given.
+
+        Args:
+            done: Ends the wait; called under the lock, and so is ``show``.
+            what: What it is for, in the message of the error.
+            timeout_s: Seconds that it may take.
+            show: Called again and again, to show how far it is.
 
         Raises:
             DeadlineError: It did not happen within ``timeout_s``.
@@ -87,6 +99,7 @@ class Listener:
         with self.lock:
             while not done():
                 self.raise_failures()
+                show()
                 self.lock.wait(_POLL_S)
                 if timeout_s is not None and time.monotonic() - began > timeout_s:
                     raise DeadlineError(f"waited {timeout_s:.0f} s for {what}: see the explorers' logs")

@@ -22,6 +22,7 @@ from lightning_rft.explorer.receivers import Receivers
 from lightning_rft.explorer.roster import Roster
 from lightning_rft.monitor.activity import Activity
 from lightning_rft.monitor.spans import Span
+from lightning_rft.monitor.status import StatusLine
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.pusher import Pusher
 from lightning_rft.run.tolerance import Tolerance
@@ -49,6 +50,7 @@ class Coordinator:
         background: Whether weights are pushed in the background.
         gathered: Returns the policy's weights, whole; called on the trainer's thread.
         observers: Called with every span of the timeline.
+        status: Shows what is waited for, until the end of the first step.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Coordinator:
         background: bool,
         gathered: Callable[[], Weights],
         observers: Sequence[Callable[[Span], None]],
+        status: StatusLine,
     ) -> None:
         self._schedule = schedule
         self._groups = groups
@@ -72,6 +75,7 @@ class Coordinator:
         self._tolerance = tolerance
         self._load_label = transport.load_label
         self._activity = Activity(observers)
+        self._status = status
         self._roster = Roster(progress_timeout_s)
         self._listener = Listener(pool, self._roster, self._handle, check_interrupt)
         self._lock = self._listener.lock
@@ -97,6 +101,7 @@ class Coordinator:
 
     def close(self) -> None:
         """Ends the run: explorers forget its work, what was leased and not trained goes back. Safe to call twice."""
+        self._status.clear()
         if self._listener.closed:
             return
         try:
@@ -120,10 +125,17 @@ class Coordinator:
         """
         began = time.monotonic()
         self._tell(lambda: self._schedule.wanted(batch))
-        while True:
-            self._wait_served(lambda: self._groups.leased is not None, f"batch {batch} of experience")
-            if not self._refuse_stale(batch):
-                break
+        with self._status:
+            while True:
+                self._wait_served(
+                    lambda: self._groups.leased is not None,
+                    f"batch {batch} of experience",
+                    lambda: self._show_exploring(batch),
+                )
+                if not self._refuse_stale(batch):
+                    break
+        self._status.bar_only = True
+        self._status.say(f"training on batch {batch}")
         self._activity.trainer_waited("experience", began, batch=batch)
         return self._groups.with_replay(batch)
 
@@ -142,7 +154,13 @@ class Coordinator:
         """
         self._listener.raise_failures()
         batch = self._schedule.version + index  # nothing is trained, so the version stays
-        self._wait_served(lambda: self._schedule.is_ready(batch), f"batch {batch} of experience")
+        with self._status:
+            self._wait_served(
+                lambda: self._schedule.is_ready(batch),
+                f"batch {batch} of experience",
+                lambda: self._show_exploring(batch),
+            )
+        self._end_status()
         with self._lock:
             return batch, self._groups.read(batch)
 
@@ -155,9 +173,15 @@ class Coordinator:
 
     def push_first(self) -> None:
         """Waits for every engine to be up, and brings the first version to all of them; the pool has the deadline."""
-        self._listener.wait(lambda: self._pool.ready, "the explorers to start")
-        self.pusher.share_changed(self.pusher.push(self.version))
-        self.pusher.wait_loaded()
+
+        def show() -> None:
+            self._status.say("waiting for explorers", len(self._pool.up), self._pool.count, "ready")
+
+        with self._status:
+            self._listener.wait(lambda: self._pool.ready, "the explorers to start", show=show)
+            self._status.say(f"pushing weights (version {self.version})")
+            self.pusher.share_changed(self.pusher.push(self.version))
+            self.pusher.wait_loaded()
 
     def trained(self, batch: int) -> dict[str, float]:
         """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""
@@ -167,7 +191,10 @@ class Coordinator:
         began = time.monotonic()
         due = self._wait_due()
         waited = time.monotonic()
+        if due:
+            self._status.say(f"pushing weights (version {self.version})")
         weights = self.pusher.push(self.version) if due else None
+        self._end_status()  # from now on the progress bar moves
         logged = {
             "rft/version": float(self.version),
             "rft/wait_push_s": waited - began,
@@ -234,7 +261,12 @@ class Coordinator:
 
     def explored(self, index: int) -> Group:
         """Waits for the answers to one of the tasks of :meth:`explore`; without those that failed after every retry."""
-        self._wait_served(lambda: index in self._validation.answers, f"validation task {index}")
+        with self._status:
+            self._wait_served(
+                lambda: index in self._validation.answers,
+                f"validation task {index}",
+                lambda: self._status.say("exploring validation", *self._validation.progress, "tasks"),
+            )
         return self._validation.answers[index]
 
     # How the schedule is told, and what it answers carried out
@@ -297,7 +329,14 @@ class Coordinator:
             }
         )
 
-    def _wait_served(self, done: Callable[[], bool], what: str) -> None:
+    def _show_exploring(self, batch: int) -> None:
+        self._status.say(f"exploring batch {batch}", *self._schedule.arrived(batch), "groups")
+
+    def _end_status(self) -> None:
+        self._status.clear()
+        self._status = StatusLine(None)
+
+    def _wait_served(self, done: Callable[[], bool], what: str, show: Callable[[], None] = lambda: None) -> None:
         """Waits on the trainer's thread, as long as explorers make progress; brings weights to those that come up."""
         self._listener.heard = time.monotonic()  # an idle stretch before this wait is nobody's fault
         limit = self._roster.timeout_s + GRACE_S  # a hung explorer is ended before its silence ends the wait
@@ -309,7 +348,7 @@ class Coordinator:
             with self._lock:
                 late = self._roster.load_alone()
             self.pusher.push_alone(self.version, late)
-            self._listener.wait(lambda: done() or self._roster.any_needs_weights or silence() > limit, what)
+            self._listener.wait(lambda: done() or self._roster.any_needs_weights or silence() > limit, what, show=show)
             if done():
                 return
             if not self._roster.any_needs_weights:

@@ -17,6 +17,7 @@ from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.buffer.selection import ReplayMemory
 from lightning_rft.buffer.stored import stored_keys
 from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.monitor.status import StatusLine
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.placement import cpu_threads
@@ -121,6 +122,7 @@ class Run:
                 background=strategy.asynchronous,
                 gathered=gathered,
                 observers=settings.observers,
+                status=StatusLine(trainer),
             )
             if explores_only:
                 ends.callback(_tell_explored, ledger, Path(path))

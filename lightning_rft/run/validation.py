@@ -43,6 +43,11 @@ class Validation:
             if question.key.slot not in self.answers and question.key not in running
         ]
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many tasks are answered, and how many there are."""
+        return len(self.answers), len(self._questions)
+
     def answered(self, message: Explored) -> None:
         """Takes in a group."""
         self.answers[message.key.slot] = Group(message.key, message.task_id, message.experiences)

@@ -244,6 +244,14 @@ class Schedule:
         """Whether every group of a batch has come back and can be trained."""
         return all(GroupKey(batch, slot) in self._ready for slot in range(self._size(batch)))
 
+    def arrived(self, batch: int) -> tuple[int, int]:
+        """How many of the groups of a batch, or where steps go by age of any, have come back, and how many it needs."""
+        size = self._size(batch)
+        ready = (
+            self._ready if self.rule.asynchronous else [group for group in self._ready if self._step(group) == batch]
+        )
+        return min(len(ready), size), size
+
     def waits_for(self, explorer: int) -> str | None:
         """Why an explorer does nothing: ``"weights"``, ``"room"`` or, at the end, ``"nothing"``; ``None`` if it works.
 

@@ -15,6 +15,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, Turn
 from lightning_rft.model_folder import check_model
 from lightning_rft.monitor.metrics import BatchMetrics
+from lightning_rft.monitor.status import StatusLine
 from lightning_rft.trainer.loader import MicroBatch
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.objectives.grpo import GRPO
@@ -92,6 +93,11 @@ class RFTModule(L.LightningModule):
         """
         if self.policy is not None:
             return
+        with StatusLine(self._trainer) as status:
+            status.say("loading the model")
+            self.policy = self._load()
+
+    def _load(self) -> PreTrainedModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(self.model)
@@ -99,14 +105,15 @@ class RFTModule(L.LightningModule):
             # With dropout the trainer would see other log-probs than the explorers on the very same weights.
             if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):
                 setattr(config, name, 0.0)
-        self.policy = AutoModelForCausalLM.from_pretrained(
+        policy = AutoModelForCausalLM.from_pretrained(
             self.model, config=config, dtype=torch.float32, attn_implementation=self.attn_implementation
         )
-        self.policy.train()
+        policy.train()
         if self.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
         if self.device_mesh is not None:
-            shard(self.policy, self.device_mesh)
+            shard(policy, self.device_mesh)
+        return policy
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler as given; the optimizer steps float32 copies where the weights are in less.
