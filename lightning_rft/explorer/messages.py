@@ -10,8 +10,8 @@ from lightning_rft.channel import Failure
 from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo
 
 __all__ = [
-    *("Advanced", "Cancel", "Connect", "Explore", "Explored", "Failed", "Load", "LoadFailed", "Loaded", "Prepare"),
-    *("Several", "Started"),
+    *("Advanced", "Cancel", "Connect", "Died", "Explore", "Explored", "Failed", "Load", "LoadFailed", "Loaded"),
+    *("Prepare", "Several", "Started"),
 ]
 
 
@@ -131,3 +131,14 @@ class Failed:
     """From an explorer: it cannot go on, and ends."""
 
     failure: Failure
+
+
+@dataclass(frozen=True)
+class Died:
+    """In the place of a message: an explorer is gone, and another one will be started for it.
+
+    Args:
+        error: What ended it.
+    """
+
+    error: Exception

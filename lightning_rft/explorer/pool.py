@@ -1,11 +1,8 @@
-"""The explorer processes, as rank 0 sees them: started, spoken to, listened to, started again, ended."""
+"""The pool of explorers: starts them, hands them messages, starts those again that die, and ends them."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import subprocess
 import time
 import weakref
 from collections import deque
@@ -15,41 +12,27 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
 
-from lightning_rft.channel import Channel, spawn
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Engine
-from lightning_rft.explorer.messages import Connect, Explored, Failed, Load, Prepare, Several, Started
+from lightning_rft.explorer.local import GRACE_S, LocalProcess, end_all
+from lightning_rft.explorer.messages import Connect, Died, Explored, Failed, Load, Prepare, Several, Started
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.hardware import available_cpus, share_cores
 from lightning_rft.pickling import dumps
 
-__all__ = ["Died", "ExplorerPool"]
+__all__ = ["ExplorerPool"]
 
-_LOG_LINES = 20
-_GRACE_S = 3.0
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where launchers say which of the trainer's processes this is
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
-@dataclass(frozen=True)
-class Died:
-    """In the place of a message: an explorer is gone, and another one will be started for it.
-
-    Args:
-        error: What ended it.
-    """
-
-    error: Exception
-
-
 @dataclass
 class _Member:
-    """One process: ``slot`` says whose devices and log it has."""
+    """One explorer; ``slot`` says which devices and log it has."""
 
     slot: int
-    process: subprocess.Popen[bytes]
-    channel: Channel
+    process: LocalProcess
     deadline: float = float("inf")
     started: Started | None = None
     worked: bool = False  # has finished a group
@@ -154,7 +137,7 @@ class ExplorerPool:
         _check_travels(engine=self.engine)
         self._logs.mkdir(parents=True, exist_ok=True)
         # ends the processes even if the owner forgets to, or the interpreter exits
-        self._finalizer = weakref.finalize(self, _end, self._members)
+        self._finalizer = weakref.finalize(self, _end_members, self._members)
         for slot in range(self.count):
             self._spawn(slot)
 
@@ -242,7 +225,7 @@ class ExplorerPool:
         member = self._members.get(explorer)
         if member is not None:
             try:
-                member.channel.send(messages[0] if len(messages) == 1 else Several(messages))
+                member.process.send(messages[0] if len(messages) == 1 else Several(messages))
             except OSError:
                 self.kill(explorer, "does not read what is sent to it")
 
@@ -264,8 +247,7 @@ class ExplorerPool:
         member = self._members.get(explorer)
         if member is not None:
             member.blame = member.blame or blame
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(member.process.pid, signal.SIGKILL)
+            member.process.kill()
 
     def poll(self, timeout_s: float) -> list[tuple[int, Any]]:
         """Messages that have come, each with its explorer, waiting for the first at most ``timeout_s``.
@@ -282,17 +264,17 @@ class ExplorerPool:
             if due <= now:
                 self._vacant.remove((due, slot))
                 self._assign(self._spawn(slot))
-        lines = {member.channel.fileno(): index for index, member in self._members.items()}
+        lines = {member.process.channel.fileno(): index for index, member in self._members.items()}
         messages = []
         for line in wait(list(lines), timeout_s):
             index = lines[cast(int, line)]
             member = self._members[index]
             try:
-                message = member.channel.receive()
+                message = member.process.channel.receive()
             except (EOFError, OSError):
                 message = Died(self._gone(index))
             if isinstance(message, Failed):
-                error = message.failure.unpack(f"explorer {index} (log: {self._log(member.slot)})")
+                error = message.failure.unpack(f"explorer {index} (log: {member.process.log})")
                 if not isinstance(error, Exception) or not member.worked:
                     raise error
                 message = Died(error)
@@ -313,19 +295,15 @@ class ExplorerPool:
                 else:
                     raise DeadlineError(
                         f"only {len(self.up)} of {self.count} explorers were ready within start_timeout_s="
-                        f"{self._start_timeout_s:g}: see {self._log(member.slot)}, or raise the setting"
+                        f"{self._start_timeout_s:g}: see {member.process.log}, or raise the setting"
                     )
 
     def _spawn(self, slot: int) -> int:
         index, self._next_index = self._next_index, self._next_index + 1
-        process, channel = spawn(
-            "lightning_rft.explorer.worker.main",
-            environment=self.engine.environment(self._threads)
-            | ({} if self._placed is None else {"CUDA_VISIBLE_DEVICES": self._placed[slot]}),
-            log=self._log(slot),
-            own_session=True,
-        )
-        self._members[index] = _Member(slot, process, channel)
+        environment = self.engine.environment(self._threads)
+        if self._placed is not None:
+            environment = environment | {"CUDA_VISIBLE_DEVICES": self._placed[slot]}
+        self._members[index] = _Member(slot, LocalProcess(environment, self._logs / f"explorer-{slot}.log"))
         self.send(index, Prepare(self.engine))
         return index
 
@@ -335,8 +313,8 @@ class ExplorerPool:
 
     def _bury(self, index: int, error: Exception) -> None:
         """Ends what is left of an explorer and plans its successor, or gives up."""
-        member = self._members[index]
-        _end({index: self._members.pop(index)}, grace_s=0)
+        member = self._members.pop(index)
+        end_all([member.process], grace_s=0)
         now = time.monotonic()
         self._deaths.append(now)
         while self._deaths[0] < now - self.restart_window_s:
@@ -346,23 +324,18 @@ class ExplorerPool:
         self.restarts += 1
         self._vacant.append((now + min(_FIRST_PAUSE_S * 2 ** (len(self._deaths) - 1), _LONGEST_PAUSE_S), member.slot))
 
-    def _log(self, slot: int) -> Path:
-        return self._logs / f"explorer-{slot}.log"
-
     def _gone(self, index: int) -> ExplorerError:
         member = self._members[index]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            member.process.wait(_GRACE_S)
-        status = member.process.returncode
+        status = member.process.status(GRACE_S)
         what = member.blame or ("hangs" if status is None else f"ended with status {status}")
-        log = self._log(member.slot)
-        lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
         budget = (
             f" (max_restarts={self.max_restarts} within restart_window_s={self.restart_window_s:g})"
             if len(self._deaths) >= self.max_restarts
             else ""
         )
-        return ExplorerError(f"explorer {index} {what}{budget}; the end of {log}:\n" + "\n".join(lines))
+        return ExplorerError(
+            f"explorer {index} {what}{budget}; the end of {member.process.log}:\n{member.process.log_tail()}"
+        )
 
 
 def _check_travels(**settings: Any) -> None:
@@ -376,19 +349,6 @@ def _check_travels(**settings: Any) -> None:
             ) from error
 
 
-def _end(members: dict[int, _Member], grace_s: float = _GRACE_S) -> None:
-    """Asks, waits, kills: every process and what it started is gone when this returns."""
-    if grace_s > 0:
-        for member in members.values():
-            with contextlib.suppress(OSError):
-                member.channel.send(None)
-    deadline = time.monotonic() + grace_s
-    for member in members.values():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            member.process.wait(max(0.0, deadline - time.monotonic()))
-    for member in members.values():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(member.process.pid, signal.SIGKILL)
-        member.process.wait(_GRACE_S)
-        member.channel.close()
+def _end_members(members: dict[int, _Member]) -> None:
+    end_all([member.process for member in members.values()])
     members.clear()

@@ -16,8 +16,8 @@ from typing import Any
 from lightning_rft.errors import DeadlineError
 from lightning_rft.experience import Group, GroupKey, Task
 from lightning_rft.explorer.listener import GRACE_S, Listener
-from lightning_rft.explorer.messages import Advanced, Cancel, Explore, Explored, Loaded, LoadFailed, Started
-from lightning_rft.explorer.pool import Died, ExplorerPool
+from lightning_rft.explorer.messages import Advanced, Cancel, Died, Explore, Explored, Loaded, LoadFailed, Started
+from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.receivers import Receivers
 from lightning_rft.explorer.roster import Roster
 from lightning_rft.monitor.activity import Activity
