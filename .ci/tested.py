@@ -22,8 +22,7 @@ HEADER = """\
 # DEPS=latest made: do not edit it, and commit it when `make check test` has passed with it.
 """
 GPU = "# Only with vllm, on machines with a GPU: resolved, not tested\n"
-# The project itself, pip, and what .ci/install removes where it is a build for CUDA
-LEFT_OUT = {"lightning-rft", "pip", "torchvision", "torchaudio", "torchcodec"}
+LEFT_OUT = {"lightning-rft", "pip"}
 
 
 def main() -> None:
