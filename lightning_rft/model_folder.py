@@ -1,13 +1,18 @@
-"""What can be known of a model before it is loaded: whether its folder is whole, and how much it can see."""
+"""Model folders: whether one is whole, how long its context is, and what its checkpoint calls each weight."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["check_model", "context_length"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["check_model", "checkpoint_weights", "context_length", "end_ids", "right_attention"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
@@ -42,3 +47,50 @@ def context_length(model: str) -> int | None:
     config = config.get("text_config", config)
     length = config.get("max_position_embeddings", config.get("n_positions"))
     return int(length) if length else None
+
+
+def checkpoint_weights(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights under the names, and in the shapes, of a checkpoint.
+
+    transformers holds some models in memory otherwise than checkpoints do: the experts of a layer, for example, as one
+    tensor. vLLM knows a model by its checkpoint.
+
+    Args:
+        model: A model of transformers.
+        weights: Entries of its ``state_dict``, whole.
+
+    Returns:
+        ``weights`` itself where the model makes no difference.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    converted: dict[str, torch.Tensor] = revert_weight_conversion(model, weights)
+    return converted
+
+
+def end_ids(model: str) -> frozenset[int]:
+    """Token ids that end an answer: those of the generation config, of the model's config and of the tokenizer.
+
+    Args:
+        model: Path of a folder, or hub name.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    config = AutoConfig.from_pretrained(model)
+    named = [config.get_text_config().eos_token_id, AutoTokenizer.from_pretrained(model).eos_token_id]
+    with contextlib.suppress(OSError):  # there need not be one
+        named.append(GenerationConfig.from_pretrained(model).eos_token_id)
+    ids: set[int] = set()
+    for one in named:
+        ids.update(one if isinstance(one, list) else [] if one is None else [one])
+    return frozenset(ids)
+
+
+def right_attention(config: Any) -> str | None:
+    """The attention of transformers that computes what a model is; ``None`` where transformers' own choice does.
+
+    Args:
+        config: The model's configuration.
+    """
+    # sdpa has no soft cap, and leaves Gemma-2's out without a word
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None

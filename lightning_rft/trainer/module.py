@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, Turn
-from lightning_rft.model_folder import check_model
+from lightning_rft.model_folder import check_model, checkpoint_weights, right_attention
 from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.trainer.loader import MicroBatch
@@ -48,8 +48,8 @@ class RFTModule(L.LightningModule):
         objective: What is optimised.
         optimizer: Makes the optimizer from the parameters. Left out: AdamW, learning rate 1e-6, no weight decay.
         lr_scheduler: Makes a scheduler from the optimizer; it steps once per batch. Left out: none.
-        attn_implementation: Attention of transformers; ``"sdpa"`` and ``"eager"`` let the samples of a group share
-            their prompt's computation.
+        attn_implementation: Attention of transformers; left out, transformers' own choice where that is right for the
+            model. ``"sdpa"`` and ``"eager"`` let the samples of a group share their prompt's computation.
         pass_threshold: Reward from which a validation sample counts as passed.
         gradient_checkpointing: Whether the activations within a layer are computed again in the backward pass instead
             of being kept: less memory, for about a third more time.
@@ -68,7 +68,7 @@ class RFTModule(L.LightningModule):
         objective: Objective | None = None,
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         pass_threshold: float = 1.0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -106,7 +106,10 @@ class RFTModule(L.LightningModule):
             if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):
                 setattr(config, name, 0.0)
         policy = AutoModelForCausalLM.from_pretrained(
-            self.model, config=config, dtype=torch.float32, attn_implementation=self.attn_implementation
+            self.model,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=self.attn_implementation or right_attention(config),
         )
         policy.train()
         if self.gradient_checkpointing:
@@ -133,18 +136,24 @@ class RFTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of every entry of the policy's ``state_dict``, aliases of tied weights included.
+        """Name and tensor of every weight of the policy as a checkpoint names them, aliases of tied weights included.
 
+        Some models (mixtures of experts above all) hold their weights in memory under other names than in checkpoints.
         Where the policy is sharded, all ranks must iterate together: each tensor is put together as it is reached.
         """
-        for name, tensor in self._policy.state_dict().items():
-            yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        yield from checkpoint_weights(self._policy, self._whole_state()).items()
+
+    def _whole_state(self) -> dict[str, Tensor]:
+        state = self._policy.state_dict()
+        return {
+            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
+        }
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes policy and tokenizer as a folder that transformers and vLLM load; to be called on every rank."""
         from transformers import AutoTokenizer
 
-        weights = dict(self.weights())
+        weights = self._whole_state()
         if self.global_rank == 0:
             self._policy.save_pretrained(path, state_dict=weights)
             AutoTokenizer.from_pretrained(self.model).save_pretrained(path)
@@ -213,7 +222,7 @@ class RFTModule(L.LightningModule):
         """Loss summed over the sampled tokens of some groups."""
         if self._fast_path is None:  # also where this share has no work: the other ranks' may have
             turns = [[turn for experience in group.experiences for turn in experience.turns] for group in groups]
-            self._fast_path = probe(self._policy, turns, attn_implementation=self.attn_implementation)
+            self._fast_path = probe(self._policy, turns, attn_implementation=self._policy.config._attn_implementation)
         chosen, weight = self._with_advantages(groups), 1.0
         if not chosen:
             if self.trainer.world_size == 1:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_rft.errors import ConfigurationError, RFTError, TransportError
 from lightning_rft.explorer.engines.engine import Completion, Engine, Request, TensorInfo, WeightLink, WeightReceiver
 from lightning_rft.hardware import fast_dtype
+from lightning_rft.model_folder import checkpoint_weights, end_ids, right_attention
 
 if TYPE_CHECKING:
     import torch
@@ -94,17 +95,18 @@ class TransformersEngine(Engine):
         """Loads the model; ``self.model``, where set, goes before ``model``. ``seed`` is unused: requests bring one."""
         self.check()
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         if self.dtype == "auto":
             self.dtype = "float32" if self._device.type == "cpu" else fast_dtype(self._device.type)
+        config = AutoConfig.from_pretrained(self.model or model)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.model or model, dtype=getattr(torch, self.dtype), attn_implementation="sdpa"
+            self.model or model, dtype=getattr(torch, self.dtype), attn_implementation=right_attention(config)
         )
         self._lm = loaded.to(self._device).eval()
-        self._eos = _eos_ids(self._lm)
+        self._eos = end_ids(self.model or model)
         # Spares a prefill the logits of whole prompts, [rows, length, vocab], where the model can.
         takes = inspect.signature(self._lm.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -193,26 +195,32 @@ class TransformersEngine(Engine):
             raise TransportError("No weights can be loaded before connect(link).")
         # Aliases of tied weights are entries of their own: they are delivered, and written, once more.
         state: dict[str, torch.Tensor] = self._lm.state_dict()
-        delivered: set[str] = set()
+        named = checkpoint_weights(self._lm, state)
+        delivered: dict[str, torch.Tensor] = {}
         self._torn = True
         self._cache = None  # its keys and values are those of the old weights
         with torch.no_grad():
             for name, tensor in self._receiver.receive(manifest):
-                if name not in state:
-                    raise TransportError(f"The model has no weight {name!r}; it expects {_listing(state)}.")
-                if tensor.shape != state[name].shape:
+                if name not in named:
+                    raise TransportError(f"The model has no weight {name!r}; it expects {_listing(named)}.")
+                if tensor.shape != named[name].shape:
                     raise TransportError(
                         f"Weight {name!r} arrived with shape {tuple(tensor.shape)}, but the model's has "
-                        f"{tuple(state[name].shape)}. Were trainer and engine started from the same model?"
+                        f"{tuple(named[name].shape)}. Were trainer and engine started from the same model?"
                     )
-                state[name].copy_(tensor)
-                delivered.add(name)
-        expected = state.keys() | {info.name for info in manifest}
-        if missing := expected - delivered:
+                if named is state:
+                    state[name].copy_(tensor)
+                delivered[name] = named[name] if named is state else tensor
+        expected = named.keys() | {info.name for info in manifest}
+        if missing := expected - delivered.keys():
             raise TransportError(
                 f"Version {version} was not delivered whole: {_listing(missing)} did not arrive; "
-                f"the model expects {_listing(state)}."
+                f"the model expects {_listing(named)}."
             )
+        if named is not state:  # the way in from a checkpoint is transformers' own
+            model, config = type(self._lm), self._lm.config
+            loaded = model.from_pretrained(None, config=config, state_dict=delivered, dtype=self._lm.dtype)
+            self._lm.load_state_dict(loaded.state_dict())
         self._torn = False
         self.version = version
 
@@ -320,15 +328,6 @@ def _rows_selectable(cache: Any) -> bool:
     known = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
     layers = getattr(cache, "layers", ())
     return bool(layers) and all(type(layer) in known for layer in layers)
-
-
-def _eos_ids(model: Any) -> frozenset[int]:
-    """The end-of-sequence ids that ``generate`` would stop at."""
-    for config in (model.generation_config, model.config):
-        ids: Any = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
 
 
 def _listing(names: Iterable[str], limit: int = 20) -> str:

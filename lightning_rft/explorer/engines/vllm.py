@@ -13,6 +13,7 @@ from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Completion, Engine, Request, WeightLink
 from lightning_rft.hardware import fast_dtype
+from lightning_rft.model_folder import end_ids
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -147,20 +148,19 @@ class VLLMEngine(Engine):
         if on_cpu:
             _keep_small(config)
         self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
-        self._eos = self._engine.model_config.try_get_generation_config().get("eos_token_id")
+        self._eos = end_ids(self.model or model)
 
     def add(self, request: Request) -> None:
         """Queues a request."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        eos = self._eos if isinstance(self._eos, list) else [] if self._eos is None else [self._eos]
         params = SamplingParams(
             temperature=request.temperature,
             max_tokens=request.max_new_tokens,
             seed=request.seed,
             logprobs=0,
-            stop_token_ids=eos,
+            stop_token_ids=list(self._eos),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )

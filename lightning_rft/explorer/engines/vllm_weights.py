@@ -70,6 +70,12 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
 
     def start_weight_update(self) -> None:
         """Puts every layer back into the state in which it takes checkpoint weights."""
+        if self.device.type == "cpu":
+            for layer in self.model.modules():
+                # The CPU backend packs experts only where it makes their kernel, so a kernel that is kept would compute
+                # with weights in a layout that it does not read. There are no graphs to hold its addresses.
+                if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
+                    layer.quant_method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -108,12 +114,44 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
                 )
             )
         elif self._receiver is not None:
+            tied: dict[str, list[tuple[str, torch.Tensor]]] = {
+                info.same_as: [] for info in manifest if info.same_as is not None
+            }
             try:
-                self.model.load_weights(self._receiver.receive(manifest))
+                self.model.load_weights(self._untied(self._receiver, manifest, tied))
             except (KeyError, ValueError) as error:
                 raise TransportError(f"vLLM's model does not know a tensor that the trainer sent: {error}") from error
+            for names in tied.values():
+                self._load_tied(names)
         else:
             raise TransportError("weights were announced before the transport was joined")
+
+    @staticmethod
+    def _untied(
+        receiver: WeightReceiver, manifest: Sequence[TensorInfo], tied: dict[str, list[tuple[str, torch.Tensor]]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields what arrives, and puts weights that have several names aside."""
+        for info, (name, tensor) in zip(manifest, receiver.receive(manifest), strict=True):
+            names = tied.get(info.same_as or name)
+            if names is None:
+                yield name, tensor
+            else:
+                names.append((name, tensor))
+
+    def _load_tied(self, names: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Loads a weight under those of its names that the model knows.
+
+        Whether it has the weight once or twice (a head of its own, on CPUs) is the model's affair; a copy that kept its
+        old contents is found afterwards.
+        """
+        errors = []
+        for name, tensor in names:
+            try:
+                self.model.load_weights([(name, tensor)])
+            except (KeyError, ValueError) as error:
+                errors.append(error)
+        if len(errors) == len(names):
+            raise TransportError(f"vLLM's model does not know a tensor that the trainer sent: {errors[0]}")
 
     def finish_weight_update(self) -> None:
         """Ends the reload."""
@@ -125,9 +163,7 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
             # a layer that got all of its weights was processed at once and can load no more
             if not info.can_load() or is_deferred_attention_layer(layer):
                 continue
-            expected = sum(p.numel() for p in layer.parameters(recurse=False))
-            padding = getattr(layer, "num_embeddings_padded", 0) - getattr(layer, "org_vocab_size", 0)
-            expected -= padding * getattr(layer, "embedding_dim", 0) // max(self.parallel_config.world_size, 1)
+            expected = sum(p.numel() - _padding(layer, p) for p in layer.parameters(recurse=False))
             if info.load_numel < expected:
                 yield f"{name} ({type(layer).__name__}, {info.load_numel} of {expected} elements)"
 
@@ -139,6 +175,15 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
         if self._nccl is not None:
             self._nccl.shutdown()
             self._nccl = None
+
+
+def _padding(layer: torch.nn.Module, parameter: torch.nn.Parameter) -> int:
+    """Elements of an embedding or head that no checkpoint holds: vLLM pads vocabularies, on the last ranks alone."""
+    rows = getattr(layer, "shard_indices", None)
+    if rows is None:
+        return 0
+    padded: int = layer.num_embeddings_per_partition - rows.num_org_elements - rows.num_added_elements
+    return padded * parameter.numel() // parameter.shape[0]
 
 
 def register() -> None:
