@@ -14,9 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import Self
 
-from lightning_rft.buffer.filters import Filter
-from lightning_rft.buffer.selection import Priority, Replay
-from lightning_rft.buffer.stored import StoredExperience
+from lightning_rft.buffer.reader import StoredExperience
+from lightning_rft.buffer.selection import Filter, Priority, Replay
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group
 from lightning_rft.explorer.engines.engine import Engine

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_a_group_comes_back_as_it_went_in(ledger: Ledger) -> None:
         ledger.lease(keys[:1])
     ledger.release()
     assert ledger.lease(keys[::-1]) == groups[::-1]
+
+
+def test_what_is_stored_is_not_kept_in_memory_too(ledger: Ledger) -> None:
+    key = GroupKey(0, 0)
+    ledger.issue(key, "t", epoch=0, explorer=0)
+    group = make_group(key, "t")
+    stored = weakref.ref(group)
+    ledger.ready(group)
+    del group
+    read = weakref.ref(ledger.read([key])[0])
+    assert stored() is None and read() is None
 
 
 def test_columns_for_sql_readers(tmp_path: Path) -> None:
