@@ -224,7 +224,6 @@ class RFTDataModule(L.LightningDataModule):
         self.ranks.close()
         self.ranks = Ranks.meet(self._trainer, module.weights)
         self.ranks.agree("setup", lambda: self._start_explorers(module))
-        module.temperature = self.temperature
         if not self.val_tasks and self._limit_val_batches is None:  # else Lightning warns of an empty loader
             self._limit_val_batches = self._trainer.limit_val_batches  # type: ignore[attr-defined]
             self._trainer.limit_val_batches = 0  # type: ignore[attr-defined]

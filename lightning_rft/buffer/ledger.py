@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lightning_rft.buffer.codec import COLUMNS, from_row, to_row
+from lightning_rft.buffer.codec import COLUMNS, to_group, to_row
 from lightning_rft.buffer.database import File
 from lightning_rft.buffer.resume import ENDED, ROUND, Round, apply, current, settle, unsettled
 from lightning_rft.buffer.schema import State
@@ -169,7 +169,7 @@ class Ledger:
             at = (self._run, *key, current.round)
             file.execute(
                 "UPDATE groups SET state = 'issued', epoch = ?, task_id = ?, explorer = ?, attempts = attempts + 1,"
-                f" incarnation = ?, oldest_version = NULL, newest_version = NULL WHERE {ROUND}",
+                f" incarnation = ?, oldest_version = NULL, newest_version = NULL, samples = NULL WHERE {ROUND}",
                 *(epoch, task_id, explorer, self._incarnation, *at),
             )
             file.execute(f"DELETE FROM experiences WHERE {ROUND}", *at)
@@ -194,8 +194,8 @@ class Ledger:
             at = (self._run, *key, current.round)
             file.insert("experiences", [at + row for row in rows])
             file.execute(
-                f"UPDATE groups SET state = 'ready', oldest_version = ?, newest_version = ? WHERE {ROUND}",
-                *(group.oldest_version, group.newest_version, *at),
+                f"UPDATE groups SET state = 'ready', oldest_version = ?, newest_version = ?, samples = ? WHERE {ROUND}",
+                *(group.oldest_version, group.newest_version, len(rows), *at),
             )
 
     def lease(self, keys: Sequence[GroupKey]) -> list[Group]:
@@ -283,8 +283,7 @@ class Ledger:
         rows = self._file.execute(
             f"SELECT {COLUMNS} FROM experiences WHERE {ROUND} ORDER BY rowid", self._run, *key, current.round
         )
-        task_id = current.task[0]
-        return Group(key, task_id, tuple(from_row(task_id, row) for row in rows))
+        return to_group(key, current.task[0], rows, current.samples)
 
     def _incarnate(self, run: int, version: int) -> int:
         self._file.insert("incarnations", [(None, run, version, time.time())])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lightning_rft.buffer.codec import COLUMNS, from_row, unpack
+from lightning_rft.buffer.codec import COLUMNS, to_group, unpack
 from lightning_rft.buffer.database import opening_error, storage_errors
 from lightning_rft.buffer.resume import ROUND
 from lightning_rft.buffer.schema import check_format
@@ -22,9 +22,9 @@ __all__ = ["StoredExperience", "read_buffer", "stored_keys"]
 
 _COLUMNS = (
     *("run", "incarnation", "batch", "slot", "round", "epoch", "task_id", "state", "step", "attempts", "error"),
-    *("sample", "reward", "num_tokens", "finish_reason", "text", "oldest_version", "newest_version"),
+    *("sample", "reward", "rewards", "num_tokens", "finish_reason", "text", "oldest_version", "newest_version"),
 )
-_TOKENS = ("prompt_ids", "token_ids", "logprobs", "versions")
+_ARRAYS = ("prompt_ids", "token_ids", "logprobs", "versions")
 _KEYS = "run, batch, slot, round"
 
 
@@ -38,13 +38,14 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
     The columns: of the group ``run``, ``incarnation`` (the one that issued it last), ``batch``, ``slot``, ``round``
     (which of the tasks that the slot had), ``epoch``, ``task_id``, ``state``, ``step`` (the batch it was trained in, or
     the version at which it ended otherwise), ``attempts`` and ``error``; of the sample ``sample``, ``reward``,
-    ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and ``newest_version``. A group without experiences
-    is one row, with None for these.
+    ``rewards`` (its parts by name, as JSON), ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and
+    ``newest_version``. A group without experiences is one row, with None for these.
 
     Args:
         path: The file.
-        tokens: Whether to add ``prompt_ids``, ``token_ids``, ``logprobs`` and ``versions``. Each is a list with one
-            list per turn, also where there is but one turn, so that all rows have the same types.
+        tokens: Whether to add ``prompt_ids``, ``token_ids``, ``logprobs`` and ``versions``, each one list per turn,
+            also where there is but one turn, so that all rows have the same types; and ``temperature``, with one number
+            per turn.
 
     Raises:
         ConfigurationError: There is no such file, or it is no buffer or one of another format.
@@ -67,9 +68,14 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
         for row in rows:
             flat = dict(zip(_COLUMNS, row, strict=False))
             if tokens:
-                turns = None if row[-1] is None else unpack(row[-1])
-                for name in _TOKENS:
-                    flat[name] = None if turns is None else [list(getattr(turn, name)) for turn in turns]
+                turns = (
+                    None
+                    if row[-1] is None
+                    else unpack(row[-1], *(flat[name] for name in ("sample", "reward", "rewards")))
+                )
+                for name in _ARRAYS:
+                    flat[name] = None if turns is None else [getattr(turn, name).tolist() for turn in turns]
+                flat["temperature"] = None if turns is None else [turn.temperature for turn in turns]
             yield flat
 
 
@@ -115,9 +121,11 @@ class StoredExperience:
         groups = []
         with _connected(self._path) as connection:
             for key in keys:
-                (task_id,) = connection.execute(f"SELECT task_id FROM groups WHERE {ROUND}", key).fetchone()
+                task_id, samples = connection.execute(
+                    f"SELECT task_id, samples FROM groups WHERE {ROUND}", key
+                ).fetchone()
                 rows = connection.execute(f"SELECT {COLUMNS} FROM experiences WHERE {ROUND} ORDER BY sample", key)
-                groups.append(Group(GroupKey(key[1], key[2]), task_id, tuple(from_row(task_id, row) for row in rows)))
+                groups.append(to_group(GroupKey(key[1], key[2]), task_id, rows, samples))
         return groups
 
 

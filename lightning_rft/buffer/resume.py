@@ -23,7 +23,7 @@ _EXPLORED = (State.READY, State.LEASED, State.TRAINED)
 
 _KEY = "run = ? AND batch = ? AND slot = ?"
 ROUND = f"{_KEY} AND round = ?"
-_COLUMNS = "round, task_id, epoch, state, incarnation, step, oldest_version, newest_version"
+_COLUMNS = "round, task_id, epoch, state, incarnation, step, oldest_version, newest_version, samples"
 
 
 class Round(NamedTuple):
@@ -36,6 +36,7 @@ class Round(NamedTuple):
     step: int | None
     oldest_version: int | None
     newest_version: int | None
+    samples: int | None = None
 
 
 class Change(NamedTuple):

@@ -11,7 +11,7 @@ from lightning_rft.errors import ConfigurationError, StorageError
 
 __all__ = ["DAMAGED", "State", "check_format", "prepare"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 APPLICATION_ID = 0x52465442  # "RFTB": tells our files from those of other programs that also count versions from 1
 
 DAMAGED = (
@@ -42,7 +42,8 @@ class State(str, Enum):
 
 # A resumed run is a further incarnation of the same run. `round` counts the tasks that a slot had, from 0; the largest
 # is the current one. `step` is the batch that a trained group was part of, or the version at which a group failed or
-# was filtered: it is set in just these three states. `incarnation` is the one that issued the group last.
+# was filtered: it is set in just these three states. `incarnation` is the one that issued the group last. `samples`
+# tells that none of its experiences is lost where the index that finds them is damaged.
 # Blobs sit in an ordinary table, last in the row: WITHOUT ROWID suits small rows only, and readers of the other
 # columns then never touch the pages of a blob.
 _TABLES = f"""
@@ -66,6 +67,7 @@ CREATE TABLE groups (
     incarnation INTEGER NOT NULL REFERENCES incarnations (number),
     oldest_version INTEGER,
     newest_version INTEGER,
+    samples INTEGER,
     step INTEGER,
     error TEXT,
     PRIMARY KEY (run, batch, slot, round)
@@ -79,6 +81,7 @@ CREATE TABLE experiences (
     round INTEGER NOT NULL,
     sample INTEGER NOT NULL,
     reward REAL NOT NULL,
+    rewards TEXT NOT NULL,
     num_tokens INTEGER NOT NULL,
     oldest_version INTEGER NOT NULL,
     newest_version INTEGER NOT NULL,

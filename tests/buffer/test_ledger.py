@@ -316,7 +316,7 @@ def test_what_was_reported_ready_survives_sigkill(tmp_path: Path) -> None:
                 (group,) = ledger.lease([GroupKey(batch, 0)])
                 assert group.task_id == str(batch)
                 assert [experience.reward for experience in group.experiences] == list(range(8))
-                assert {experience.turns[0].versions for experience in group.experiences} == {(batch,) * 300}
+                assert {tuple(experience.turns[0].versions) for experience in group.experiences} == {(batch,) * 300}
             # Of the group in flight there is nothing, or all of it.
             last = "SELECT count(*) FROM experiences WHERE run = ? AND batch = ?"
             assert query(ledger, last, incarnation, reported + 1)[0][0] in (0, 8)
