@@ -3,8 +3,8 @@
     python -m benchmarks.buffer
 
 Groups of 8 samples with 500 tokens each, 4 groups a batch, on a disk and in memory; and for comparison the same groups
-through a bare ``multiprocessing.Queue`` and back out of it, which keeps nothing. Log-probs are those of an engine that
-computes in float32, and once more of one in float64. All take turns; each number is the median of the repeats.
+through a bare ``multiprocessing.Queue`` and back out of it, which keeps nothing. All take turns; each number is the
+median of the repeats.
 Writes ``benchmarks/results/buffer.json``.
 """
 
@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import random
 import statistics
-import struct
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,16 +27,15 @@ BATCHES, GROUPS, SAMPLES, TOKENS, PROMPT, REPEATS = 40, 4, 8, 500, 64, 7
 TEXT = "the answer in words, " * 100  # about as long as its tokens are
 
 
-def groups(kind: str) -> list[Group]:
-    """What explorers would send; log-probs are exact in this struct format."""
+def groups() -> list[Group]:
+    """What explorers would send."""
     rng = random.Random(0)
 
     def turn() -> Turn:
-        numbers = struct.pack(f"{TOKENS}{kind}", *(-rng.expovariate(1.0) for _ in range(TOKENS)))
         return Turn(
             prompt_ids=tuple(rng.randrange(150_000) for _ in range(PROMPT)),
             token_ids=tuple(rng.randrange(150_000) for _ in range(TOKENS)),
-            logprobs=struct.unpack(f"{TOKENS}{kind}", numbers),
+            logprobs=tuple(-rng.expovariate(1.0) for _ in range(TOKENS)),
             versions=(3,) * TOKENS,
             finish_reason="stop",
         )
@@ -89,17 +87,16 @@ def through_queue(stored: list[Group]) -> float:
 
 def main() -> None:
     """Measures and writes."""
-    single, double = groups("f"), groups("d")
+    stored = groups()
     contenders: dict[str, Callable[[], float]] = {
-        "durable_samples_per_s": lambda: through_file(single),
-        "memory_samples_per_s": lambda: through_ledger(":memory:", single),
-        "queue_samples_per_s": lambda: through_queue(single),
-        "durable_float64_samples_per_s": lambda: through_file(double),
+        "durable_samples_per_s": lambda: through_file(stored),
+        "memory_samples_per_s": lambda: through_ledger(":memory:", stored),
+        "queue_samples_per_s": lambda: through_queue(stored),
     }
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(REPEATS):
         for name, measure in contenders.items():
-            rates[name].append(len(single) * SAMPLES / measure())
+            rates[name].append(len(stored) * SAMPLES / measure())
     results = {name: round(statistics.median(found)) for name, found in rates.items()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "buffer.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -58,7 +58,7 @@ def naive(model: Any, packed: Packed) -> Tensor:
 
 def chunked(model: Any, packed: Packed) -> Tensor:
     """As in the trainer."""
-    return token_logprobs(model, packed, temperature=1.0, chunked_head=True)[0].sum()
+    return token_logprobs(model, packed, chunked_head=True)[0].sum()
 
 
 def main() -> None:

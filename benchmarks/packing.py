@@ -41,14 +41,14 @@ REPEATS = 3
 def group(prompt: int, completion: int, samples: int, seed: int = 0) -> list[Turn]:
     """Random tokens."""
     ids = torch.randint(100, 40_000, (prompt + samples * completion,), generator=torch.Generator().manual_seed(seed))
-    shared = tuple(ids[:prompt].tolist())
+    nothing = (0,) * completion
     completions = ids[prompt:].view(samples, completion).tolist()
-    return [Turn(shared, tuple(tokens), (), (), "length") for tokens in completions]
+    return [Turn(ids[:prompt].tolist(), tokens, nothing, nothing, "length") for tokens in completions]
 
 
 def chunked(model: Any, packed: Packed) -> Tensor:
     """As in the trainer."""
-    return token_logprobs(model, packed, temperature=1.0, chunked_head=True)[0]
+    return token_logprobs(model, packed, chunked_head=True)[0]
 
 
 def plain(model: Any, packed: Packed) -> Tensor:

@@ -26,10 +26,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_rft.buffer.filters import has_signal as has_signal
     from lightning_rft.buffer.reader import read_buffer as read_buffer
     from lightning_rft.buffer.selection import Priority as Priority
     from lightning_rft.buffer.selection import Replay as Replay
+    from lightning_rft.buffer.selection import has_signal as has_signal
     from lightning_rft.buffer.selection import recency as recency
     from lightning_rft.buffer.selection import reward_variance as reward_variance
     from lightning_rft.cli import RFTCLI as RFTCLI
@@ -65,8 +65,7 @@ if TYPE_CHECKING:
     from lightning_rft.trainer.objectives.objective import Objective as Objective
 
 _MODULES = {
-    "lightning_rft.buffer.filters": ["has_signal"],
-    "lightning_rft.buffer.selection": ["Priority", "Replay", "recency", "reward_variance"],
+    "lightning_rft.buffer.selection": ["Priority", "Replay", "has_signal", "recency", "reward_variance"],
     "lightning_rft.buffer.reader": ["read_buffer"],
     "lightning_rft.cli": ["RFTCLI"],
     "lightning_rft.datamodule": ["RFTDataModule"],

@@ -15,9 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_rft.buffer.filters import Filter
-from lightning_rft.buffer.selection import Priority, Replay
-from lightning_rft.buffer.stored import StoredExperience
+from lightning_rft.buffer.reader import StoredExperience
+from lightning_rft.buffer.selection import Filter, Priority, Replay
 from lightning_rft.errors import ConfigurationError, DeadlineError
 from lightning_rft.experience import Group
 from lightning_rft.explorer.engines.engine import Engine
@@ -228,7 +227,6 @@ class RFTDataModule(L.LightningDataModule):
         self.ranks.close()
         self.ranks = Ranks.meet(self._trainer, module.weights)
         self.ranks.agree("setup", lambda: self._start_explorers(module))
-        module.temperature = self.temperature
         if not self.val_tasks and self._limit_val_batches is None:  # else Lightning warns of an empty loader
             self._limit_val_batches = self._trainer.limit_val_batches  # type: ignore[attr-defined]
             self._trainer.limit_val_batches = 0  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """The values on every arrow of the picture: tasks go out, experiences come back, a group at a time.
 
-All are frozen and hold plain Python values, so they cross processes and the buffer unchanged. This file imports
-nothing of the package; everything may import it.
+All are frozen and hold plain Python values and bytes, so they cross processes and the buffer unchanged. This file
+imports only errors and turns of the package; everything may import it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["Experience", "Group", "GroupKey", "Progress", "Task", "TensorInfo", "Turn"]
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.turn import Sampling, Support, Turn
+
+__all__ = ["Experience", "Group", "GroupKey", "Progress", "Sampling", "Support", "Task", "TensorInfo", "Turn"]
 
 
 @dataclass(frozen=True)
@@ -43,37 +46,21 @@ class GroupKey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One call of the policy: what it read and what it sampled.
-
-    Args:
-        prompt_ids: Token ids that the policy was given.
-        token_ids: Token ids that it sampled, the end-of-sequence token included when it was sampled.
-        logprobs: Natural-log probability of each sampled token under the distribution that it was drawn from
-            (temperature applied). As long as ``token_ids``.
-        versions: Version of the policy that sampled each token. As long as ``token_ids``; never decreases.
-        finish_reason: ``"stop"`` (end of sequence) or ``"length"`` (``max_new_tokens`` reached).
-    """
-
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    versions: tuple[int, ...]
-    finish_reason: str
-
-
-@dataclass(frozen=True)
 class Experience:
     """One scored sample: the turns that a workflow took with the policy, and the reward they earned.
 
     Args:
         task_id: :attr:`Task.id` of the task that was answered.
         sample: Index of this sample in its group.
-        turns: Calls of the policy in order; a single-turn workflow makes one.
+        turns: Calls of the policy in order; a single-turn workflow makes one. Their parents make them a tree.
         reward: The score. Finite.
         text: The last turn decoded, as the reward saw it.
         generate_seconds: Wall-clock seconds from the first call of the policy to the end of the last.
         reward_seconds: Wall-clock seconds that scoring took.
+        rewards: Parts of the reward by name. Finite.
+
+    Raises:
+        ConfigurationError: A turn's prompt does not go on from its parent's prompt and answer, token for token.
     """
 
     task_id: str
@@ -83,21 +70,34 @@ class Experience:
     text: str = ""
     generate_seconds: float = 0.0
     reward_seconds: float = 0.0
+    rewards: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for index, turn in enumerate(self.turns):
+            if turn.parent is None:
+                continue
+            if not 0 <= turn.parent < index:
+                raise ConfigurationError(f"turn {index} has parent {turn.parent}, which is not an earlier turn")
+            parent = self.turns[turn.parent]
+            if not turn._prompt_ids.startswith(parent._prompt_ids + parent._token_ids):
+                raise ConfigurationError(
+                    f"turn {index} does not go on from the tokens of its parent, turn {turn.parent}: leave parent out"
+                )
 
     @property
     def num_tokens(self) -> int:
         """Sampled tokens over all turns."""
-        return sum(len(turn.token_ids) for turn in self.turns)
+        return sum(turn.num_tokens for turn in self.turns)
 
     @property
     def oldest_version(self) -> int:
         """The oldest policy version that any token was sampled with."""
-        return min(version for turn in self.turns for version in turn.versions)
+        return min(version for turn in self.turns for version, _ in turn.version_runs)
 
     @property
     def newest_version(self) -> int:
         """The newest policy version that any token was sampled with."""
-        return max(version for turn in self.turns for version in turn.versions)
+        return max(version for turn in self.turns for version, _ in turn.version_runs)
 
 
 @dataclass(frozen=True)

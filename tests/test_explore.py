@@ -94,7 +94,7 @@ class Looks(rft.RFTModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         for group in batch.groups:
             for experience in group.experiences:
-                ids = str([list(turn.token_ids) for turn in experience.turns])
+                ids = str([turn.token_ids.tolist() for turn in experience.turns])
                 self.seen[group.task_id, experience.sample, experience.text, experience.reward, ids] += 1
         return super().training_step(batch, batch_idx)
 

@@ -123,3 +123,32 @@ def test_a_rollout_before_the_sync_is_refused(data: rft.RFTDataModule, tiny_mode
     with pytest.raises(rft.ConfigurationError, match=r"TooEarly.admit\(1\) is 0: .* staleness of 1 .* max_staleness=0"):
         differences(TooEarly(), data, tiny_model_path, tmp_path)
     assert not data._pool.running  # an error ends the explorers though they are held
+
+
+def test_stored_experience_is_trained_at_the_temperatures_it_was_sampled_at(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_trainer(*callbacks: L.Callback) -> L.Trainer:
+        return L.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            callbacks=list(callbacks),
+            limit_val_batches=0,
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    monkeypatch.setattr(data, "buffer", tmp_path / "explored.sqlite")
+    for temperature in (0.5, 1.3):
+        monkeypatch.setattr(data, "temperature", temperature)
+        make_trainer(rft.Synchronous()).predict(rft.RFTModule(tiny_model_path), data)
+    objective = Watched()
+    module = rft.RFTModule(
+        tiny_model_path, objective=objective, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0)
+    )
+    make_trainer().fit(module, rft.RFTDataModule(explorers=0, buffer=data.buffer, tasks_per_step=6))
+    assert len(objective.differences) == STEPS  # 24 groups of two runs, 6 in each batch
+    assert max(objective.differences) < SAME

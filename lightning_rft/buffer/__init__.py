@@ -1,1 +1,1 @@
-"""Holds: the ledger of every group between exploring and training."""
+"""The ledger of every group between exploring and training."""

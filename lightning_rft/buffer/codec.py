@@ -1,130 +1,89 @@
-"""An experience as a row of the buffer, its turns as bytes: packed numbers in a small frame, with a checksum.
-
-What comes back equals what went in, bit by bit: log-probs are packed as float32 only where nothing is lost by it, as
-with engines that compute them so, and else as float64.
-"""
+"""An experience as a row of the buffer: its turns' own bytes, as an explorer packed them, and their checksum."""
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import struct
 import zlib
-from collections.abc import Sequence
-from itertools import chain, groupby, repeat
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
-from lightning_rft.experience import Experience, Turn
+from lightning_rft.experience import Experience, Group, GroupKey, Sampling, Support, Turn
 
-__all__ = ["COLUMNS", "from_row", "to_row", "unpack"]
+__all__ = ["COLUMNS", "from_row", "to_group", "to_row", "unpack"]
 
 COLUMNS = (
-    "sample, reward, num_tokens, oldest_version, newest_version, finish_reason, generate_seconds, reward_seconds, text,"
-    " turns"
+    "sample, reward, rewards, num_tokens, oldest_version, newest_version, finish_reason, generate_seconds,"
+    " reward_seconds, text, turns"
 )
 
-
-class _Packed(msgspec.Struct, array_like=True):
-    """A turn. Numbers are little-endian, ids int32; ``versions`` are (version, number of tokens)."""
-
-    prompt_ids: bytes
-    token_ids: bytes
-    logprobs_type: str
-    logprobs: bytes
-    versions: list[tuple[int, int]]
-    finish_reason: str
-
-
+_Support = tuple[bytes, bytes, bytes] | None
+_Packed = tuple[  # the arguments of Turn, in order
+    bytes, bytes, bytes, bytes, str, float, Sampling, int | None, float | None, bytes | None, _Support
+]  # fmt: skip
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(list[_Packed])
 
 
 def to_row(experience: Experience) -> tuple[Any, ...]:
-    """The values of :data:`COLUMNS`, in one pass over the tokens.
-
-    Raises:
-        ValueError: No token was sampled.
-    """
-    packed = [_pack(turn) for turn in experience.turns]
-    versions = [version for turn in packed for version, _ in turn.versions]
-    frame = _ENCODER.encode(packed)
+    """The values of :data:`COLUMNS`; ValueError if no token was sampled."""
+    frame = _ENCODER.encode([_pack(turn) for turn in experience.turns])
+    rewards = json.dumps({name: float(part) for name, part in experience.rewards.items()})
     return (
         experience.sample,
         experience.reward,
+        rewards,
         experience.num_tokens,
-        min(versions),
-        max(versions),
+        experience.oldest_version,
+        experience.newest_version,
         experience.turns[-1].finish_reason,
         experience.generate_seconds,
         experience.reward_seconds,
         experience.text,
-        zlib.crc32(frame).to_bytes(4, "little") + frame,
+        _checksum(frame, experience.sample, experience.reward, rewards) + frame,
     )
+
+
+def to_group(key: GroupKey, task_id: str, rows: Iterable[Sequence[Any]], samples: int | None) -> Group:
+    """A group of all its experiences; raises as :func:`unpack` does if there are not as many as were stored."""
+    experiences = tuple(from_row(task_id, row) for row in rows)
+    if len(experiences) != samples:
+        raise sqlite3.DatabaseError(f"a stored group is malformed: it has {len(experiences)} samples of {samples}")
+    return Group(key, task_id, experiences)
 
 
 def from_row(task_id: str, row: Sequence[Any]) -> Experience:
-    """The experience again.
+    """The experience again; raises as :func:`unpack` does."""
+    sample, reward, rewards, _, _, _, _, generate_seconds, reward_seconds, text, turns = row
+    whole = unpack(turns, sample, reward, rewards)
+    return Experience(task_id, sample, whole, reward, text, generate_seconds, reward_seconds, json.loads(rewards))
 
-    Raises:
-        sqlite3.DatabaseError: As :func:`unpack`.
+
+def unpack(blob: bytes, sample: int, reward: float, rewards: str) -> tuple[Turn, ...]:
+    """The turns of the last column, if they and what else makes a gradient are as they were stored.
+
+    Otherwise it raises sqlite3.DatabaseError: SQLite notices damage only in what it writes itself, and to our caller it
+    is the same mishap.
     """
-    sample, reward, _, _, _, _, generate_seconds, reward_seconds, text, turns = row
-    return Experience(task_id, sample, unpack(turns), reward, text, generate_seconds, reward_seconds)
+    frame = memoryview(blob)[4:]
+    if _checksum(frame, sample, reward, rewards) != blob[:4]:
+        raise sqlite3.DatabaseError("a stored sample is malformed: its checksum differs")
+    return tuple(_unpack(*values) for values in _DECODER.decode(frame))
 
 
-def unpack(blob: bytes) -> tuple[Turn, ...]:
-    """The turns of the last column.
-
-    Raises:
-        sqlite3.DatabaseError: The bytes are damaged. SQLite notices this only in what it writes itself; to our caller
-            it is the same mishap.
-    """
-    frame = blob[4:]
-    if zlib.crc32(frame).to_bytes(4, "little") != blob[:4]:
-        raise sqlite3.DatabaseError("stored tokens are malformed: their checksum differs")
-    return tuple(_unpack(turn) for turn in _DECODER.decode(frame))
+def _checksum(frame: bytes | memoryview, sample: int, reward: float, rewards: str) -> bytes:
+    numbers = zlib.crc32(struct.pack("<qd", sample, reward) + rewards.encode())
+    return zlib.crc32(frame, numbers).to_bytes(4, "little")
 
 
-def _pack(turn: Turn) -> _Packed:
-    kind = "f"
-    try:
-        logprobs = _bytes(kind, turn.logprobs)
-        exact = _numbers(kind, logprobs) == tuple(turn.logprobs)
-    except OverflowError:
-        exact = False
-    if not exact:
-        kind = "d"
-        logprobs = _bytes(kind, turn.logprobs)
-    return _Packed(
-        _bytes("i", turn.prompt_ids),
-        _bytes("i", turn.token_ids),
-        kind,
-        logprobs,
-        _runs(turn.versions),
-        turn.finish_reason,
-    )
+def _pack(turn: Turn) -> tuple[Any, ...]:
+    *values, support = turn.packed()
+    return (*values, None if support is None else support.packed())
 
 
-def _bytes(kind: str, numbers: Sequence[float]) -> bytes:
-    return struct.pack(f"<{len(numbers)}{kind}", *numbers)
-
-
-def _numbers(kind: str, data: bytes) -> tuple[Any, ...]:
-    return struct.unpack(f"<{len(data) // struct.calcsize(kind)}{kind}", data)
-
-
-def _runs(versions: Sequence[int]) -> list[tuple[int, int]]:
-    if versions and versions.count(versions[0]) == len(versions):  # nearly always, and quicker
-        return [(versions[0], len(versions))]
-    return [(version, sum(1 for _ in run)) for version, run in groupby(versions)]
-
-
-def _unpack(turn: _Packed) -> Turn:
-    return Turn(
-        _numbers("i", turn.prompt_ids),
-        _numbers("i", turn.token_ids),
-        _numbers(turn.logprobs_type, turn.logprobs),
-        tuple(chain.from_iterable(repeat(version, count) for version, count in turn.versions)),
-        turn.finish_reason,
-    )
+def _unpack(*values: Any) -> Turn:
+    *arguments, support = values
+    return Turn(*[*arguments, None if support is None else Support(*support)])

@@ -1,12 +1,12 @@
-"""The buffer: a SQLite ledger of every group, from issue to training.
+"""The ledger of a buffer: every group from issue to training, in one SQLite file.
 
-One file tells what became of each group, in a form that any SQLite reader can query while the run goes on::
+Any SQLite reader can query it while the run goes on::
 
     sqlite3 buffer.sqlite "SELECT state, count(*) FROM groups GROUP BY state"
 
-or :func:`~lightning_rft.buffer.reader.read_buffer` reads whole. It is in write-ahead mode with ``synchronous=NORMAL``:
-a change that returned survives the death of the process, while a power cut may cost the last moments, but never the
-file.
+or :func:`~lightning_rft.buffer.reader.read_buffer` reads all of it. The file is in write-ahead mode with
+``synchronous=NORMAL``: a change that returned survives the death of the process, while a power cut may cost the last
+moments, but never the file.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lightning_rft.buffer.codec import COLUMNS, from_row, to_row
+from lightning_rft.buffer.codec import COLUMNS, to_group, to_row
 from lightning_rft.buffer.database import File
-from lightning_rft.buffer.history import ROUND, apply, current, unsettled
-from lightning_rft.buffer.resume import ENDED, Round, settle
+from lightning_rft.buffer.resume import ENDED, ROUND, Round, apply, current, settle, unsettled
 from lightning_rft.buffer.schema import State
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group, GroupKey, Progress
@@ -37,7 +36,11 @@ class Ledger:
 
     Each method is one transaction: it happens whole or, if it raises, not at all. Threads may share a ledger if the
     caller lets in one at a time; a second process cannot open the file to write. Every method raises
-    :class:`~lightning_rft.errors.StorageError` if the disk fails.
+    :class:`~lightning_rft.errors.StorageError` if the disk fails, and :class:`~lightning_rft.errors.ScheduleError` if a
+    group is in a state that its change does not start from.
+
+    Groups live in the file only: what is packed once is cheap to read back, and a long exploration would fill the
+    memory.
 
     Example:
         >>> with Ledger.open(":memory:") as ledger:
@@ -52,20 +55,10 @@ class Ledger:
         self._file = file
         latest = file.ask("SELECT run, number FROM incarnations ORDER BY number DESC LIMIT 1")
         self._run, self._incarnation = latest[0] if latest else (0, 0)
-        self._unleased: dict[GroupKey, Group] = {}  # what the file holds too, so that a lease need not unpack it
 
     @classmethod
     def open(cls, path: str | Path) -> Ledger:
-        """Opens the file, or creates it and its folder; holds it until :meth:`close`.
-
-        Args:
-            path: The file, or ``":memory:"`` for a ledger that dies with the process.
-
-        Raises:
-            ConfigurationError: Another run holds the file, it is no buffer or one of another format, it is on a
-                network filesystem, or it cannot be opened at all.
-            StorageError: The disk is full or broken, or the file is damaged.
-        """
+        """Opens or creates a file (``":memory:"`` for none) and holds it; ConfigurationError if it cannot be used."""
         file = File(path)
         try:
             return cls(file)
@@ -93,16 +86,11 @@ class Ledger:
     # Runs
 
     def begin(self, version: int = 0) -> int:
-        """Begins a run whose policy starts with this version. Older runs stay as they are.
-
-        Returns:
-            The number of its first incarnation; these count from 1 over the whole file.
-        """
+        """Begins a run whose policy starts with this version; returns the number of its incarnation, from 1."""
         with self._file.transaction() as file:
             run = file.execute("SELECT coalesce(max(run), 0) + 1 FROM incarnations").fetchone()[0]
             number = self._incarnate(run, version)
         self._run, self._incarnation = run, number
-        self._unleased.clear()
         return number
 
     def resume(
@@ -146,7 +134,6 @@ class Ledger:
                 apply(file, run, change)
             number = self._incarnate(run, version)
         self._run, self._incarnation = run, number
-        self._unleased.clear()
         return number, {c.key: c.oldest_version for c in changes if c.oldest_version is not None}
 
     # Groups
@@ -162,9 +149,6 @@ class Ledger:
 
         A further issue of what is issued or dropped counts as one more attempt and forgets what the one before left
         behind. After a filtered or failed task another one begins the next round of the slot.
-
-        Raises:
-            ScheduleError: The group is ready, leased or trained, this very task of it has ended, or no run has begun.
         """
         if not self._run:
             raise ScheduleError(f"group {tuple(key)} cannot be issued: call begin or resume first")
@@ -182,18 +166,13 @@ class Ledger:
             at = (self._run, *key, current.round)
             file.execute(
                 "UPDATE groups SET state = 'issued', epoch = ?, task_id = ?, explorer = ?, attempts = attempts + 1,"
-                f" incarnation = ?, oldest_version = NULL, newest_version = NULL WHERE {ROUND}",
+                f" incarnation = ?, oldest_version = NULL, newest_version = NULL, samples = NULL WHERE {ROUND}",
                 *(epoch, task_id, explorer, self._incarnation, *at),
             )
             file.execute(f"DELETE FROM experiences WHERE {ROUND}", *at)
 
     def ready(self, group: Group) -> None:
-        """Stores a group that an explorer finished.
-
-        Raises:
-            ScheduleError: The group is not issued, was issued for another task, has no experiences, or one of them is
-                of another task or has no tokens.
-        """
+        """Stores an issued group that an explorer finished: experiences of its task, at least one, with tokens."""
         key, task_id = group.key, group.task_id
         if not group.experiences:
             raise ScheduleError(f"group {tuple(key)} cannot be ready: it has no experiences")
@@ -212,27 +191,19 @@ class Ledger:
             at = (self._run, *key, current.round)
             file.insert("experiences", [at + row for row in rows])
             file.execute(
-                "UPDATE groups SET state = 'ready', (oldest_version, newest_version) = (SELECT min(oldest_version),"
-                f" max(newest_version) FROM experiences WHERE {ROUND}) WHERE {ROUND}",
-                *at,
-                *at,
+                f"UPDATE groups SET state = 'ready', oldest_version = ?, newest_version = ?, samples = ? WHERE {ROUND}",
+                *(group.oldest_version, group.newest_version, len(rows), *at),
             )
-        self._unleased[key] = group
 
     def lease(self, keys: Sequence[GroupKey]) -> list[Group]:
-        """Takes ready groups, in the order of ``keys``, experiences in the order in which they were stored.
-
-        Raises:
-            ScheduleError: One of them is not ready.
-        """
+        """Takes ready groups, in the order of ``keys``, experiences in the order in which they were stored."""
         with self._file.transaction():
-            groups = []
-            for key in keys:
-                current = self._change(key, State.LEASED, State.READY)
-                groups.append(self._unleased.get(key) or self._stored(key, current))
-        for key in keys:
-            self._unleased.pop(key, None)
-        return groups
+            return [self._stored(key, self._change(key, State.LEASED, State.READY)) for key in keys]
+
+    def read(self, keys: Iterable[GroupKey]) -> list[Group]:
+        """The ready groups of these keys, without taking them."""
+        with self._file.transaction():
+            return [self._stored(key, self._check(key, self._current(key), State.READY, State.READY)) for key in keys]
 
     def release(self) -> None:
         """Gives back what is leased: it is ready again. Nothing leased is fine."""
@@ -240,22 +211,14 @@ class Ledger:
             file.execute("UPDATE groups SET state = 'ready' WHERE run = ? AND state = 'leased'", self._run)
 
     def trained(self, step: int) -> None:
-        """Notes that what is leased was trained as batch ``step``. Its experiences stay.
-
-        Raises:
-            ScheduleError: Nothing is leased.
-        """
+        """Notes that what is leased, at least one group, was trained as batch ``step``. Its experiences stay."""
         change = "UPDATE groups SET state = 'trained', step = ? WHERE run = ? AND state = 'leased'"
         with self._file.transaction() as file:
             if not file.execute(change, step, self._run).rowcount:
                 raise ScheduleError(f"batch {step} cannot go to trained: no group is leased")
 
     def failed(self, key: GroupKey, error: str, step: int) -> None:
-        """Notes that the task of an issued group ended in an error, for good, at version ``step``.
-
-        Raises:
-            ScheduleError: The group is not issued.
-        """
+        """Notes that the task of an issued group ended in an error, for good, at version ``step``."""
         with self._file.transaction():
             self._change(key, State.FAILED, State.ISSUED, step=step, error=error)
 
@@ -263,38 +226,16 @@ class Ledger:
         """Notes that an issued, ready or leased group was judged not worth training, at version ``step``.
 
         That ends its task. What was not stored yet is not stored.
-
-        Raises:
-            ScheduleError: The group is in another state.
         """
         with self._file.transaction():
             self._change(key, State.FILTERED, State.ISSUED, State.READY, State.LEASED, step=step)
-        self._unleased.pop(key, None)
 
     def dropped(self, key: GroupKey) -> None:
-        """Notes that an issued, ready or leased group will not be trained as it is; it may be issued again.
-
-        Raises:
-            ScheduleError: The group is in another state.
-        """
+        """Notes that an issued, ready or leased group will not be trained as it is; it may be issued again."""
         with self._file.transaction():
             self._change(key, State.DROPPED, State.ISSUED, State.READY, State.LEASED)
-        self._unleased.pop(key, None)
 
     # Questions
-
-    def read(self, keys: Iterable[GroupKey]) -> list[Group]:
-        """The ready groups of these keys, without taking them.
-
-        Raises:
-            ScheduleError: One of them is not ready.
-        """
-        with self._file.transaction():
-            groups = []
-            for key in keys:
-                current = self._check(key, self._current(key), State.READY, State.READY)
-                groups.append(self._unleased.get(key) or self._stored(key, current))
-        return groups
 
     def counts(self) -> dict[State, int]:
         """How many groups of the run are in each state, zeros included; each task that a slot had counts as one."""
@@ -339,8 +280,7 @@ class Ledger:
         rows = self._file.execute(
             f"SELECT {COLUMNS} FROM experiences WHERE {ROUND} ORDER BY rowid", self._run, *key, current.round
         )
-        task_id = current.task[0]
-        return Group(key, task_id, tuple(from_row(task_id, row) for row in rows))
+        return to_group(key, current.task[0], rows, current.samples)
 
     def _incarnate(self, run: int, version: int) -> int:
         self._file.insert("incarnations", [(None, run, version, time.time())])

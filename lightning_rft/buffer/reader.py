@@ -1,31 +1,35 @@
-"""A buffer as a table, for looking at what was explored and trained."""
+"""Read-only access to a buffer: as a table of samples, and as batches to train on without explorers."""
 
 from __future__ import annotations
 
 import os
+import random
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lightning_rft.buffer.codec import unpack
-from lightning_rft.buffer.faults import opening_error, storage_errors
+from lightning_rft.buffer.codec import COLUMNS, to_group, unpack
+from lightning_rft.buffer.database import opening_error, storage_errors
+from lightning_rft.buffer.resume import ROUND
 from lightning_rft.buffer.schema import check_format
 from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import Group, GroupKey
 
-__all__ = ["connect", "read_buffer"]
+__all__ = ["StoredExperience", "read_buffer", "stored_keys"]
 
 _COLUMNS = (
     *("run", "incarnation", "batch", "slot", "round", "epoch", "task_id", "state", "step", "attempts", "error"),
-    *("sample", "reward", "num_tokens", "finish_reason", "text", "oldest_version", "newest_version"),
+    *("sample", "reward", "rewards", "num_tokens", "finish_reason", "text", "oldest_version", "newest_version"),
 )
-_TOKENS = ("prompt_ids", "token_ids", "logprobs", "versions")
+_ARRAYS = ("prompt_ids", "token_ids", "logprobs", "versions")
+_KEYS = "run, batch, slot, round"
 
 
 def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, Any]]:
-    """One flat row per sample, of a run that has ended or goes on.
+    """Reads a buffer as one flat row per sample, after its run or while it goes on.
 
     The file is opened to read only, and all rows are as of the moment of the first. A run that goes on is neither held
     up nor disturbed; but its file grows until the last row is read, so read on. SQLite may leave two small files
@@ -34,13 +38,14 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
     The columns: of the group ``run``, ``incarnation`` (the one that issued it last), ``batch``, ``slot``, ``round``
     (which of the tasks that the slot had), ``epoch``, ``task_id``, ``state``, ``step`` (the batch it was trained in, or
     the version at which it ended otherwise), ``attempts`` and ``error``; of the sample ``sample``, ``reward``,
-    ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and ``newest_version``. A group without experiences
-    is one row, with None for these.
+    ``rewards`` (its parts by name, as JSON), ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and
+    ``newest_version``. A group without experiences is one row, with None for these.
 
     Args:
         path: The file.
-        tokens: Whether to add ``prompt_ids``, ``token_ids``, ``logprobs`` and ``versions``. Each is a list with one
-            list per turn, also where there is but one turn, so that all rows have the same types.
+        tokens: Whether to add ``prompt_ids``, ``token_ids``, ``logprobs`` and ``versions``, each one list per turn,
+            also where there is but one turn, so that all rows have the same types; and ``temperature``, with one number
+            per turn.
 
     Raises:
         ConfigurationError: There is no such file, or it is no buffer or one of another format.
@@ -53,9 +58,8 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
 
         table = pyarrow.Table.from_pylist(list(read_buffer("rft/buffer.sqlite")))
     """
-    path = Path(path)
     columns = ", ".join(f"e.{name}" if name.endswith("_version") else name for name in _COLUMNS)
-    with storage_errors(path), closing(connect(path)) as connection:
+    with _connected(Path(path)) as connection:
         rows = connection.execute(
             f"SELECT {columns}{', turns' if tokens else ''}"
             " FROM groups LEFT JOIN experiences e USING (run, batch, slot, round)"
@@ -64,28 +68,91 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
         for row in rows:
             flat = dict(zip(_COLUMNS, row, strict=False))
             if tokens:
-                turns = None if row[-1] is None else unpack(row[-1])
-                for name in _TOKENS:
-                    flat[name] = None if turns is None else [list(getattr(turn, name)) for turn in turns]
+                turns = (
+                    None
+                    if row[-1] is None
+                    else unpack(row[-1], *(flat[name] for name in ("sample", "reward", "rewards")))
+                )
+                for name in _ARRAYS:
+                    flat[name] = None if turns is None else [getattr(turn, name).tolist() for turn in turns]
+                flat["temperature"] = None if turns is None else [turn.temperature for turn in turns]
             yield flat
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Opens a buffer to read only; see :func:`read_buffer` for what that means, and for the errors."""
+class StoredExperience:
+    """The groups of a buffer's file as batches for the loader, epoch after epoch.
+
+    Dropped, failed and filtered groups are left out. The file is open only while a batch is read. ``version`` is called
+    for the number of batches trained so far. Raises ConfigurationError if there is nothing to train on.
+    """
+
+    def __init__(
+        self, path: str | Path, *, tasks_per_step: int, shuffle: bool, seed: int, version: Callable[[], int]
+    ) -> None:
+        self._path = Path(path)
+        self._tasks_per_step = tasks_per_step
+        self._shuffle = shuffle
+        self._seed = seed
+        self._version = version
+        self._keys = stored_keys(self._path)
+        if not self._keys:
+            raise ConfigurationError(f"buffer={str(path)!r} holds no experience to train on: explore some first")
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch, of which the last may have fewer groups."""
+        return -(-len(self._keys) // self._tasks_per_step)
+
+    @property
+    def version(self) -> int:
+        """Batches trained so far, which is the batch that comes next."""
+        return self._version()
+
+    def wanted(self, batch: int) -> list[Group]:
+        """Reads a batch; the same number always means the same groups."""
+        epoch, index = divmod(batch, self.batches)
+        order = list(range(len(self._keys)))
+        if self._shuffle:
+            random.Random(f"{self._seed} {epoch}").shuffle(order)
+        start = index * self._tasks_per_step
+        return self._read([self._keys[place] for place in order[start : start + self._tasks_per_step]])
+
+    def _read(self, keys: Sequence[tuple[int, ...]]) -> list[Group]:
+        groups = []
+        with _connected(self._path) as connection:
+            for key in keys:
+                task_id, samples = connection.execute(
+                    f"SELECT task_id, samples FROM groups WHERE {ROUND}", key
+                ).fetchone()
+                rows = connection.execute(f"SELECT {COLUMNS} FROM experiences WHERE {ROUND} ORDER BY sample", key)
+                groups.append(to_group(GroupKey(key[1], key[2]), task_id, rows, samples))
+        return groups
+
+
+def stored_keys(path: Path) -> list[tuple[int, ...]]:
+    """Run, batch, slot and round of every group of a file that can be trained on, of all its runs."""
+    with _connected(path) as connection:
+        return connection.execute(
+            f"SELECT DISTINCT {_KEYS} FROM groups JOIN experiences USING ({_KEYS})"
+            f" WHERE state IN ('ready', 'leased', 'trained') ORDER BY {_KEYS}"
+        ).fetchall()
+
+
+@contextmanager
+def _connected(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection to read only, as :func:`read_buffer` describes it."""
     if not path.is_file():
         raise ConfigurationError(f"there is no buffer {str(path)!r}: give the path of a run's buffer.sqlite")
     # To read beside a writer SQLite wants a small file of its own there. Where it cannot make one, nobody writes.
     still = not os.access(path.parent, os.W_OK) and not Path(f"{path}-wal").exists()
     uri = f"file:{quote(str(path.absolute()))}?mode=ro{'&immutable=1' if still else ''}"
-    connection = None
-    try:
-        connection = sqlite3.connect(uri, uri=True)
-        if not check_format(connection, path):
-            raise ConfigurationError(f"buffer {str(path)!r} is empty: give the path of a run's buffer.sqlite")
-        return connection
-    except BaseException as error:
-        if connection is not None:
-            connection.close()
-        if isinstance(error, sqlite3.DatabaseError):
+    with ExitStack() as resources:
+        try:
+            connection = resources.enter_context(closing(sqlite3.connect(uri, uri=True)))
+            filled = check_format(connection, path)
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise opening_error(path, error) from error
-        raise
+        if not filled:
+            raise ConfigurationError(f"buffer {str(path)!r} is empty: give the path of a run's buffer.sqlite")
+        with storage_errors(path):
+            yield connection

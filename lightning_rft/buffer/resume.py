@@ -1,24 +1,29 @@
-"""What of a run's groups is still true when it goes on from a checkpoint: a pure function.
+"""Reconciliation of a buffer with a checkpoint: what of a run's groups still holds when it resumes.
 
 The file has seen more than the checkpoint: what came between the checkpoint and the end of the process is a future
 that will not happen. Stored experience of it may still be good; endings of tasks in it are not, as those tasks come
-again.
+again. :func:`settle` decides that as a pure function; the others read and change the rounds in the file.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple
 
+from lightning_rft.buffer.database import File
 from lightning_rft.buffer.schema import State
 from lightning_rft.experience import GroupKey, Progress
 
-__all__ = ["ENDED", "Change", "Round", "settle"]
+__all__ = ["ENDED", "ROUND", "Change", "Round", "apply", "current", "settle", "unsettled"]
 
 ENDED = (State.FILTERED, State.FAILED)
 _EXPLORED = (State.READY, State.LEASED, State.TRAINED)
+
+_KEY = "run = ? AND batch = ? AND slot = ?"
+ROUND = f"{_KEY} AND round = ?"
+_COLUMNS = "round, task_id, epoch, state, incarnation, step, oldest_version, newest_version, samples"
 
 
 class Round(NamedTuple):
@@ -31,25 +36,17 @@ class Round(NamedTuple):
     step: int | None
     oldest_version: int | None
     newest_version: int | None
+    samples: int | None = None
 
 
-@dataclass(frozen=True)
-class Change:
-    """What becomes of a group.
-
-    Args:
-        key: The group.
-        round: The round that changes.
-        state: What it becomes; None deletes it and those that follow.
-        step: Goes with the state.
-        oldest_version: Of a group that is ready.
-    """
+class Change(NamedTuple):
+    """The new state of a round and its step, if any; without a state, the round and those after it are deleted."""
 
     key: GroupKey
     round: int
     state: State | None
     step: int | None = None
-    oldest_version: int | None = None
+    oldest_version: int | None = None  # of a group that is ready
 
 
 def settle(
@@ -59,11 +56,10 @@ def settle(
     oldest: int,
     expected: Callable[[GroupKey], tuple[str, int] | None],
 ) -> Iterator[Change]:
-    """Says what must change so that the groups are as the checkpoint knows them.
+    """Yields what must change so that the groups are as the checkpoint of this incarnation and progress knows them.
 
     Args:
-        history: The rounds, in order, of every group that is not settled: all with a batch from the version on, all
-            with a step from there on, all that have not ended, and all that are behind.
+        history: The rounds, in order, of every group that :func:`unsettled` names.
         incarnation: Of the checkpoint.
         progress: Of the checkpoint.
         oldest: The oldest version that a token may have.
@@ -105,7 +101,7 @@ def settle(
 
 
 def _lost(rounds: Sequence[Round], version: int, task: tuple[str, int] | None, elsewhere: bool) -> int | None:
-    """The first round of a group that is not trained which belongs to the lost future, None if there is none.
+    """The first round of an untrained group that belongs to the lost future, None if there is none.
 
     An ending before the version is of the past and one after it is lost; of one at the version, the group's task says
     on which side of the checkpoint it was, since each ending gives the slot the next task.
@@ -122,3 +118,42 @@ def _lost(rounds: Sequence[Round], version: int, task: tuple[str, int] | None, e
     if task is not None and not elsewhere and rounds[-1] is ended[-1] and ended[-1].step == version:
         return None
     return ended[0].round
+
+
+def current(file: File, run: int, key: GroupKey) -> Round | None:
+    """The current round of a group, None if it was never issued."""
+    row = file.execute(f"SELECT {_COLUMNS} FROM groups WHERE {_KEY} ORDER BY round DESC LIMIT 1", run, *key).fetchone()
+    return None if row is None else _round(row)
+
+
+def unsettled(file: File, run: int, progress: Progress) -> dict[GroupKey, list[Round]]:
+    """The rounds that a checkpoint may see differently than the file does.
+
+    Those of groups with a batch or a step from its version on, of groups that have not ended, and of those behind.
+    """
+    rows = file.execute(
+        f"SELECT batch, slot, {_COLUMNS} FROM groups"
+        " WHERE run = ? AND (batch >= ? OR step >= ? OR step IS NULL) ORDER BY batch, slot, round",
+        *(run, progress.version, progress.version),
+    )
+    found = {GroupKey(*key): [_round(row[2:]) for row in rounds] for key, rounds in groupby(rows, lambda row: row[:2])}
+    for key in progress.behind:
+        rounds = [_round(row) for row in file.execute(f"SELECT {_COLUMNS} FROM groups WHERE {_KEY}", run, *key)]
+        if rounds:
+            found[key] = rounds
+    return found
+
+
+def apply(file: File, run: int, change: Change) -> None:
+    """Makes a change, inside a transaction."""
+    at = (run, *change.key, change.round)
+    if change.state is not None:
+        file.execute(f"UPDATE groups SET state = ?, step = ? WHERE {ROUND}", change.state.value, change.step, *at)
+        return
+    for table in ("experiences", "groups"):
+        file.execute(f"DELETE FROM {table} WHERE {_KEY} AND round >= ?", *at)
+
+
+def _round(row: Sequence[Any]) -> Round:
+    number, task_id, epoch, state, *rest = row
+    return Round(number, (task_id, epoch), State(state), *rest)

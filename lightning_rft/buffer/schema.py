@@ -1,4 +1,4 @@
-"""What a buffer file looks like inside, and how to tell that a file is one."""
+"""The tables of a buffer file, and how to recognise one."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import uuid
 from enum import StrEnum
 from pathlib import Path
 
-from lightning_rft.buffer.faults import DAMAGED
 from lightning_rft.errors import ConfigurationError, StorageError
 
-__all__ = ["State", "check_format", "prepare"]
+__all__ = ["DAMAGED", "State", "check_format", "prepare"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 APPLICATION_ID = 0x52465442  # "RFTB": tells our files from those of other programs that also count versions from 1
+
+DAMAGED = (
+    "something has damaged the file; resume with `ckpt_path` and `buffer` set to a new path: what was trained is in "
+    "the checkpoint, what was only stored is explored again"
+)
 
 
 class State(StrEnum):
-    """Where a group stands.
+    """State of a group.
 
     ``trained``, ``filtered`` and ``failed`` end a task. A dropped group is issued again in the same round; the slot of
     a filtered or failed one gets another task, in the next round.
@@ -33,12 +37,13 @@ class State(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> State:
-        raise StorageError(f"a group of the buffer is in state {value!r}, which there is not: {DAMAGED}")
+        raise StorageError(f"a group of the buffer is in the unknown state {value!r}: {DAMAGED}")
 
 
 # A resumed run is a further incarnation of the same run. `round` counts the tasks that a slot had, from 0; the largest
 # is the current one. `step` is the batch that a trained group was part of, or the version at which a group failed or
-# was filtered: it is set in just these three states. `incarnation` is the one that issued the group last.
+# was filtered: it is set in just these three states. `incarnation` is the one that issued the group last. `samples`
+# tells that none of its experiences is lost where the index that finds them is damaged.
 # Blobs sit in an ordinary table, last in the row: WITHOUT ROWID suits small rows only, and readers of the other
 # columns then never touch the pages of a blob.
 _TABLES = f"""
@@ -62,6 +67,7 @@ CREATE TABLE groups (
     incarnation INTEGER NOT NULL REFERENCES incarnations (number),
     oldest_version INTEGER,
     newest_version INTEGER,
+    samples INTEGER,
     step INTEGER,
     error TEXT,
     PRIMARY KEY (run, batch, slot, round)
@@ -75,6 +81,7 @@ CREATE TABLE experiences (
     round INTEGER NOT NULL,
     sample INTEGER NOT NULL,
     reward REAL NOT NULL,
+    rewards TEXT NOT NULL,
     num_tokens INTEGER NOT NULL,
     oldest_version INTEGER NOT NULL,
     newest_version INTEGER NOT NULL,
@@ -91,11 +98,7 @@ PRAGMA user_version = {FORMAT_VERSION};
 
 
 def check_format(connection: sqlite3.Connection, path: str | Path) -> bool:
-    """Whether there is anything in the file yet.
-
-    Raises:
-        ConfigurationError: What is in it is another program's, or of another format.
-    """
+    """Whether the file holds a buffer; False if it is empty, ConfigurationError if it holds anything else."""
     application: int = connection.execute("PRAGMA application_id").fetchone()[0]
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
@@ -114,11 +117,7 @@ def check_format(connection: sqlite3.Connection, path: str | Path) -> bool:
 
 
 def prepare(connection: sqlite3.Connection, path: str | Path) -> None:
-    """Makes a connection ready to write, and the tables of a new file.
-
-    Raises:
-        ConfigurationError: As :func:`check_format`; the file stays as it was.
-    """
+    """Makes a connection ready to write, and creates the tables of a new file."""
     filled = check_format(connection, path)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")

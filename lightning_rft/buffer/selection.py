@@ -1,4 +1,4 @@
-"""Which group next: by what score groups are chosen, and which are trained once more."""
+"""Choice of the groups that are trained: filters, priorities and replay."""
 
 from __future__ import annotations
 
@@ -10,19 +10,92 @@ from typing import Literal
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, GroupKey
 
-__all__ = ["Priority", "Replay", "ReplayMemory", "recency", "reward_variance"]
+__all__ = ["Filter", "Priority", "Replay", "ReplayMemory", "has_signal", "recency", "reward_variance"]
+
+_BATCHES = 8  # that may be refused in a row: by then hardly a task is worth anything
+
+
+def has_signal(group: Group) -> bool:
+    """Whether the rewards of a group differ; where they do not, group-relative advantages are all zero.
+
+    As ``RFTDataModule(group_filter=has_signal)`` this is the dynamic sampling of DAPO,
+    `Yu et al. 2025 <https://arxiv.org/abs/2503.14476>`_: every batch is full of groups with a gradient, and what the
+    policy always or never solves costs only its exploration.
+
+    Args:
+        group: A complete group.
+
+    Returns:
+        True if at least two of its rewards differ.
+
+    Example:
+        >>> from lightning_rft.experience import Experience, GroupKey
+        >>> def group(*rewards):
+        ...     return Group(GroupKey(0, 0), "7", tuple(Experience("7", i, (), r) for i, r in enumerate(rewards)))
+        >>> has_signal(group(0.0, 1.0, 0.0)), has_signal(group(1.0, 1.0, 1.0))
+        (True, False)
+    """
+    return len({experience.reward for experience in group.experiences}) > 1
+
+
+class Filter:
+    """Applies a ``group_filter`` (None keeps everything), and ends a run that would explore for ever."""
+
+    def __init__(self, keep: Callable[[Group], object] | None, tasks_per_step: int) -> None:
+        if keep is not None and not callable(keep):
+            raise ConfigurationError(
+                f"group_filter is {keep!r}, which cannot be called: give a function `group_filter(group) -> bool`"
+            )
+        #: Groups refused so far.
+        self.refused = 0
+        self._keep = keep
+        self._limit = _BATCHES * tasks_per_step
+        self._in_a_row = 0
+
+    def refuses(self, group: Group) -> bool:
+        """Whether a group is not to be trained; ConfigurationError once so many are refused that no batch may fill."""
+        if self._keep is None or self._keep(group):
+            self._in_a_row = 0
+            return False
+        self.refused += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self._limit:
+            raise ConfigurationError(
+                f"group_filter refused {self._in_a_row} groups in a row, {_BATCHES} batches' worth, the last of task "
+                f"{group.task_id!r}: give tasks that the policy solves now and then (more samples_per_task or a higher "
+                "temperature help a little), or a group_filter that keeps more"
+            )
+        return True
 
 
 def reward_variance(group: Group) -> float:
-    """Variance of a group's rewards: highest for tasks that the policy solves about half the time.
+    """Score for :class:`Priority`: variance of the rewards, highest for tasks that are solved about half the time.
 
     Those have the largest advantages, hence the most to teach.
+
+    Args:
+        group: A complete group.
+
+    Returns:
+        Population variance of its rewards.
+
+    Example:
+        >>> from lightning_rft.experience import Experience, GroupKey
+        >>> reward_variance(Group(GroupKey(0, 0), "7", (Experience("7", 0, (), 0.0), Experience("7", 1, (), 1.0))))
+        0.25
     """
     return pvariance([experience.reward for experience in group.experiences])
 
 
 def recency(group: Group) -> float:
-    """Version that sampled a group's oldest token: the newest weights come first, which is nearest to on-policy."""
+    """Score for :class:`Priority`: the newest weights come first, which is nearest to on-policy.
+
+    Args:
+        group: A complete group.
+
+    Returns:
+        The version that sampled its oldest token.
+    """
     return float(group.oldest_version)
 
 
@@ -61,11 +134,7 @@ class Priority:
         self._function = found
 
     def __call__(self, group: Group) -> float:
-        """Scores a group.
-
-        Raises:
-            ConfigurationError: The score is not a finite number.
-        """
+        """The score of a group; ConfigurationError if it is not a finite number."""
         score = self._function(group)
         try:
             number = float(score)
@@ -79,15 +148,7 @@ class Priority:
         return number
 
     def check(self, strategy: str, asynchronous: bool) -> None:
-        """Checks that there is something to choose.
-
-        Args:
-            strategy: Its name.
-            asynchronous: Whether it trains groups in another order than that of issue.
-
-        Raises:
-            ConfigurationError: There is not.
-        """
+        """Raises ConfigurationError under a strategy (its name) that trains groups in the order of issue."""
         if not asynchronous:
             raise ConfigurationError(
                 f"selection=Priority(...) has nothing to choose under {strategy}, which trains groups in the order in "
@@ -96,17 +157,16 @@ class Priority:
 
 
 class Replay:
-    """Trains groups more than once: some that were trained before come along with each batch.
+    """Trains groups more than once: each batch is joined by some that were trained before.
 
-    A batch has its fresh groups as ever. With them come groups that were trained fewer than ``times`` times and are
-    still within the strategy's ``max_staleness``, the newest first; importance ratios correct for their age as for that
-    of any other. They live in memory: after a resume there are none at first. As with :class:`Priority`, groups that
-    are already as old as allowed when they are trained cannot come along later: set ``buffer_capacity`` under an
-    asynchronous strategy.
+    They are groups that were trained fewer than ``times`` times and are still within the strategy's ``max_staleness``,
+    the newest first; importance ratios correct for their age as for that of any other. They live in memory: after a
+    resume there are none at first. As with :class:`Priority`, groups that are already as old as allowed when they are
+    trained cannot be replayed later: set ``buffer_capacity`` under an asynchronous strategy.
 
     Args:
-        times: Most trainings of a group, the first included; at least 2.
-        groups: Most groups that come along with a batch; left out, half of ``tasks_per_step``, and at least 1.
+        times: Maximum trainings of a group, the first included; at least 2.
+        groups: Maximum replayed groups per batch; left out, half of ``tasks_per_step``, and at least 1.
 
     Raises:
         ConfigurationError: ``times`` is below 2, or ``groups`` below 1.
@@ -126,15 +186,7 @@ class Replay:
         self.groups = groups
 
     def check(self, strategy: str, max_staleness: int) -> None:
-        """Checks that any group can ever come along.
-
-        Args:
-            strategy: Its name.
-            max_staleness: Its bound.
-
-        Raises:
-            ConfigurationError: None can.
-        """
+        """Raises ConfigurationError under a strategy (its name) whose bound leaves nothing to replay."""
         if max_staleness < 1:
             raise ConfigurationError(
                 f"replay=Replay(...) can never happen under {strategy}: a group of version b that was trained in batch "
@@ -144,16 +196,10 @@ class Replay:
 
 
 class ReplayMemory:
-    """The groups of one run that may come along once more.
-
-    Args:
-        replay: What is asked for; ``None``: nothing ever comes along.
-        tasks_per_step: Fresh groups of a batch.
-        max_staleness: Most batches that a token may lag behind the version that is trained.
-    """
+    """The groups of one run that may be trained once more; none ever if ``replay`` is None."""
 
     def __init__(self, replay: Replay | None, tasks_per_step: int, max_staleness: int) -> None:
-        #: How many groups came along with the batch that was trained last.
+        #: Groups that were replayed with the batch that was trained last.
         self.replayed = 0
         self._times = 1 if replay is None else replay.times
         self._at_most = 0 if replay is None else replay.groups or max(1, tasks_per_step // 2)
@@ -161,15 +207,15 @@ class ReplayMemory:
         self._trainings: dict[GroupKey, tuple[Group, int]] = {}  # of those that may still be trained again
 
     def chosen(self, batch: int) -> list[Group]:
-        """What comes along with a batch: the groups with the newest weights. Asking changes nothing."""
+        """The groups to replay with a batch, those with the newest weights; asking changes nothing."""
         able = [group for group, _ in self._trainings.values() if self._is_fresh(group, batch)]
         return sorted(able, key=lambda group: (-group.oldest_version, group.key))[: self._at_most]
 
     def trained(self, batch: int, fresh: Sequence[Group]) -> None:
-        """Notes that a batch was trained, and with its fresh groups those that were chosen to come along."""
-        along = self.chosen(batch)
-        self.replayed = len(along)
-        for group in [*fresh, *along]:
+        """Notes that a batch was trained: its fresh groups and those chosen to be replayed."""
+        again = self.chosen(batch)
+        self.replayed = len(again)
+        for group in [*fresh, *again]:
             _, before = self._trainings.get(group.key, (group, 0))
             self._trainings[group.key] = group, before + 1
         self._trainings = {

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, Metric, SumMetric
@@ -57,11 +58,11 @@ class BatchMetrics(nn.Module):
             self.completion_length.update(
                 torch.tensor([experience.num_tokens for experience in group.experiences], dtype=torch.float32)
             )
-            versions = [v for experience in group.experiences for turn in experience.turns for v in turn.versions]
-            staleness = version - torch.tensor(versions, dtype=torch.float32)
+            versions = [turn.versions for experience in group.experiences for turn in experience.turns]
+            staleness = version - torch.from_numpy(np.concatenate(versions)).float()
             self.staleness_mean.update(staleness)
             self.staleness_max.update(staleness)
-            self.tokens.update(float(len(versions)))
+            self.tokens.update(float(len(staleness)))
 
     def update_loss(self, loss: Tensor) -> None:
         """Takes in a share's part of the batch's loss."""

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lightning_rft.buffer.filters import Filter
 from lightning_rft.buffer.ledger import Ledger
-from lightning_rft.buffer.selection import ReplayMemory
+from lightning_rft.buffer.selection import Filter, ReplayMemory
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group, GroupKey, Progress
 from lightning_rft.explorer.messages import Explore, Explored

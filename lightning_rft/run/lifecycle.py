@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_rft.buffer.filters import Filter
 from lightning_rft.buffer.ledger import Ledger, State
-from lightning_rft.buffer.selection import ReplayMemory
-from lightning_rft.buffer.stored import stored_keys
+from lightning_rft.buffer.reader import stored_keys
+from lightning_rft.buffer.selection import Filter, ReplayMemory
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.run.coordinator import Coordinator

@@ -14,7 +14,7 @@ _CHUNK = 256  # tokens; 256 x 150k vocabulary x 4 bytes is 150 MB, and two such 
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, temperature: float
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, temperature: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under ``softmax((hidden @ weight.T + bias) / temperature)``, and its entropy.
 
@@ -29,7 +29,7 @@ def linear_logprobs(
         weight: Of the head [V, H].
         bias: Of the head [V], if it has one.
         target: Token ids [N], int64.
-        temperature: What the logits are divided by.
+        temperature: What the logits of each are divided by [N], float32; None for 1.
 
     Returns:
         Natural-log probabilities [N], differentiable once, and entropies in nats [N], detached; both float32.
@@ -48,7 +48,7 @@ class _LinearLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        temperature: float,
+        temperature: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = torch.empty(2, len(hidden), device=hidden.device, dtype=torch.float32).unbind()
@@ -56,35 +56,35 @@ class _LinearLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(dtype)
             for part in _parts(len(hidden)):
-                logits = _logits(hidden[part].to(dtype), head, bias, temperature)
+                logits = _logits(hidden[part].to(dtype), head, bias, _of(temperature, part))
                 # Few passes over the logits: on CPUs they would take as long as the multiplication.
                 largest, index = logits.max(-1, keepdim=True)
                 probabilities = logits.softmax(-1)
                 normaliser = (largest - probabilities.gather(-1, index).log())[:, 0]
                 logprobs[part] = logits.gather(-1, target[part, None])[:, 0] - normaliser
                 entropy[part] = normaliser - torch.linalg.vecdot(probabilities, logits)
-        ctx.save_for_backward(hidden, weight, bias, target)
+        ctx.save_for_backward(hidden, weight, bias, target, temperature)
         ctx.last = probabilities  # backward begins with this part, often the only one, so as not to make it twice
-        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.dtype = dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target = ctx.saved_tensors
+        hidden, weight, bias, target, temperature = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
         to_weight: Tensor | None = None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        scale = -upstream.float() / ctx.temperature
+        scale = -upstream.float() if temperature is None else -upstream.float() / temperature
         errors, ctx.last = ctx.last, None
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(ctx.dtype)
             for part in reversed(_parts(len(hidden))):
                 inputs = hidden[part].to(ctx.dtype)
                 if errors is None:
-                    errors = _logits(inputs, head, bias, ctx.temperature).softmax(-1)
+                    errors = _logits(inputs, head, bias, _of(temperature, part)).softmax(-1)
                 errors.scatter_add_(
                     -1, target[part, None], torch.full_like(target[part, None], -1, dtype=torch.float32)
                 )
@@ -117,12 +117,16 @@ def _parts(tokens: int) -> list[slice]:
     return [slice(start, start + _CHUNK) for start in range(0, tokens, _CHUNK)]
 
 
-def _logits(inputs: Tensor, head: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _of(temperature: Tensor | None, part: slice) -> Tensor | None:
+    return None if temperature is None else temperature[part]
+
+
+def _logits(inputs: Tensor, head: Tensor, bias: Tensor | None, temperature: Tensor | None) -> Tensor:
     """Logits [tokens, V], float32, in memory of their own."""
     logits = (inputs @ head.T).float()
     if bias is not None:
         logits += bias
-    if temperature != 1:
-        logits /= temperature
+    if temperature is not None:
+        logits /= temperature[:, None]
     # A bias of -inf keeps a token from being sampled; times its probability, 0, it would be NaN.
     return logits if bias is None else logits.clamp_(min=torch.finfo(torch.float32).min)

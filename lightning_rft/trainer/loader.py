@@ -170,10 +170,11 @@ def check_staleness(groups: Sequence[Group], batch: int, bound: int) -> None:
     for group in groups:
         for experience in group.experiences:
             for turn in experience.turns:
-                if any(not 0 <= batch - version <= bound for version in turn.versions):
+                versions = {version for version, _ in turn.version_runs}
+                if any(not 0 <= batch - version <= bound for version in versions):
                     raise ScheduleError(
                         f"task {group.task_id!r} reached the training step of version {batch} with tokens of versions "
-                        f"{sorted(set(turn.versions))}, but the strategy allows a staleness of 0 to {bound}"
+                        f"{sorted(versions)}, but the strategy allows a staleness of 0 to {bound}"
                     )
 
 

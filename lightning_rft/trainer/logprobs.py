@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_rft.errors import ConfigurationError
 from lightning_rft.trainer.linear_logprobs import linear_logprobs
 from lightning_rft.trainer.packing import Packed
 
@@ -19,10 +18,8 @@ __all__ = ["kept_logits", "replaced_head", "token_logprobs"]
 _CHUNK = 256  # tokens; 256 x 150k vocabulary x 4 bytes is 150 MB
 
 
-def token_logprobs(
-    model: nn.Module, packed: Packed, *, temperature: float, chunked_head: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each trained token and entropy of the distribution that it was drawn from.
+def token_logprobs(model: nn.Module, packed: Packed, *, chunked_head: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probability of each trained token, at its temperature, and entropy of the distribution it was drawn from.
 
     The softmax is computed in fp32, some hundred tokens at a time, and recomputed in the backward pass. So are the
     logits with ``chunked_head``; without it those of all tokens are held, in the dtype that the model returns them in.
@@ -31,32 +28,20 @@ def token_logprobs(
         model: A ``transformers`` causal language model, or a module that wraps one and is called like it. May run
             under ``torch.autocast``.
         packed: Rows on the model's device.
-        temperature: What the logits are divided by, as it was in sampling. Greater than 0.
         chunked_head: Whether the logits are computed in chunks too. Right only for models whose logits are those of
             their output head, unchanged: see :func:`~lightning_rft.trainer.shortcuts.probe`.
 
     Returns:
         Natural-log probabilities [N], differentiable, and entropies in nats [N], detached; both float32, in the order
         of ``packed.target``.
-
-    Raises:
-        ConfigurationError: If ``temperature`` is not greater than 0.
     """
-    if not temperature > 0:
-        raise ConfigurationError(
-            f"temperature={temperature} cannot be trained with: log-probabilities need a temperature above 0"
-        )
     if chunked_head:
-        return _inside_head(model, packed, temperature)
+        return _inside_head(model, packed)
     logits = kept_logits(model, packed)
     # Gathered once and then split: indexing inside the chunks would make a gradient of all logits for each chunk.
-    chunks = zip(
-        torch.split(logits[packed.row, packed.column], _CHUNK), torch.split(packed.target, _CHUNK), strict=True
-    )
-    parts = [
-        checkpoint(_chunk, rows, target, temperature, use_reentrant=False, preserve_rng_state=False)
-        for rows, target in chunks
-    ]
+    tensors = logits[packed.row, packed.column], packed.target, packed.temperature
+    chunks = zip(*(torch.split(tensor, _CHUNK) for tensor in tensors if tensor is not None), strict=True)
+    parts = [checkpoint(_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     logprobs, entropy = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
 
@@ -86,7 +71,7 @@ def replaced_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
             head.__dict__["forward"] = before
 
 
-def _inside_head(model: Any, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+def _inside_head(model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
     """Lets the head compute log-probs where it would have computed logits.
 
     There, and not after the model's forward, because there a sharded model (FSDP2) has its weights gathered; and the
@@ -97,7 +82,7 @@ def _inside_head(model: Any, packed: Packed, temperature: float) -> tuple[Tensor
 
     def logprobs(hidden: Tensor) -> Tensor:
         chosen = hidden[packed.row, packed.column]
-        values, entropy = linear_logprobs(chosen, head.weight, head.bias, packed.target, temperature=temperature)
+        values, entropy = linear_logprobs(chosen, head.weight, head.bias, packed.target, temperature=packed.temperature)
         entropies.append(entropy)
         return values[None, :, None]
 
@@ -107,8 +92,9 @@ def _inside_head(model: Any, packed: Packed, temperature: float) -> tuple[Tensor
     return values[0, :, 0].float(), entropy
 
 
-def _chunk(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    scores = torch.log_softmax(logits.float() / temperature, dim=-1)
+def _chunk(logits: Tensor, target: Tensor, temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
+    scores = torch.log_softmax(logits if temperature is None else logits / temperature[:, None], dim=-1)
     logprobs = scores.gather(-1, target[:, None])[:, 0]
     # Last, because recomputation in backward stops at the last tensor it needs, before this.
     with torch.no_grad():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -81,7 +82,6 @@ class RFTModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         self.pass_threshold = pass_threshold
         self.gradient_checkpointing = gradient_checkpointing
-        self.temperature = 1.0  # of the samples that are trained on; the datamodule sets it
         self.metrics = BatchMetrics()
         self.policy: PreTrainedModel | None = None
         self._fast_path: FastPath | None = None
@@ -232,12 +232,10 @@ class RFTModule(L.LightningModule):
         turns = [[turn for turn, _ in group] for group in chosen]
         packed = self._fast_path.pack(turns).to(self.device)
         flat: list[tuple[Turn, float]] = [pair for group in chosen for pair in group]
-        sampling = _float32(p for turn, _ in flat for p in turn.logprobs).to(self.device)
-        lengths = torch.tensor([len(turn.token_ids) for turn, _ in flat])
+        sampling = torch.from_numpy(np.concatenate([turn.logprobs for turn, _ in flat])).to(self.device)
+        lengths = torch.tensor([turn.num_tokens for turn, _ in flat])
         advantages = _float32(advantage for _, advantage in flat).repeat_interleave(lengths).to(self.device)
-        logprobs, entropy = token_logprobs(
-            self._policy, packed, temperature=self.temperature, chunked_head=self._fast_path.chunked_head
-        )
+        logprobs, entropy = token_logprobs(self._policy, packed, chunked_head=self._fast_path.chunked_head)
         losses, statistics = self.objective.token_loss(logprobs, sampling, advantages)
         self.metrics.update_tokens(entropy, statistics, weight)
         return losses.sum() * weight

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Turn
 
 __all__ = ["Packed", "pack", "shares_prompts"]
@@ -39,6 +41,8 @@ class Packed:
         row: Row of each trained token [N].
         column: Index into ``keep`` of the column that predicts each trained token [N].
         target: Id of each trained token [N].
+        temperature: What the logits that predict each are divided by, as when it was sampled [N], float32; None where
+            all are 1.
     """
 
     input_ids: Tensor
@@ -48,10 +52,11 @@ class Packed:
     row: Tensor
     column: Tensor
     target: Tensor
+    temperature: Tensor | None
 
     def to(self, device: torch.device | str) -> Packed:
-        """Return the same rows with every tensor on ``device``."""
-        return Packed(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        """The same rows with every tensor on ``device``."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items() if tensor is not None})
 
 
 def pack(
@@ -62,7 +67,7 @@ def pack(
     pad_id: int = 0,
     balance: float = 3000.0,
 ) -> Packed:
-    """Lay turns out in rows.
+    """Lays turns out in rows.
 
     Trained tokens come out in the order of the turns, group after group, so ``n`` counts through all sampled tokens
     as ``for group in turns for turn in group for token in turn.token_ids`` does. The last token of a turn gets no
@@ -80,87 +85,111 @@ def pack(
         balance: Length of a shared row, in tokens, at which attention takes as long as the rest of the model.
 
     Raises:
-        ValueError: If no turn has a sampled token, or one that has was given an empty prompt.
+        ValueError: No turn has a sampled token, or one that has was given an empty prompt.
+        ConfigurationError: A turn was sampled greedily: its tokens have no log-probabilities.
 
     Example:
-        >>> packed = pack([[Turn((5, 6), (7, 8), (), (), ""), Turn((5, 6), (9, 4), (), (), "")]], shared=True)
+        >>> turns = [Turn((5, 6), tokens, (0, 0), (0, 0), "stop") for tokens in ((7, 8), (9, 4))]
+        >>> packed = pack([turns], shared=True)
         >>> packed.input_ids, packed.position_ids
         (tensor([[5, 6, 7, 9]]), tensor([[0, 1, 2, 2]]))
         >>> packed.keep, packed.column, packed.target
         (tensor([1, 2, 3]), tensor([0, 1, 0, 2]), tensor([7, 8, 9, 4]))
     """
-    sampled = [[turn for turn in group if turn.token_ids] for group in turns]
-    if not any(sampled):
+    sampled = [[turn for turn in group if turn.num_tokens] for group in turns]
+    flat = [turn for group in sampled for turn in group]
+    if not flat:
         raise ValueError("nothing to pack: no turn has a sampled token")
-    if any(not turn.prompt_ids for group in sampled for turn in group):
-        raise ValueError("a turn has an empty prompt: there is no position to predict its first token from")
-    row = list(range(sum(map(len, sampled))))
+    for turn in flat:
+        if not len(turn.prompt_ids):
+            raise ValueError("a turn has an empty prompt: there is no position to predict its first token from")
+        if not turn.temperature > 0:
+            raise ConfigurationError(
+                f"experience that was sampled at temperature={turn.temperature} cannot be trained with: "
+                "log-probabilities need a temperature above 0"
+            )
+    row = list(range(len(flat)))
     if shared:
         row = _cheapest(sampled, balance)
     shared = len(set(row)) < len(row)
 
-    ids: list[list[int]] = [[] for _ in set(row)]
-    positions: list[list[int]] = [[] for _ in ids]
-    segments: list[list[int]] = [[] for _ in ids]  # 0: the prompt, s > 0: the row's s-th completion
-    column: list[int] = []
-    target: list[int] = []
-    flat = [turn for group in sampled for turn in group]
+    rows = [_Row() for _ in set(row)]
+    column: list[np.ndarray] = []
     for turn, r in zip(flat, row, strict=True):
-        prompt, tokens = turn.prompt_ids, turn.token_ids
-        if not ids[r]:
-            ids[r] += prompt
-            positions[r] += range(len(prompt))
-            segments[r] += [0] * len(prompt)
-        start, length, segment = len(ids[r]), len(tokens) - 1, segments[r][-1] + 1
-        ids[r] += tokens[:-1]
-        positions[r] += range(len(prompt), len(prompt) + length)
-        segments[r] += [segment] * length
-        column += [len(prompt) - 1, *range(start, start + length)]
-        target += tokens
-
-    keep, kept = torch.unique(torch.tensor(column), return_inverse=True)
-    segment_ids = _rectangle(segments, -1)
+        column.append(rows[r].add(turn))
+    lengths = torch.tensor([turn.num_tokens for turn in flat])
+    keep, kept = torch.unique(torch.from_numpy(np.concatenate(column)), return_inverse=True)
+    segments = _rectangle([row.segments for row in rows], -1)
     return Packed(
-        input_ids=_rectangle(ids, pad_id),
-        position_ids=_rectangle(positions, 0),
-        attention_mask=_additive_mask(segment_ids, mask_dtype) if shared else (segment_ids >= 0).long(),
+        input_ids=_rectangle([row.ids for row in rows], pad_id),
+        position_ids=_rectangle([row.positions for row in rows], 0),
+        attention_mask=_additive_mask(segments, mask_dtype) if shared else (segments >= 0).long(),
         keep=keep,
-        row=torch.tensor(row).repeat_interleave(torch.tensor([len(turn.token_ids) for turn in flat])),
+        row=torch.tensor(row).repeat_interleave(lengths),
         column=kept,
-        target=torch.tensor(target),
+        target=torch.from_numpy(np.concatenate([turn.token_ids for turn in flat])).long(),
+        temperature=None
+        if all(turn.temperature == 1 for turn in flat)
+        else torch.tensor([turn.temperature for turn in flat], dtype=torch.float32).repeat_interleave(lengths),
     )
+
+
+class _Row:
+    """A row while turns with the same prompt are added to it; its columns, in parts."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.segments: list[np.ndarray] = []  # 0: the prompt, s > 0: the row's s-th completion
+        self._width = 0
+
+    def add(self, turn: Turn) -> np.ndarray:
+        """Adds a turn; returns the columns that predict its tokens."""
+        prompt, read = len(turn.prompt_ids), turn.num_tokens - 1  # nothing is predicted from the last token
+        if not self.ids:
+            self._append(turn.prompt_ids, first=0)
+        start = self._width
+        self._append(turn.token_ids[:-1], first=prompt)
+        return np.concatenate([[prompt - 1], np.arange(start, start + read)])
+
+    def _append(self, ids: np.ndarray, first: int) -> None:
+        self.segments.append(np.full(len(ids), len(self.ids)))
+        self.positions.append(np.arange(first, first + len(ids)))
+        self.ids.append(ids)
+        self._width += len(ids)
 
 
 def _cheapest(groups: Sequence[Sequence[Turn]], balance: float) -> list[int]:
     """The row of each turn, of all groups in order, in the layout that is computed soonest."""
     flat = [turn for group in groups for turn in group]
-    alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # turns with the same prompt, group by group
+    alike: dict[tuple[int, bytes], list[int]] = {}  # turns with the same prompt, group by group
     group_of = [number for number, group in enumerate(groups) for _ in group]
     for index, turn in enumerate(flat):
-        alike.setdefault((group_of[index], tuple(turn.prompt_ids)), []).append(index)
-    lengths = [len(turn.token_ids) - 1 for turn in flat]
+        alike.setdefault((group_of[index], turn.prompt_ids.tobytes()), []).append(index)
+    prompts = [len(turn.prompt_ids) for turn in flat]
+    lengths = [turn.num_tokens - 1 for turn in flat]
 
     def fill(width: int) -> tuple[list[int], list[int]]:
         """The row of each turn and the columns of each row, where a row takes what it can within this width."""
         row = [0] * len(flat)
         used: list[int] = []
-        for (_, prompt), members in alike.items():
+        for members in alike.values():
             mine: list[int] = []
             for index in members:
                 r = next((r for r in mine if used[r] + lengths[index] <= width), len(used))
                 if r == len(used):
                     mine.append(r)
-                    used.append(len(prompt))
+                    used.append(prompts[index])
                 used[r] += lengths[index]
                 row[index] = r
         return row, used
 
-    ordinary = [len(turn.prompt_ids) + length for turn, length in zip(flat, lengths, strict=True)]
+    ordinary = [prompt + length for prompt, length in zip(prompts, lengths, strict=True)]
     best, least = list(range(len(flat))), _WORTH * len(flat) * max(ordinary) * (balance + _CAUSAL * max(ordinary))
     # All rows are as wide as the widest, so what is chosen is that width: where some row is just full.
     full = {
-        len(prompt) + columns
-        for (_, prompt), members in alike.items()
+        prompts[members[0]] + columns
+        for members in alike.values()
         for columns in accumulate(lengths[index] for index in members)
     }
     for width in sorted({max(width, *ordinary) for width in full}):
@@ -171,9 +200,13 @@ def _cheapest(groups: Sequence[Sequence[Turn]], balance: float) -> list[int]:
     return best
 
 
-def _rectangle(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+def _rectangle(rows: Sequence[Sequence[np.ndarray]], fill: int) -> Tensor:
+    """Rows that are given in parts as one int64 tensor, filled up on the right."""
+    flat = [np.concatenate(parts) for parts in rows]
+    filled = np.full((len(flat), max(map(len, flat))), fill)
+    for target, values in zip(filled, flat, strict=True):
+        target[: len(values)] = values
+    return torch.from_numpy(filled)
 
 
 def _additive_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

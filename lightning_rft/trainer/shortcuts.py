@@ -137,7 +137,7 @@ def _row_difference(model: Any, path: FastPath, turns: Sequence[Sequence[Turn]])
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
     try:
         shared, ordinary = (
-            token_logprobs(model, packed.to(model.device), temperature=1.0, chunked_head=path.chunked_head)[0]
+            token_logprobs(model, packed.to(model.device), chunked_head=path.chunked_head)[0]
             for packed in (
                 # Whatever attention costs: what is made up shares its row.
                 replace(path, balance=1e12).pack(made_up),
@@ -153,11 +153,11 @@ def _row_difference(model: Any, path: FastPath, turns: Sequence[Sequence[Turn]])
 
 def _measures(path: FastPath, turns: Sequence[Sequence[Turn]]) -> tuple[int, int, int]:
     """Tokens of a prompt, tokens of a completion, and completions: as long as the longest text, and a row as wide."""
-    texts = [turn for group in turns for turn in group if turn.token_ids]
+    texts = [turn for group in turns for turn in group if turn.num_tokens]
     if not texts:
         return _SHORT
-    longest = max(texts, key=lambda turn: len(turn.prompt_ids) + len(turn.token_ids))
-    prompt, completion = len(longest.prompt_ids), len(longest.token_ids)
+    longest = max(texts, key=lambda turn: len(turn.prompt_ids) + turn.num_tokens)
+    prompt, completion = len(longest.prompt_ids), longest.num_tokens
     width = path.pack(turns).input_ids.shape[1]
     return prompt, completion, max(2, (width - prompt) // max(1, completion - 1))
 
@@ -168,5 +168,6 @@ def _made_up(model: Any, prompt: int, completion: int, samples: int) -> list[lis
     random = torch.Generator().manual_seed(0)
     # Low and high ids are often special.
     ids = torch.randint(vocabulary // 8, vocabulary // 4, (prompt + samples * completion,), generator=random)
+    nothing = (0,) * completion
     completions = ids[prompt:].view(samples, completion).tolist()
-    return [[Turn(tuple(ids[:prompt].tolist()), tuple(tokens), (), (), "length") for tokens in completions]]
+    return [[Turn(ids[:prompt].tolist(), tokens, nothing, nothing, "length") for tokens in completions]]

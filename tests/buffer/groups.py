@@ -13,9 +13,11 @@ from lightning_rft.experience import Experience, Group, GroupKey, Turn
 def make_group(key: GroupKey, task_id: str, version: int = 0, samples: int = 2) -> Group:
     turns = (
         Turn((1, 2), (3,), (-0.5,), (version + 1,), "stop"),
-        Turn((1, 2, 3), (4, 5), (-0.1, float("-inf")), (version, version + 1), "length"),
+        Turn((1, 2, 3), (4, 5), (-0.125, float("-inf")), (version, version + 1), "length", temperature=0.5),
     )
-    return Group(key, task_id, tuple(Experience(task_id, i, turns, i / 3, "text é", 1.5, 0.1) for i in range(samples)))
+    parts = {"format": 0.5}
+    experiences = (Experience(task_id, i, turns, i / 3, "text é", 1.5, 0.1, parts) for i in range(samples))
+    return Group(key, task_id, tuple(experiences))
 
 
 def bring(ledger: Ledger, key: GroupKey, state: State, task_id: str = "task", version: int = 0, step: int = 0) -> None:

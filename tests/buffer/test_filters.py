@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_rft.buffer.filters import Filter, has_signal
+from lightning_rft.buffer.selection import Filter, has_signal
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, Group, GroupKey
 

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_a_group_comes_back_as_it_went_in(ledger: Ledger) -> None:
         ledger.lease(keys[:1])
     ledger.release()
     assert ledger.lease(keys[::-1]) == groups[::-1]
+
+
+def test_what_is_stored_is_not_kept_in_memory_too(ledger: Ledger) -> None:
+    key = GroupKey(0, 0)
+    ledger.issue(key, "t", epoch=0, explorer=0)
+    group = make_group(key, "t")
+    stored = weakref.ref(group)
+    ledger.ready(group)
+    del group
+    read = weakref.ref(ledger.read([key])[0])
+    assert stored() is None and read() is None
 
 
 def test_columns_for_sql_readers(tmp_path: Path) -> None:
@@ -304,7 +316,7 @@ def test_what_was_reported_ready_survives_sigkill(tmp_path: Path) -> None:
                 (group,) = ledger.lease([GroupKey(batch, 0)])
                 assert group.task_id == str(batch)
                 assert [experience.reward for experience in group.experiences] == list(range(8))
-                assert {experience.turns[0].versions for experience in group.experiences} == {(batch,) * 300}
+                assert {tuple(experience.turns[0].versions) for experience in group.experiences} == {(batch,) * 300}
             # Of the group in flight there is nothing, or all of it.
             last = "SELECT count(*) FROM experiences WHERE run = ? AND batch = ?"
             assert query(ledger, last, incarnation, reported + 1)[0][0] in (0, 8)

@@ -158,9 +158,10 @@ class Model:
         for run, keys in sorted(self.runs.items()):
             for key, rounds in sorted(keys.items()):
                 for number, row in sorted(rounds.items()):
-                    stored = (None, None, 0)
+                    stored = (None, None, None, 0)
                     if row.group:
-                        stored = (row.group.oldest_version, row.group.newest_version, len(row.group.experiences))
+                        samples = len(row.group.experiences)
+                        stored = (row.group.oldest_version, row.group.newest_version, samples, samples)
                     ours = (row.attempts, row.incarnation, row.step, row.error)
                     groups.append((run, *key, number, *row.task, row.state.value, *ours, *stored))
         return [(number, *entry) for number, entry in enumerate(self.incarnations, start=1)], groups
@@ -170,7 +171,7 @@ def dump(ledger: Ledger) -> tuple[list[Any], list[Any]]:
     return query(ledger, "SELECT number, run, version FROM incarnations ORDER BY number"), query(
         ledger,
         "SELECT run, batch, slot, round, task_id, epoch, state, attempts, incarnation, step, error, oldest_version,"
-        " newest_version, (SELECT count(*) FROM experiences e WHERE (e.run, e.batch, e.slot, e.round) ="
+        " newest_version, samples, (SELECT count(*) FROM experiences e WHERE (e.run, e.batch, e.slot, e.round) ="
         " (g.run, g.batch, g.slot, g.round)) FROM groups g ORDER BY run, batch, slot, round",
     )
 

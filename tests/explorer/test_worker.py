@@ -96,7 +96,7 @@ def test_a_group(tiny_model_path: Path) -> None:
     assert (answer.run, answer.key) == (5, GroupKey(3, 1))
     assert [experience.sample for experience in answer.experiences] == [0, 1]
     assert [experience.reward for experience in answer.experiences] == [7.0, 7.0]
-    first, second = (experience.turns[0].token_ids for experience in answer.experiences)
+    first, second = (experience.turns[0].token_ids.tolist() for experience in answer.experiences)
     assert first != second
     (again,) = answers(tiny_model_path, GROUP)
     assert [experience.turns for experience in again.experiences] == [e.turns for e in answer.experiences]

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import Task
+from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.workflows.policy import Policy, encode_prompt
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
@@ -67,8 +67,7 @@ def test_single_turn(tokenizer: Any) -> None:
     (request,) = sampler.requests
     assert request == Request("run/3/1/0", encode_prompt(tokenizer, CHAT), 5, 0.7, 11)
     (turn,) = policy.turns
-    assert (turn.prompt_ids, turn.token_ids) == (request.prompt_ids, sampler.answer)
-    assert (turn.logprobs, turn.versions, turn.finish_reason) == ((-0.1, -0.2, -0.3), (1, 1, 1), "stop")
+    assert turn == Turn(request.prompt_ids, sampler.answer, (-0.1, -0.2, -0.3), (1, 1, 1), "stop", temperature=0.7)
     assert policy.seconds > 0
 
 

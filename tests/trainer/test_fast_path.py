@@ -10,7 +10,7 @@ from lightning_rft.trainer import shortcuts as module
 from lightning_rft.trainer.logprobs import kept_logits, replaced_head, token_logprobs
 from lightning_rft.trainer.packing import pack
 from lightning_rft.trainer.shortcuts import probe
-from tests.trainer.test_logprobs import CONFIGS, SIZES, assert_same_gradients, build, gradients, plain, turn
+from tests.trainer.test_logprobs import CONFIGS, SIZES, assert_same_gradients, build, gradients, plain, turn, warmed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,8 +41,9 @@ def groups():
 
 def check(model, path, groups):
     """Whatever was chosen: log-probs, entropy and gradient are those of each text alone."""
-    logprobs, entropy = token_logprobs(model, path.pack(groups), temperature=0.7, chunked_head=path.chunked_head)
-    expected, expected_entropy = plain(model, groups, temperature=0.7)
+    groups = warmed(groups)
+    logprobs, entropy = token_logprobs(model, path.pack(groups), chunked_head=path.chunked_head)
+    expected, expected_entropy = plain(model, groups)
     torch.testing.assert_close(logprobs, expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(entropy, expected_entropy, atol=2e-5, rtol=0)
     assert_same_gradients(gradients(model, logprobs), gradients(model, expected))
@@ -124,7 +125,7 @@ def test_first_step_under_autocast_has_a_gradient(groups):
     model = build(Qwen2Config(**SIZES, use_sliding_window=False))
     with torch.autocast("cpu", torch.bfloat16):
         path = probe(model, groups, attn_implementation="sdpa")
-        logprobs, _ = token_logprobs(model, path.pack(groups), temperature=1.0, chunked_head=path.chunked_head)
+        logprobs, _ = token_logprobs(model, path.pack(groups), chunked_head=path.chunked_head)
     found = gradients(model, logprobs)
     assert path.chunked_head and path.shared
     assert all(gradient.any() for gradient in found.values())
@@ -153,5 +154,5 @@ def test_replaced_head_keeps_its_hooks(groups):
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda *_: seen.append("before"))
     head.register_forward_hook(lambda *_: seen.append("after"))
-    token_logprobs(model, pack(groups, shared=True), temperature=1.0, chunked_head=True)
+    token_logprobs(model, pack(groups, shared=True), chunked_head=True)
     assert seen == ["before", "after"]

@@ -22,7 +22,7 @@ def numbers(seed, tokens=11, width=6, vocabulary=23):
 
 
 def whole(hidden, weight, bias, target, temperature):
-    logits = torch.nn.functional.linear(hidden, weight, bias) / temperature
+    logits = torch.nn.functional.linear(hidden, weight, bias) / temperature[:, None]
     distribution = torch.distributions.Categorical(logits=logits)
     return distribution.log_prob(target), distribution.entropy()
 
@@ -31,16 +31,17 @@ def whole(hidden, weight, bias, target, temperature):
     seed=st.integers(0, 99),
     tokens=st.integers(1, 30),
     chunk=st.integers(1, 31),
-    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    warm=st.booleans(),
     with_bias=st.booleans(),
     masked=st.floats(0, 1),
 )
 @settings(max_examples=60, deadline=None)
-def test_values_and_gradients_are_those_of_all_logits_at_once(seed, tokens, chunk, temperature, with_bias, masked):
+def test_values_and_gradients_are_those_of_all_logits_at_once(seed, tokens, chunk, warm, with_bias, masked):
     hidden, weight, bias, target, upstream = numbers(seed, tokens)
     upstream = upstream * (torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) > masked)
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
-    expected = whole(hidden, weight, bias if with_bias else None, target, temperature)
+    temperature = torch.linspace(0.5, 1.7, tokens) if warm else None
+    expected = whole(hidden, weight, bias if with_bias else None, target, temperature if warm else torch.ones(tokens))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK", chunk)
         ours = linear_logprobs(hidden, weight, bias if with_bias else None, target, temperature=temperature)
@@ -56,14 +57,14 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(seed, tokens, chun
 
 def test_frozen_head_gets_no_gradient():
     hidden, weight, _, target, _ = numbers(0)
-    linear_logprobs(hidden, weight.detach(), None, target, temperature=1.0)[0].sum().backward()
+    linear_logprobs(hidden, weight.detach(), None, target)[0].sum().backward()
     assert hidden.grad is not None and weight.grad is None
 
 
 def test_backward_may_be_run_twice(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 4)
     hidden, weight, _, target, upstream = numbers(0)
-    logprobs, _ = linear_logprobs(hidden, weight, None, target, temperature=1.0)
+    logprobs, _ = linear_logprobs(hidden, weight, None, target)
     once, again = (torch.autograd.grad(logprobs, (hidden, weight), upstream, retain_graph=True) for _ in "ab")
     torch.testing.assert_close(once, again)
 
@@ -73,8 +74,8 @@ def test_token_that_a_bias_forbids_has_no_nan():
     forbidden = int(({*range(23)} - set(target.tolist())).pop())
     with torch.no_grad():
         bias[forbidden] = float("-inf")
-    logprobs, entropy = linear_logprobs(hidden, weight, bias, target, temperature=0.7)
-    expected, _ = whole(hidden, weight, bias, target, 0.7)
+    logprobs, entropy = linear_logprobs(hidden, weight, bias, target, temperature=torch.full((11,), 0.7))
+    expected, _ = whole(hidden, weight, bias, target, torch.full((11,), 0.7))
     torch.testing.assert_close(logprobs, expected, atol=2e-5, rtol=0)
     assert entropy.isfinite().all()
     assert all(g.isfinite().all() for g in torch.autograd.grad(logprobs, (hidden, weight, bias), upstream))
@@ -84,17 +85,17 @@ def test_token_that_a_bias_forbids_has_no_nan():
 def test_half_precision_is_multiplied_in_half_and_summed_in_float32(autocast, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 4)
     hidden, weight, _, target, upstream = numbers(0, tokens=40)
-    expected = whole(hidden, weight, None, target, 1.0)
+    expected = whole(hidden, weight, None, target, torch.ones(40))
     if not autocast:
         hidden, weight = hidden.detach().bfloat16().requires_grad_(), weight.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logprobs, entropy = linear_logprobs(hidden, weight, None, target, temperature=1.0)
+        logprobs, entropy = linear_logprobs(hidden, weight, None, target)
     assert logprobs.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close((logprobs, entropy), expected, atol=0.1, rtol=0)
     ours = torch.autograd.grad(logprobs, (hidden, weight), upstream)
     assert [gradient.dtype for gradient in ours] == [hidden.dtype, weight.dtype]
     hidden, weight, _, target, upstream = numbers(0, tokens=40)
-    theirs = torch.autograd.grad(whole(hidden, weight, None, target, 1.0)[0], (hidden, weight), upstream)
+    theirs = torch.autograd.grad(whole(hidden, weight, None, target, torch.ones(40))[0], (hidden, weight), upstream)
     for gradient, other in zip(ours, theirs, strict=True):
         assert (gradient.float() - other).norm() < 0.02 * other.norm()
 
@@ -113,6 +114,6 @@ def test_no_tensor_is_as_large_as_all_logits(monkeypatch):
             return out
 
     with Sizes():
-        logprobs, _ = linear_logprobs(hidden, weight, None, target, temperature=1.0)
+        logprobs, _ = linear_logprobs(hidden, weight, None, target)
         torch.autograd.grad(logprobs, (hidden, weight), upstream)
     assert max(largest) < 80 * 64 / 4

@@ -20,7 +20,7 @@ def make_group(batch: int, slot: int, *lengths: int, versions: Sequence[int] | N
         Experience(
             str(slot),
             sample,
-            (Turn((1, 2), (3,) * n, (-1.0,) * n, tuple(versions) if versions else (batch,) * n, "stop"),),
+            (Turn((1, 2), (3,) * n, (-1.0,) * n, versions[:n] if versions else (batch,) * n, "stop"),),
             float(sample),
         )
         for sample, n in enumerate(lengths or (1, 2))
@@ -86,7 +86,7 @@ class Batches:
 
     def wanted(self, batch: int) -> list[Group]:
         self.asked.append(batch)
-        return [make_group(batch, slot, versions=[max(0, batch - self._lag)]) for slot in range(self._size)]
+        return [make_group(batch, slot, versions=[max(0, batch - self._lag)] * 2) for slot in range(self._size)]
 
 
 def make_loader(source: Batches, items: int, *, accumulate: int = 1, bound: int = 0) -> ExperienceLoader:

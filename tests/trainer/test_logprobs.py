@@ -1,12 +1,12 @@
 """Packed rows compute what the plain model computes on each text alone."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Turn
 from lightning_rft.trainer import logprobs as module
 from lightning_rft.trainer.logprobs import token_logprobs
@@ -49,7 +49,7 @@ def build(config, attention="sdpa"):
 
 def turn(prompt, length):
     tokens = torch.randint(3, 97, (length,)).tolist()
-    return Turn(tuple(prompt), tuple(tokens), (0.0,) * length, (0,) * length, "stop")
+    return Turn(prompt, tokens, (0.0,) * length, (0,) * length, "stop")
 
 
 @pytest.fixture
@@ -63,13 +63,22 @@ def groups():
     ]
 
 
-def plain(model, groups, temperature=1.0):
+def warmed(groups):
+    """The same turns, sampled at several temperatures."""
+    temperatures = itertools.cycle((0.7, 1.0, 1.6))
+    return [
+        [Turn(one.prompt_ids, one.token_ids, one.logprobs, one.versions, "stop", next(temperatures)) for one in group]
+        for group in groups
+    ]
+
+
+def plain(model, groups):
     """Each turn alone through the model: no padding, mask, positions or kept columns."""
     logprobs, entropy = [], []
     for group in groups:
         for one in group:
-            logits = model(input_ids=torch.tensor([one.prompt_ids + one.token_ids])).logits[0]
-            predicted = logits[len(one.prompt_ids) - 1 : -1].float() / temperature
+            logits = model(input_ids=torch.tensor([[*one.prompt_ids, *one.token_ids]])).logits[0]
+            predicted = logits[len(one.prompt_ids) - 1 : -1].float() / one.temperature
             distribution = torch.distributions.Categorical(logits=predicted)
             logprobs.append(distribution.log_prob(torch.tensor(one.token_ids)))
             entropy.append(distribution.entropy())
@@ -97,8 +106,9 @@ def assert_same_gradients(ours, theirs):
 def test_packed_rows_are_exact(name, shared, attention, groups):
     model = build(CONFIGS[name], attention)
     assert shares_prompts(model.config, attention)
-    logprobs, entropy = token_logprobs(model, pack(groups, shared=shared), temperature=0.7)
-    expected, expected_entropy = plain(model, groups, temperature=0.7)
+    groups = warmed(groups)
+    logprobs, entropy = token_logprobs(model, pack(groups, shared=shared))
+    expected, expected_entropy = plain(model, groups)
     torch.testing.assert_close(logprobs, expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(entropy, expected_entropy, atol=2e-5, rtol=0)
     assert_same_gradients(gradients(model, logprobs), gradients(model, expected))
@@ -108,18 +118,18 @@ def test_sliding_window_model_is_right_in_ordinary_rows_and_would_be_wrong_in_sh
     model = build(MistralConfig(**SIZES, sliding_window=4))
     assert not shares_prompts(model.config, "sdpa")
     expected, _ = plain(model, groups)
-    ordinary, _ = token_logprobs(model, pack(groups, shared=False), temperature=1.0)
+    ordinary, _ = token_logprobs(model, pack(groups, shared=False))
     torch.testing.assert_close(ordinary, expected, atol=2e-5, rtol=0)
-    shared, _ = token_logprobs(model, pack(groups, shared=True), temperature=1.0)
+    shared, _ = token_logprobs(model, pack(groups, shared=True))
     assert (shared - expected).abs().max() > 1e-2
 
 
 def test_results_are_float32_and_only_logprobs_have_a_gradient(groups):
-    logprobs, entropy = token_logprobs(build(CONFIGS["llama"]), pack(groups, shared=True), temperature=1.0)
+    logprobs, entropy = token_logprobs(build(CONFIGS["llama"]), pack(groups, shared=True))
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert logprobs.requires_grad and not entropy.requires_grad
     with torch.no_grad():
-        assert not token_logprobs(build(CONFIGS["llama"]), pack(groups, shared=True), temperature=1.0)[0].requires_grad
+        assert not token_logprobs(build(CONFIGS["llama"]), pack(groups, shared=True))[0].requires_grad
 
 
 def test_token_that_cannot_be_sampled_has_no_nan(groups):
@@ -134,7 +144,7 @@ def test_token_that_cannot_be_sampled_has_no_nan(groups):
             return output
 
     model = build(CONFIGS["llama"])
-    logprobs, entropy = token_logprobs(Masked(model), pack(groups, shared=True), temperature=1.0)
+    logprobs, entropy = token_logprobs(Masked(model), pack(groups, shared=True))
     assert logprobs.isfinite().all() and entropy.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in gradients(model, logprobs).values())
 
@@ -145,7 +155,7 @@ def test_bf16_autocast_is_close(attention, shared, groups):
     model = build(CONFIGS["llama"], attention)
     expected, expected_entropy = plain(model, groups)
     with torch.autocast("cpu", torch.bfloat16):
-        logprobs, entropy = token_logprobs(model, pack(groups, shared=shared), temperature=1.0)
+        logprobs, entropy = token_logprobs(model, pack(groups, shared=shared))
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs, expected, atol=0.15, rtol=0)
     torch.testing.assert_close(entropy, expected_entropy, atol=0.15, rtol=0)
@@ -157,21 +167,21 @@ def test_mask_reaches_the_model_in_the_dtype_of_autocast(groups):
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
     for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         with context, torch.no_grad():
-            token_logprobs(model, pack(groups, shared=True), temperature=1.0)
+            token_logprobs(model, pack(groups, shared=True))
     assert [mask.dtype for mask in seen] == [torch.float32, torch.bfloat16]
     assert seen[1].isfinite().all()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        token_logprobs(model, pack(groups, shared=False), temperature=1.0)
+        token_logprobs(model, pack(groups, shared=False))
     assert seen[2].dtype == torch.int64
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_chunks_change_nothing(chunk, groups, monkeypatch):
     model, packed = build(CONFIGS["qwen2"]), pack(groups, shared=True)
-    whole, whole_entropy = token_logprobs(model, packed, temperature=1.0)
+    whole, whole_entropy = token_logprobs(model, packed)
     expected = gradients(model, whole)
     monkeypatch.setattr(module, "_CHUNK", chunk)
-    logprobs, entropy = token_logprobs(model, packed, temperature=1.0)
+    logprobs, entropy = token_logprobs(model, packed)
     torch.testing.assert_close(logprobs, whole)
     torch.testing.assert_close(entropy, whole_entropy)
     assert_same_gradients(gradients(model, logprobs), expected)
@@ -186,11 +196,5 @@ def test_no_fp32_logits_are_kept_for_backward(groups):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        token_logprobs(model, pack(groups, shared=True), temperature=1.0)
+        token_logprobs(model, pack(groups, shared=True))
     assert torch.float32 not in kept
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_temperature_without_logprobs_is_refused(temperature, groups):
-    with pytest.raises(ConfigurationError, match="temperature"):
-        token_logprobs(build(CONFIGS["llama"]), pack(groups, shared=True), temperature=temperature)

@@ -69,7 +69,7 @@ def module(tiny_model_path: Path) -> Module:
     return Module(tiny_model_path)
 
 
-def make_group(slot: int, rewards: Sequence[float], longest: int = 12) -> Group:
+def make_group(slot: int, rewards: Sequence[float], longest: int = 12, temperature: float = 1.0) -> Group:
     draw = random.Random(slot)
     prompt = tuple(draw.randrange(5, 100) for _ in range(draw.randint(1, 9)))
     experiences = []
@@ -77,7 +77,7 @@ def make_group(slot: int, rewards: Sequence[float], longest: int = 12) -> Group:
         length = draw.randint(1, longest)
         tokens = tuple(draw.randrange(5, 100) for _ in range(length))
         logprobs = tuple(-draw.uniform(3, 6) for _ in range(length))  # on both sides of the model's own
-        turn = Turn(prompt, tokens, logprobs, (0,) * length, "stop")
+        turn = Turn(prompt, tokens, logprobs, (0,) * length, "stop", temperature)
         experiences.append(Experience(str(slot), sample, (turn,), float(reward)))
     return Group(GroupKey(0, slot), str(slot), tuple(experiences))
 
@@ -90,7 +90,7 @@ def close(gradient: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5
     return bool((gradient - expected).norm() <= relative * expected.norm())
 
 
-def plain_loss(policy: Any, groups: Sequence[Group], objective: GRPO, temperature: float) -> torch.Tensor:
+def plain_loss(policy: Any, groups: Sequence[Group], objective: GRPO) -> torch.Tensor:
     """Sum of the token losses over all tokens, from one ordinary forward for each sample."""
     losses, tokens = torch.zeros(()), 0
     for group in groups:
@@ -99,23 +99,22 @@ def plain_loss(policy: Any, groups: Sequence[Group], objective: GRPO, temperatur
         for experience, advantage in zip(group.experiences, advantages, strict=True):
             (turn,) = experience.turns
             ids = torch.tensor([[*turn.prompt_ids, *turn.token_ids]])
-            logits = policy(ids, use_cache=False).logits[0, len(turn.prompt_ids) - 1 : -1] / temperature
+            logits = policy(ids, use_cache=False).logits[0, len(turn.prompt_ids) - 1 : -1] / turn.temperature
             logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(turn.token_ids)[:, None])[:, 0]
             loss, _ = objective.token_loss(logprobs, torch.tensor(turn.logprobs), advantage.expand(len(logprobs)))
             losses, tokens = losses + loss.sum(), tokens + len(logprobs)
     return losses / tokens
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_loss_and_gradient_are_those_of_plain_forwards(module: Module, temperature: float) -> None:
-    module.temperature = temperature
-    try:
-        gradient = module.step([*GROUPS, FLAT])
-    finally:
-        module.temperature = 1.0
+WARM = [make_group(5, (0, 1, 3), temperature=0.6), make_group(6, (2, 1), temperature=1.4)]
+
+
+@pytest.mark.parametrize("groups", [[*GROUPS, FLAT], WARM, [*GROUPS, *WARM]], ids=["at 1", "at two", "at all three"])
+def test_loss_and_gradient_are_those_of_plain_forwards(module: Module, groups: list[Group]) -> None:
+    gradient = module.step(groups)
     logged = module.logged["rft/loss"]
     module.zero_grad()
-    expected = plain_loss(module.policy, [*GROUPS, FLAT], GRPO(), temperature)
+    expected = plain_loss(module.policy, groups, GRPO())
     expected.backward()
     assert logged == pytest.approx(float(expected.detach()), rel=1e-5)
     assert close(gradient, torch.cat([p.grad.reshape(-1) for p in module.parameters()]))  # type: ignore[union-attr]

@@ -20,12 +20,13 @@ from transformers import (
     T5Config,
 )
 
+from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Turn
 from lightning_rft.trainer.packing import pack, shares_prompts
 
 
-def turn(prompt, tokens):
-    return Turn(tuple(prompt), tuple(tokens), (0.0,) * len(tokens), (0,) * len(tokens), "stop")
+def turn(prompt, tokens, temperature=1.0):
+    return Turn(prompt, tokens, (0.0,) * len(tokens), (0,) * len(tokens), "stop", temperature)
 
 
 GROUPS = [
@@ -118,12 +119,12 @@ turns = st.builds(
 )
 @settings(max_examples=100, deadline=None)
 def test_every_token_is_predicted_from_its_own_text(groups, balance, shared):
-    sampled = [one for group in groups for one in group if one.token_ids]
+    sampled = [one for group in groups for one in group if one.num_tokens]
     if not sampled:
         return
     packed = pack(groups, shared=shared, balance=balance)
     ordinary = pack(groups, shared=False)
-    texts = [(*one.prompt_ids, *one.token_ids[:place]) for one in sampled for place in range(len(one.token_ids))]
+    texts = [(*one.prompt_ids, *one.token_ids[:place]) for one in sampled for place in range(one.num_tokens)]
     assert packed.target.tolist() == [token for one in sampled for token in one.token_ids]
     for text, row, kept in zip(texts, packed.row, packed.column, strict=True):
         column = packed.keep[kept]
@@ -137,11 +138,18 @@ def test_every_token_is_predicted_from_its_own_text(groups, balance, shared):
 
 
 def test_index_tensors_are_int64_and_move_together():
-    packed = pack(GROUPS, shared=True)
+    packed = pack([*GROUPS, [turn([1], [2], temperature=0.5)]], shared=True)
     for name in ("input_ids", "position_ids", "keep", "row", "column", "target"):
         assert getattr(packed, name).dtype == torch.int64
     moved = packed.to("meta")
     assert all(value.device.type == "meta" for value in vars(moved).values())
+
+
+def test_every_token_has_the_temperature_that_it_was_sampled_at():
+    groups = [[turn([1], [2, 3], 0.5), turn([1], [4], 1.5)], [turn([5], [6, 7])]]
+    packed = pack(groups, shared=True)
+    assert packed.temperature.tolist() == [0.5, 0.5, 1.5, 1.0, 1.0]
+    assert pack(groups[1:], shared=True).to("cpu").temperature is None
 
 
 def test_turn_without_tokens_takes_no_room():
@@ -155,6 +163,12 @@ def test_what_cannot_be_packed_is_refused(shared):
         pack([[turn([], [1])]], shared=shared)
     with pytest.raises(ValueError, match="nothing to pack"):
         pack([[turn([1], [])]], shared=shared)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_temperature_without_logprobs_is_refused(temperature):
+    with pytest.raises(ConfigurationError, match="temperature above 0"):
+        pack([[turn([1], [2]), turn([1], [2], temperature)]], shared=True)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from lightning_rft.experience import TensorInfo
+from lightning_rft.experience import Sampling, Support, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ class Request:
         max_new_tokens: Most tokens to sample, at least 1.
         temperature: Softmax temperature; ``0`` is greedy.
         seed: Seeds this request's own random numbers, so that its content does not depend on its neighbours'.
+        sampling: Truncation of the distribution. No engine applies it yet, and nothing asks for any.
     """
 
     id: str
@@ -36,11 +37,12 @@ class Request:
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
+    sampling: Sampling = Sampling()  # noqa: RUF009 (immutable)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a :class:`Request`; the three tuples are equally long.
+    """The answer to a :class:`Request`; the three tuples are equally long.
 
     Args:
         request_id: :attr:`Request.id`.
@@ -48,6 +50,7 @@ class Completion:
         logprobs: Natural-log probability of each under the distribution it was drawn from (temperature applied).
         versions: Version of the weights that sampled each.
         finish_reason: ``"stop"`` or ``"length"``.
+        support: What truncation left to choose from, for each of them.
     """
 
     request_id: str
@@ -55,6 +58,7 @@ class Completion:
     logprobs: tuple[float, ...]
     versions: tuple[int, ...]
     finish_reason: str
+    support: Support | None = None
 
 
 class WeightReceiver(Protocol):

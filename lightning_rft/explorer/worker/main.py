@@ -37,7 +37,7 @@ from lightning_rft.explorer.messages import (
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.scorer import Scorer
 from lightning_rft.explorer.worker.stepper import Stepper
-from lightning_rft.explorer.workflows.policy import Policy
+from lightning_rft.explorer.workflows.policy import Encoded, Policy
 from lightning_rft.pickling import dumps
 
 __all__ = ["Explorer"]
@@ -121,7 +121,7 @@ class Explorer:
 
     async def _explore(self, request: Explore, inbox: asyncio.Queue[Any]) -> None:
         retried = [0]
-        encoded: dict[bytes, tuple[int, ...]] = {}
+        encoded: Encoded = {}
         samples = [
             asyncio.ensure_future(self._sample(request, index, seed, retried, encoded))
             for index, seed in enumerate(request.seeds)
@@ -146,7 +146,7 @@ class Explorer:
         )
 
     async def _sample(
-        self, request: Explore, index: int, seed: int, retried: list[int], encoded: dict[bytes, tuple[int, ...]]
+        self, request: Explore, index: int, seed: int, retried: list[int], encoded: Encoded
     ) -> Experience:
         attempt = 0
         while True:
@@ -174,9 +174,7 @@ class Explorer:
             "workflow faster or raise the setting"
         )
 
-    async def _try(
-        self, request: Explore, index: int, seed: int, attempt: int, encoded: dict[bytes, tuple[int, ...]]
-    ) -> Experience:
+    async def _try(self, request: Explore, index: int, seed: int, attempt: int, encoded: Encoded) -> Experience:
         spec, task = self._spec, request.task
         policy = Policy(
             self._stepper.sample,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,9 +12,10 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.engines.engine import Completion, Request
 
-__all__ = ["Policy", "Prompt", "Workflow", "encode_prompt"]
+__all__ = ["Encoded", "Policy", "Prompt", "Workflow", "encode_prompt"]
 
 Prompt = str | Sequence[Mapping[str, Any]]
+Encoded = dict[bytes, tuple[tuple[int, ...], bytes]]  # a pickled prompt to its token ids, as such and packed
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
@@ -35,7 +37,8 @@ class Policy:
         max_new_tokens: Most tokens of one answer.
         max_model_len: Most tokens of prompt and answer together.
         seed: Seed of this sample.
-        encoded: Prompts that were encoded before, to be shared by the samples of a group, which mostly have the same.
+        encoded: Prompts that were encoded and packed before, to be shared by the samples of a group, which mostly have
+            the same.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Policy:
         max_new_tokens: int,
         max_model_len: int,
         seed: int,
-        encoded: dict[bytes, tuple[int, ...]] | None = None,
+        encoded: Encoded | None = None,
     ) -> None:
         self.turns: list[Turn] = []
         self.seconds = 0.0
@@ -73,7 +76,7 @@ class Policy:
         Raises:
             ConfigurationError: Prompt and answer do not fit the model's context.
         """
-        prompt_ids = self._encode(prompt)
+        prompt_ids, packed_ids = self._encode(prompt)
         if len(prompt_ids) + self._max_new_tokens > self._max_model_len:
             raise ConfigurationError(
                 f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={self._max_new_tokens} do not fit a context "
@@ -91,14 +94,26 @@ class Policy:
         )
         done = await self._sample(request)
         self.seconds += time.perf_counter() - began
-        self.turns.append(Turn(prompt_ids, done.token_ids, done.logprobs, done.versions, done.finish_reason))
+        self.turns.append(
+            Turn(
+                packed_ids,  # the same object in all samples of a group, so that it travels once
+                done.token_ids,
+                done.logprobs,
+                done.versions,
+                done.finish_reason,
+                temperature=request.temperature,
+                sampling=request.sampling,
+                support=done.support,
+            )
+        )
         text: str = self._tokenizer.decode(done.token_ids, skip_special_tokens=True)
         return text
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def _encode(self, prompt: Prompt) -> tuple[tuple[int, ...], bytes]:
         key = pickle.dumps(prompt)  # by value: a workflow may go on to change its list of messages
         if key not in self._encoded:
-            self._encoded[key] = encode_prompt(self._tokenizer, prompt)
+            ids = encode_prompt(self._tokenizer, prompt)
+            self._encoded[key] = ids, array("i", ids).tobytes()
         return self._encoded[key]
 
 

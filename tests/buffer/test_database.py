@@ -1,15 +1,18 @@
-"""Which filesystem a path is on, from the kernel's list of mounts."""
+"""Where a buffer may lie, and who may read it."""
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 import pytest
 
-from lightning_rft.buffer import place
-from lightning_rft.buffer.ledger import Ledger
-from lightning_rft.buffer.place import check_filesystem, filesystem
+from lightning_rft.buffer import database
+from lightning_rft.buffer.database import check_filesystem, filesystem
+from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import GroupKey
+from tests.buffer.groups import bring
 
 MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard
 23 22 0:21 / /home rw shared:2 master:1 - nfs4 server:/home rw,vers=4.2
@@ -45,12 +48,23 @@ def test_nothing_is_known_without_mounts() -> None:
 def test_a_network_filesystem_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"22 1 254:0 / / rw - ext4 /dev/vda rw\n23 22 0:21 / {tmp_path}/far rw - lustre a rw\n")
-    monkeypatch.setattr(place, "_MOUNTS", mounts)
+    monkeypatch.setattr(database, "_MOUNTS", mounts)
     (tmp_path / "link").symlink_to(tmp_path / "far")
     for folder in ("far", "link"):
         with pytest.raises(ConfigurationError, match=r"buffer .* network filesystem \(lustre\).*`buffer`"):
             Ledger.open(tmp_path / folder / "buffer.sqlite")
     assert not (tmp_path / "far").exists()
     Ledger.open(tmp_path / "near" / "buffer.sqlite").close()
-    monkeypatch.setattr(place, "_MOUNTS", tmp_path / "none")  # another system
+    monkeypatch.setattr(database, "_MOUNTS", tmp_path / "none")  # another system
     check_filesystem(tmp_path / "far")
+
+
+def test_file_and_folder_are_for_the_user_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "rft"
+    with Ledger.open(folder / "buffer.sqlite") as ledger:
+        ledger.begin()
+        bring(ledger, GroupKey(0, 0), State.READY)
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    names = ("buffer.sqlite", "buffer.sqlite-shm", "buffer.sqlite-wal", "buffer.sqlite.lock")
+    assert modes == dict.fromkeys(names, 0o600)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700

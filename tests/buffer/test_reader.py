@@ -34,13 +34,14 @@ def test_one_row_per_sample(tmp_path: Path) -> None:
         (1, 1, None, "issued", None),
     ]
     sample = {"sample": 1, "reward": 1 / 3, "num_tokens": 3, "finish_reason": "length", "text": "text é"}
-    versions = {"oldest_version": 3, "newest_version": 4}
+    versions = {"rewards": '{"format": 0.5}', "oldest_version": 3, "newest_version": 4}
     assert lean[1] == GROUP | {"batch": 0, "task_id": "a", "state": "trained", "step": 4} | sample | versions
     tokens = {
         "prompt_ids": [[1, 2], [1, 2, 3]],
         "token_ids": [[3], [4, 5]],
-        "logprobs": [[-0.5], [-0.1, float("-inf")]],
+        "logprobs": [[-0.5], [-0.125, float("-inf")]],
         "versions": [[4], [3, 4]],
+        "temperature": [1.0, 0.5],
     }
     assert beside[1] == lean[1] | tokens
     assert beside[2] == lean[2] | dict.fromkeys(tokens)

@@ -1,0 +1,226 @@
+"""One call of the policy as packed bytes: what it read, what it sampled, and how."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, groupby
+from struct import iter_unpack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_rft.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Sampling", "Support", "Turn"]
+
+_BYTES = 4  # of every number
+
+
+class Sampling(NamedTuple):
+    """Truncation of the distribution that tokens are drawn from, beside the temperature; the default keeps all of it.
+
+    Args:
+        top_k: Keeps this many of the most likely tokens; 0 keeps all.
+        top_p: Keeps the most likely tokens up to this total probability; 1 keeps all.
+        min_p: Keeps tokens at least this fraction as likely as the most likely one; 0 keeps all.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class _Packed:
+    """Base of values whose arrays are bytes, packed once; they pickle, compare and hash as those bytes."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def packed(self) -> tuple[Any, ...]:
+        """The constructor's arguments, with arrays as bytes."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.packed()
+
+    def __repr__(self) -> str:
+        values = {name: getattr(self, name) for name in (slot.removeprefix("_") for slot in self.__slots__)}
+        shown = (f"{name}={v.tolist() if hasattr(v, 'tolist') else v!r}" for name, v in values.items())
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _set(self, *values: Any) -> None:
+        for name, value in zip(self.__slots__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, slots=True, init=False, repr=False)
+class Support(_Packed):
+    """The tokens that truncation left to choose from, for each sampled token.
+
+    Args:
+        counts: How many each had to choose from [n].
+        token_ids: Their ids, one sampled token's after the other's [sum of counts].
+        logprobs: Their natural-log probabilities under the distribution that was drawn from.
+
+    Raises:
+        ConfigurationError: The lengths do not fit, or a number is not of its type.
+    """
+
+    _counts: bytes
+    _token_ids: bytes
+    _logprobs: bytes
+
+    def __init__(self, counts: Iterable[int], token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
+        self._set(_pack("i", counts), _pack("i", token_ids), _pack("f", logprobs))
+        if not sum(memoryview(self._counts).cast("i")) * _BYTES == len(self._token_ids) == len(self._logprobs):
+            raise ConfigurationError(
+                f"Support has {len(self._token_ids) // _BYTES} token_ids and {len(self._logprobs) // _BYTES} logprobs: "
+                "give as many of each as `counts` sums up to"
+            )
+
+    @property
+    def counts(self) -> NDArray[np.int32]:
+        """How many each token had to choose from [n], int32."""
+        return _view(self._counts, "i4")
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Ids [sum of counts], int32."""
+        return _view(self._token_ids, "i4")
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]:
+        """Log-probs of these [sum of counts], float32."""
+        return _view(self._logprobs, "f4")
+
+
+@dataclass(frozen=True, slots=True, init=False, repr=False)
+class Turn(_Packed):
+    """One call of the policy: what it read and what it sampled.
+
+    Token data are packed once, where the turn is made, and travel to the buffer and the training step as these bytes:
+    ids as int32, log-probs as float32, in which engines compute them. They read as NumPy arrays without a copy, which
+    cannot be written to. Arrays may be given as any iterable, or as the bytes of :meth:`packed`.
+
+    Args:
+        prompt_ids: Token ids that the policy was given.
+        token_ids: Token ids that it sampled [n], the end-of-sequence token included when it was sampled.
+        logprobs: Natural-log probability of each sampled token under the distribution that it was drawn from
+            (temperature applied) [n].
+        versions: Version of the policy that sampled each token [n]; never decreases.
+        finish_reason: ``"stop"`` (end of sequence) or ``"length"`` (``max_new_tokens`` reached).
+        temperature: What logits were divided by; 0 for greedy.
+        sampling: What else the distribution was made with.
+        parent: Index, among the sample's turns, of the one whose prompt and answer this prompt goes on from; ``None``
+            where it starts anew.
+        reward: Of this turn alone, where the environment gives one.
+        teacher_logprobs: Natural-log probability of each sampled token under a teacher [n].
+        support: What truncation left to choose from, for each sampled token.
+
+    Raises:
+        ConfigurationError: The lengths do not fit, or a number is not of its type.
+
+    Example:
+        >>> turn = Turn((1, 2), token_ids=(3, 4), logprobs=(-0.5, -0.25), versions=(0, 0), finish_reason="stop")
+        >>> turn.token_ids.tolist(), float(turn.logprobs.mean())
+        ([3, 4], -0.375)
+    """
+
+    _prompt_ids: bytes
+    _token_ids: bytes
+    _logprobs: bytes
+    _versions: bytes  # of each stretch of equal versions, the version and its length
+    finish_reason: str
+    temperature: float
+    sampling: Sampling
+    parent: int | None
+    reward: float | None
+    _teacher_logprobs: bytes | None
+    support: Support | None
+
+    def __init__(
+        self,
+        prompt_ids: Iterable[int],
+        token_ids: Iterable[int],
+        logprobs: Iterable[float],
+        versions: Iterable[int],
+        finish_reason: str,
+        temperature: float = 1.0,
+        sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+        parent: int | None = None,
+        reward: float | None = None,
+        teacher_logprobs: Iterable[float] | None = None,
+        support: Support | None = None,
+    ) -> None:
+        runs = versions if isinstance(versions, bytes) else _pack("i", chain.from_iterable(_runs(versions)))
+        teacher = None if teacher_logprobs is None else _pack("f", teacher_logprobs)
+        arrays = _pack("i", prompt_ids), _pack("i", token_ids), _pack("f", logprobs), runs
+        reward = None if reward is None else float(reward)
+        self._set(*arrays, finish_reason, float(temperature), sampling, parent, reward, teacher, support)
+        lengths = {"logprobs": len(self._logprobs) // _BYTES, "versions": sum(count for _, count in self.version_runs)}
+        if teacher is not None:
+            lengths["teacher_logprobs"] = len(teacher) // _BYTES
+        if support is not None:
+            lengths["support"] = len(support._counts) // _BYTES
+        if set(lengths.values()) != {self.num_tokens}:
+            raise ConfigurationError(f"Turn has {self.num_tokens} token_ids but {lengths}: give one of each per token")
+
+    @property
+    def prompt_ids(self) -> NDArray[np.int32]:
+        """Token ids that the policy was given, int32."""
+        return _view(self._prompt_ids, "i4")
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Token ids that it sampled [n], int32."""
+        return _view(self._token_ids, "i4")
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]:
+        """Log-probs of the sampled tokens [n], float32."""
+        return _view(self._logprobs, "f4")
+
+    @property
+    def teacher_logprobs(self) -> NDArray[np.float32] | None:
+        """The teacher's log-probs of them [n], float32."""
+        return None if self._teacher_logprobs is None else _view(self._teacher_logprobs, "f4")
+
+    @property
+    def versions(self) -> NDArray[np.int32]:
+        """Version that sampled each token [n], int32; a copy."""
+        runs = _view(self._versions, "i4")
+        return runs[::2].repeat(runs[1::2])
+
+    @property
+    def version_runs(self) -> list[tuple[int, int]]:
+        """The versions as stretches of equal ones: (version, tokens)."""
+        return list(iter_unpack("ii", self._versions))
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens, n."""
+        return len(self._token_ids) // _BYTES
+
+
+def _pack(kind: str, values: Iterable[float]) -> bytes:
+    """The bytes of an array of int32 (``i``) or float32 (``f``), also if it is these bytes already."""
+    if isinstance(values, bytes):
+        return values
+    try:
+        return array(kind, values).tobytes()
+    except (TypeError, OverflowError) as error:
+        raise ConfigurationError(f"a turn takes ids and versions as int32, log-probs as float32: {error}") from error
+
+
+def _view(data: bytes, dtype: str) -> NDArray[Any]:
+    from numpy import frombuffer  # here, since an explorer of a light engine starts sooner without
+
+    return frombuffer(data, dtype)
+
+
+def _runs(versions: Iterable[int]) -> Iterator[tuple[int, int]]:
+    for version, run in groupby(versions):
+        yield version, sum(1 for _ in run)
