@@ -15,7 +15,7 @@ _BATCHES = 8  # that may be refused in a row: by then hardly a task is worth any
 def has_signal(group: Group) -> bool:
     """Whether the rewards of a group differ; where they do not, group-relative advantages are all zero.
 
-    As ``RFTDataModule(group_filter=has_signal)`` this is the dynamic sampling of DAPO,
+    As ``Buffer(group_filter=has_signal)`` this is the dynamic sampling of DAPO,
     `Yu et al. 2025 <https://arxiv.org/abs/2503.14476>`_: every batch is full of groups with a gradient, and what the
     policy always or never solves costs its exploration alone.
 
@@ -35,16 +35,9 @@ class Filter:
     Args:
         keep: Called once for every complete group; what it returns false for is refused. ``None`` keeps everything.
         tasks_per_step: Groups of a batch.
-
-    Raises:
-        ConfigurationError: ``keep`` cannot be called.
     """
 
     def __init__(self, keep: Callable[[Group], object] | None, tasks_per_step: int) -> None:
-        if keep is not None and not callable(keep):
-            raise ConfigurationError(
-                f"group_filter is {keep!r}, which cannot be called: give a function `group_filter(group) -> bool`"
-            )
         #: Groups refused so far.
         self.refused = 0
         self._keep = keep

@@ -35,7 +35,7 @@ class Priority:
     Whatever would be too old after a step is trained in it all the same, so no group waits for longer than the
     strategy's ``max_staleness`` allows. There is a choice only as long as less is explored ahead than that allows:
     explorers that keep up with the trainer explore everything as early as they may, and then it is due in the order of
-    issue. So set ``buffer_capacity``, to half of ``max_staleness * tasks_per_step`` for example.
+    issue. So set ``Buffer.capacity``, to half of ``max_staleness * tasks_per_step`` for example.
 
     Args:
         score: ``"reward_variance"``, ``"recency"``, or a function of a finished group that returns a finite number. It
@@ -47,7 +47,10 @@ class Priority:
     Example::
 
         data = RFTDataModule(
-            tasks=tasks, reward=reward, selection=Priority("reward_variance"), tasks_per_step=8, buffer_capacity=32
+            tasks=tasks,
+            reward=reward,
+            tasks_per_step=8,
+            buffer=Buffer(selection=Priority("reward_variance"), capacity=32),
         )
         trainer = L.Trainer(max_steps=100, callbacks=[FullyAsynchronous(max_staleness=8)])
     """
@@ -101,7 +104,7 @@ class Replay:
     A batch has its fresh groups as ever. With them come groups that were trained fewer than ``times`` times and are
     still within the strategy's ``max_staleness``, the newest first; importance ratios correct for their age as for that
     of any other. They live in memory: after a resume there are none at first. As with :class:`Priority`, groups that
-    are already as old as allowed when they are trained cannot come along later: set ``buffer_capacity`` under an
+    are already as old as allowed when they are trained cannot come along later: set ``Buffer.capacity`` under an
     asynchronous strategy.
 
     Args:
@@ -113,7 +116,8 @@ class Replay:
 
     Example::
 
-        data = RFTDataModule(tasks=tasks, reward=reward, replay=Replay(times=2), tasks_per_step=8, buffer_capacity=16)
+        buffer = Buffer(replay=Replay(times=2), capacity=16)
+        data = RFTDataModule(tasks=tasks, reward=reward, tasks_per_step=8, buffer=buffer)
         trainer = L.Trainer(max_steps=100, callbacks=[FullyAsynchronous(max_staleness=4)])
     """
 
