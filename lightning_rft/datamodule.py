@@ -96,17 +96,17 @@ class RFTDataModule(L.LightningDataModule):
         samples_per_task: int = 8,
         max_new_tokens: int | None = None,
         val_tasks: Tasks | None = None,
-        sampling: Sampling | None = None,
-        val_sampling: Sampling | None = None,
-        tolerance: Tolerance | None = None,
-        timeouts: Timeouts | None = None,
+        sampling: Sampling = Sampling(),
+        val_sampling: Sampling = Sampling(),
+        tolerance: Tolerance = Tolerance(),
+        timeouts: Timeouts = Timeouts(),
         buffer: Buffer | str | Path | None = None,
     ) -> None:
         super().__init__()
-        self.sampling = _training(sampling or Sampling(), max_new_tokens)
-        self.val_sampling = (val_sampling or Sampling()).filled(replace(self.sampling, temperature=0.0))
-        self.tolerance = tolerance or Tolerance()
-        self.timeouts = timeouts or Timeouts()
+        self.sampling = _training(sampling, max_new_tokens)
+        self.val_sampling = val_sampling.filled(replace(self.sampling, temperature=0.0))
+        self.tolerance = tolerance
+        self.timeouts = timeouts
         self.buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
         self.task_set = tasks if isinstance(tasks, TaskSet) else TaskSet(tasks)
         check_counts(
