@@ -36,6 +36,7 @@ class TaskPlan:
         ConfigurationError: There are no tasks, or a count is out of range.
 
     Example:
+        >>> from lightning_rft.tasks.sources import as_tasks
         >>> plan = TaskPlan(as_tasks(["a", "b", "c"]), 2, batches_per_epoch=2, shuffle=False, seed=0)
         >>> [plan.size(batch) for batch in range(4)]
         [2, 1, 2, 1]
@@ -138,6 +139,7 @@ class TaskCursor:
             repeated; the message names it.
 
     Example:
+        >>> from lightning_rft.tasks.sources import as_tasks
         >>> cursor = TaskCursor(TaskPlan(as_tasks(["a", "b", "c"]), 2, 2, shuffle=False, seed=0))
         >>> cursor.task(GroupKey(0, 1)).prompt
         'b'
