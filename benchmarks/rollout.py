@@ -142,14 +142,14 @@ def rounds(model: Path, dtype: str, batches: int, answer_tokens: int, repeats: i
         channel.receive(DEADLINE_S)  # up; so that neither start disturbs the other's
         arguments = endless(Path(folder) / "endless")
         with rft.RFTDataModule(
-            tasks=tasks,
+            tasks=rft.TaskSet(tasks, shuffle=False),
             reward=restless,
-            engine=rft.VLLMEngine(dtype=dtype, max_num_seqs=MAX_NUM_SEQS, engine_args=arguments),
+            engine=rft.VLLMEngine(
+                dtype=dtype, max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN, engine_args=arguments
+            ),
             tasks_per_step=GROUPS,
             samples_per_task=SAMPLES,
             max_new_tokens=answer_tokens,
-            max_model_len=MAX_MODEL_LEN,
-            shuffle=False,
         ) as data:
             for repeat in range(repeats + 1):
                 seconds, tokens = ours(model, data, batches)

@@ -170,7 +170,7 @@ def main() -> None:
                 tasks_per_step=4,
                 samples_per_task=8,
                 max_new_tokens=12,
-                seed=seed,
+                sampling=rft.Sampling(seed=seed),
                 engine=rft.VLLMEngine(),
             ) as data:
                 for name in chosen:

@@ -122,12 +122,11 @@ def data_of(explorers: int) -> rft.RFTDataModule:
     return rft.RFTDataModule(
         tasks=["1 + 1 ="],
         reward=restless,
-        engine=rft.VLLMEngine(max_num_seqs=MAX_NUM_SEQS),
+        engine=rft.VLLMEngine(max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN),
         explorers=explorers,
         tasks_per_step=1,
         samples_per_task=2,
         max_new_tokens=1,
-        max_model_len=MAX_MODEL_LEN,
     )
 
 

@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     from lightning_rft.explorer.workflows.policy import Policy as Policy
     from lightning_rft.explorer.workflows.single_turn import SingleTurn as SingleTurn
     from lightning_rft.monitor.timeline import TimelineCallback as TimelineCallback
+    from lightning_rft.settings import Buffer as Buffer
+    from lightning_rft.settings import Sampling as Sampling
+    from lightning_rft.settings import Timeouts as Timeouts
+    from lightning_rft.settings import Tolerance as Tolerance
     from lightning_rft.sync.fully_asynchronous import FullyAsynchronous as FullyAsynchronous
     from lightning_rft.sync.multi_explorer import MultiExplorerAsynchronous as MultiExplorerAsynchronous
     from lightning_rft.sync.one_step_off_policy import OneStepOffPolicy as OneStepOffPolicy
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     from lightning_rft.sync.synchronous import Synchronous as Synchronous
     from lightning_rft.sync.transports.checkpoint import CheckpointTransport as CheckpointTransport
     from lightning_rft.sync.transports.collective import CollectiveTransport as CollectiveTransport
+    from lightning_rft.tasks.task_set import TaskSet as TaskSet
     from lightning_rft.trainer.module import RFTModule as RFTModule
     from lightning_rft.trainer.objectives.grpo import GRPO as GRPO
     from lightning_rft.trainer.objectives.objective import Objective as Objective
@@ -87,6 +92,7 @@ _MODULES = {
     "lightning_rft.explorer.workflows.policy": ["Policy"],
     "lightning_rft.explorer.workflows.single_turn": ["SingleTurn"],
     "lightning_rft.monitor.timeline": ["TimelineCallback"],
+    "lightning_rft.settings": ["Buffer", "Sampling", "Timeouts", "Tolerance"],
     "lightning_rft.sync.transports.checkpoint": ["CheckpointTransport"],
     "lightning_rft.sync.transports.collective": ["CollectiveTransport"],
     "lightning_rft.sync.fully_asynchronous": ["FullyAsynchronous"],
@@ -94,6 +100,7 @@ _MODULES = {
     "lightning_rft.sync.one_step_off_policy": ["OneStepOffPolicy"],
     "lightning_rft.sync.strategy": ["SyncStrategy"],
     "lightning_rft.sync.synchronous": ["Synchronous"],
+    "lightning_rft.tasks.task_set": ["TaskSet"],
     "lightning_rft.trainer.module": ["RFTModule"],
     "lightning_rft.trainer.objectives.grpo": ["GRPO"],
     "lightning_rft.trainer.objectives.objective": ["Objective"],
@@ -101,7 +108,7 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = sorted(_HOME)
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

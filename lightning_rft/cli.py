@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import lightning_rft
 from lightning_rft.datamodule import RFTDataModule
 from lightning_rft.errors import ConfigurationError
+from lightning_rft.renamed import moved_in_config
 from lightning_rft.trainer.module import RFTModule
 
 __all__ = ["RFTCLI", "ExploringTrainer", "main"]
@@ -45,6 +46,13 @@ class ExploringTrainer(L.Trainer):
         self.predict(
             model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=weights_only
         )
+
+
+class _Parser(LightningArgumentParser):
+    """Lightning's, which also says where a setting has moved."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(moved_in_config(message) or message, ex)
 
 
 class RFTCLI(LightningCLI):
@@ -91,6 +99,7 @@ class RFTCLI(LightningCLI):
             "save_config_kwargs": {"overwrite": True},
             "seed_everything_default": 0,
             "auto_configure_optimizers": False,
+            "parser_class": _Parser,
         }
         trainer_class = kwargs.pop("trainer_class", ExploringTrainer)
         if isinstance(trainer_class, type) and not issubclass(trainer_class, ExploringTrainer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,25 +17,26 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.buffer.reader import StoredExperience
-from lightning_rft.buffer.selection import Filter, Priority, Replay
 from lightning_rft.errors import ConfigurationError, DeadlineError
-from lightning_rft.experience import Group
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.engines.vllm import VLLMEngine
 from lightning_rft.explorer.pool import ExplorerPool
-from lightning_rft.explorer.spec import explorer_spec
+from lightning_rft.explorer.spec import ExplorerSpec, fitting_length
 from lightning_rft.explorer.workflows.policy import Workflow
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
+from lightning_rft.model_folder import check_model
 from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
+from lightning_rft.renamed import refuses_old_names
+from lightning_rft.run.checks import check_counts, check_source, check_together, sync_strategy
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.lifecycle import Run
 from lightning_rft.run.placement import cpu_threads, explorer_gpus
-from lightning_rft.run.tolerance import Tolerance
-from lightning_rft.settings import check_counts, check_source, check_together, sync_strategy
+from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.tasks.plan import TaskPlan
 from lightning_rft.tasks.sources import Tasks, read_tasks
+from lightning_rft.tasks.task_set import TaskSet
 from lightning_rft.trainer.limits import micro_batches, validation_batches
 from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
 from lightning_rft.trainer.module import RFTModule
@@ -60,7 +62,8 @@ class RFTDataModule(L.LightningDataModule):
         data = RFTDataModule(explorers=0, buffer="rft/buffer.sqlite", tasks_per_step=8)
 
     Args:
-        tasks: Tasks to train on: :class:`Task` objects, dictionaries, plain prompts, or the path of a JSONL file.
+        tasks: Tasks to train on: :class:`Task` objects, dictionaries, plain prompts, the path of a JSONL file, or a
+            :class:`TaskSet` of any of these.
         reward: ``reward(completion, task)``, any callable, plain or ``async``, that returns a finite number.
         engine: What samples; left out, :class:`VLLMEngine`.
         explorers: Number of explorer processes, each with an engine of its own; 0 trains from ``buffer`` alone; or an
@@ -68,95 +71,57 @@ class RFTDataModule(L.LightningDataModule):
         workflow: How a task is answered; left out, :class:`SingleTurn`.
         tasks_per_step: Groups of one batch, which is one optimizer step.
         samples_per_task: Samples of one group.
-        max_new_tokens: Most tokens of one answer.
-        temperature: Softmax temperature of training samples, above 0.
-        val_tasks: Held-out tasks, answered greedily for validation.
-        shuffle: Whether every epoch has an order of its own.
-        seed: Seeds order and sampling; left out, the one of ``seed_everything``, else 0.
-        steps_per_epoch: Batches of an epoch; needed when ``tasks`` has no length.
-        buffer: File of the buffer, or ``":memory:"``; left out, ``rft/buffer.sqlite`` in the trainer's log folder, or
-            when a run is resumed the file that it had.
-        buffer_capacity: Most groups that may be explored ahead of training; left out, what the strategy admits.
-        group_filter: ``group_filter(group)``, called once for every complete group; where it returns false, the group's
-            task has ended and the next one takes its place. :func:`~lightning_rft.has_signal` is one. It runs in the
-            trainer's process, while explorers are listened to: it should be quick.
-        selection: Which groups are trained first under an asynchronous strategy; left out, the oldest.
-        replay: Has groups trained more than once; left out, each is trained once.
-        max_model_len: Most tokens of prompt and answer together; left out, what the prompts need, or with a workflow
-            of your own the model's context.
-        retries: How often a sample is tried again when its reward or workflow raised.
-        min_samples: A group in which fewer samples succeed has failed, and another task takes its place; left out, half
-            of ``samples_per_task``, and 2 where advantages are relative to the group.
-        max_error_rate: Share of the samples of the last two batches that may fail; more end the run with the first
-            error.
-        reward_timeout_s: Seconds that one reward may take.
-        sample_timeout_s: Seconds that one sample may take, reward included.
-        start_timeout_s: Seconds within which engines must be ready.
-        rollout_timeout_s: Seconds without progress (no engine step, no reward) after which an explorer that has work is
-            ended, and another started.
+        max_new_tokens: Maximum tokens per answer, short for ``sampling=Sampling(max_new_tokens=...)``; left out, 256.
+        val_tasks: Held-out tasks, for validation.
+        sampling: How training samples.
+        val_sampling: How validation samples; left out, greedily, with as many tokens as training.
+        tolerance: How many samples may fail.
+        timeouts: How long rewards, samples and the start of an engine may take, and how long an explorer may hang.
+        buffer: Where experience is kept, and which groups are trained; a path, or ``":memory:"``, is short for
+            ``Buffer(path)``.
 
     Raises:
-        ConfigurationError: A setting cannot work; the message names it.
+        ConfigurationError: A setting cannot work, or has moved; the message names it.
     """
 
+    @refuses_old_names
     def __init__(
         self,
-        tasks: Tasks = (),
+        tasks: TaskSet | Tasks = (),
         reward: Callable[..., Any] | None = None,
         engine: Engine | None = None,
         explorers: int | ExplorerPool = 1,
         workflow: Workflow | None = None,
         tasks_per_step: int = 8,
         samples_per_task: int = 8,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
+        max_new_tokens: int | None = None,
         val_tasks: Tasks | None = None,
-        shuffle: bool = True,
-        seed: int | None = None,
-        steps_per_epoch: int | None = None,
-        buffer: str | Path | None = None,
-        buffer_capacity: int | None = None,
-        group_filter: Callable[[Group], object] | None = None,
-        selection: Priority | None = None,
-        replay: Replay | None = None,
-        max_model_len: int | None = None,
-        retries: int = 2,
-        min_samples: int | None = None,
-        max_error_rate: float = 0.3,
-        reward_timeout_s: float = 60.0,
-        sample_timeout_s: float = 600.0,
-        start_timeout_s: float = 600.0,
-        rollout_timeout_s: float = 600.0,
+        sampling: Sampling = Sampling(),
+        val_sampling: Sampling = Sampling(),
+        tolerance: Tolerance = Tolerance(),
+        timeouts: Timeouts = Timeouts(),
+        buffer: Buffer | str | Path | None = None,
     ) -> None:
         super().__init__()
+        self.sampling = _training(sampling, max_new_tokens)
+        self.val_sampling = val_sampling.filled(replace(self.sampling, temperature=0.0))
+        self.tolerance = tolerance
+        self.timeouts = timeouts
+        self.buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
+        self.task_set = tasks if isinstance(tasks, TaskSet) else TaskSet(tasks)
         check_counts(
             tasks_per_step=tasks_per_step,
             samples_per_task=samples_per_task,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            buffer_capacity=buffer_capacity,
-            min_samples=min_samples,
+            sampling=self.sampling,
+            tolerance=self.tolerance,
+            buffer=self.buffer,
         )
-        Tolerance(max_error_rate, window=1)  # checks it, and so does the next one; every run gets its own
-        Filter(group_filter, tasks_per_step)
-        check_source(
-            explores=explorers != 0,
-            reward=reward,
-            buffer=buffer,
-            validates=val_tasks is not None,
-            selects=bool(group_filter or selection or replay),
-        )
+        check_source(explores=explorers != 0, reward=reward, buffer=self.buffer, validates=val_tasks is not None)
         self.tasks_per_step = tasks_per_step
         self.samples_per_task = samples_per_task
-        self.max_error_rate = max_error_rate
-        self.group_filter = group_filter
-        self.selection = selection
-        self.replay = replay
-        at_most = steps_per_epoch and steps_per_epoch * tasks_per_step
-        self.tasks = [] if explorers == 0 else read_tasks(tasks, "tasks", at_most)
+        self.tasks = [] if explorers == 0 else self.task_set.read(tasks_per_step)
         self.val_tasks = [] if val_tasks is None else read_tasks(val_tasks, "val_tasks", None)
         self.reward = reward
-        self._stored: StoredExperience | None = None
         if isinstance(explorers, ExplorerPool):
             if engine is not None and engine is not explorers.engine:
                 raise ConfigurationError("engine=... and explorers=ExplorerPool(...): give the engine to the pool only")
@@ -166,29 +131,12 @@ class RFTDataModule(L.LightningDataModule):
         self.engine = self._pool.engine
         self.explorers = explorers if isinstance(explorers, int) else explorers.count
         self.workflow = workflow or SingleTurn()
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.shuffle = shuffle
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        if explorers == 0:
-            self._stored = StoredExperience(
-                str(buffer),
-                tasks_per_step=tasks_per_step,
-                shuffle=shuffle,
-                seed=self.seed,
-                version=lambda: self._trainer.global_step,
-            )
-            steps_per_epoch = self._stored.batches
-        self.steps_per_epoch = steps_per_epoch or TaskPlan.batches(len(self.tasks), tasks_per_step)
-        self.buffer = buffer
-        self.buffer_capacity = buffer_capacity
-        self.max_model_len = max_model_len
-        self.retries = retries
-        self.min_samples = min_samples
-        self.reward_timeout_s = reward_timeout_s
-        self.sample_timeout_s = sample_timeout_s
-        self.start_timeout_s = start_timeout_s
-        self.rollout_timeout_s = rollout_timeout_s
+        self._stored = self._stored_experience() if explorers == 0 else None
+        self.steps_per_epoch = (
+            self._stored.batches
+            if self._stored is not None
+            else self.task_set.steps_per_epoch or TaskPlan.batches(len(self.tasks), tasks_per_step)
+        )
         #: Called with every :class:`~lightning_rft.monitor.timeline.Span` of a run.
         self.observers: list[Callable[[Span], None]] = []
         #: The trainer's ranks; only rank 0 starts anything.
@@ -221,7 +169,13 @@ class RFTDataModule(L.LightningDataModule):
         Raises:
             ConfigurationError: A setting, or a combination of settings, cannot work.
         """
-        module = check_together(self, self._trainer)
+        module = check_together(
+            self._trainer,
+            explorers=self.explorers,
+            buffer=self.buffer,
+            samples_per_task=self.samples_per_task,
+            validates=bool(self.val_tasks),
+        )
         # here, since on several ranks log_dir is a collective
         self._folder = Path(self._trainer.log_dir or self._trainer.default_root_dir) / "rft"
         self.ranks.close()
@@ -236,10 +190,34 @@ class RFTDataModule(L.LightningDataModule):
             with StatusLine(self._trainer) as status:
                 several = "s" if self.explorers > 1 else ""
                 status.say(f"starting {self.explorers} explorer{several} ({type(self.engine).__name__})")
-                spec = explorer_spec(self, module.model)
+                spec = self._spec(module.model)
                 gpus = explorer_gpus(self._trainer, self.explorers, self.engine.world_size)
                 threads, _ = cpu_threads(self._trainer, sync_strategy(self._trainer), self.explorers)
-                self._pool.start(spec, self.start_timeout_s, self._folder, gpus, threads)
+                self._pool.start(spec, self._folder, gpus, threads)
+
+    def _spec(self, model: str) -> ExplorerSpec:
+        """What every explorer runs, once it is certain that it can."""
+        assert self.reward is not None, "checked when it was set"
+        model = self.engine.model or model  # the trainer's, unless the engine names another
+        check_model(model)
+        self.engine.check()
+        sampled = [self.sampling, self.val_sampling] if self.val_tasks else [self.sampling]
+        return ExplorerSpec(
+            engine=self.engine,
+            model=model,
+            workflow=self.workflow,
+            reward=self.reward,
+            max_model_len=fitting_length(
+                model,
+                [task.prompt for task in [*self.tasks, *self.val_tasks]],
+                max_new_tokens=max(sampling.max_new_tokens or 0 for sampling in sampled),
+                max_model_len=self.engine.max_model_len,
+                single_turn=isinstance(self.workflow, SingleTurn),
+            ),
+            seed=self.sampling.seed or 0,
+            tolerance=self.tolerance,
+            timeouts=self.timeouts,
+        )
 
     # What a strategy tells of
 
@@ -268,10 +246,19 @@ class RFTDataModule(L.LightningDataModule):
         if self._fits:
             self._last = {}
         self._run = Run(
-            self,
             self._trainer,
             strategy,
             self._pool,
+            tasks=self.tasks,
+            steps_per_epoch=self.steps_per_epoch,
+            shuffle=self.task_set.shuffle,
+            tasks_per_step=self.tasks_per_step,
+            samples_per_task=self.samples_per_task,
+            sampling=self.sampling,
+            tolerance=self.tolerance,
+            timeouts=self.timeouts,
+            buffer=self.buffer,
+            observers=self.observers,
             folder=self._folder,
             saved=saved,
             check_interrupt=self._check_interrupt,
@@ -330,7 +317,7 @@ class RFTDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
-        """Greedy answers to the held-out tasks."""
+        """Answers to the held-out tasks."""
         self.ranks.mind_sigterm()  # Lightning asks for loaders as soon as its own handler is there
         if not self.val_tasks:
             return []
@@ -353,9 +340,18 @@ class RFTDataModule(L.LightningDataModule):
         """Leaves the batch where it is: the training step makes its tensors on the device."""
         return batch
 
+    def _stored_experience(self) -> StoredExperience:
+        return StoredExperience(
+            str(self.buffer.path),
+            tasks_per_step=self.tasks_per_step,
+            shuffle=self.buffer.shuffle,
+            seed=self.sampling.seed or 0,
+            version=lambda: self._trainer.global_step,
+        )
+
     def _explore_validation(self, chunk: int) -> int:
         tasks = self.val_tasks[: validation_batches(self._trainer) * chunk]
-        self._active.explore(tasks, samples=1, temperature=0.0)
+        self._active.explore(tasks, samples=1, sampling=self.val_sampling)
         return len(tasks)
 
     # How
@@ -398,3 +394,13 @@ class RFTDataModule(L.LightningDataModule):
             self._end_run()
         finally:
             self._pool.stop()
+
+
+def _training(sampling: Sampling, max_new_tokens: int | None) -> Sampling:
+    """How training samples: as is set, by two arguments that may both name ``max_new_tokens``, else by default."""
+    if max_new_tokens is not None and sampling.max_new_tokens not in (None, max_new_tokens):
+        raise ConfigurationError(
+            f"max_new_tokens={max_new_tokens} and sampling=Sampling(max_new_tokens={sampling.max_new_tokens}): set one"
+        )
+    default = Sampling(max_new_tokens=256, temperature=1.0, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
+    return sampling.filled(Sampling(max_new_tokens=max_new_tokens)).filled(default)

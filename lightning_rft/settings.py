@@ -1,187 +1,168 @@
-"""What is set of a run, and the checks of it: before anything is started, and with an error that names the setting."""
+"""Settings that belong together, as frozen values: each checks itself, and travels whole to where it is used.
+
+Explorers' processes import this file, so it imports neither torch nor Lightning, nor a part of the loop.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
-import lightning as L
-from lightning.pytorch.trainer.states import TrainerFn
-
-from lightning_rft.buffer.selection import Priority, Replay
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import Group, Task
-from lightning_rft.explorer.engines.engine import Engine
-from lightning_rft.explorer.workflows.policy import Workflow
-from lightning_rft.monitor.spans import Span
-from lightning_rft.rewards import check_reward
-from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.trainer.module import RFTModule
+from lightning_rft.experience import Group
 
-__all__ = ["Settings", "check_counts", "check_source", "check_together", "sync_strategies", "sync_strategy"]
+if TYPE_CHECKING:
+    from lightning_rft.buffer.selection import Priority, Replay
+
+__all__ = ["Buffer", "Sampling", "Timeouts", "Tolerance"]
 
 
-class Settings(Protocol):
-    """What is set of a run; :class:`RFTDataModule`, which has all of it, says what each means."""
-
-    tasks: list[Task]
-    val_tasks: list[Task]
-    reward: Callable[..., Any] | None
-    engine: Engine
-    explorers: int
-    workflow: Workflow
-    tasks_per_step: int
-    samples_per_task: int
-    max_new_tokens: int
-    temperature: float
-    shuffle: bool
-    seed: int
-    steps_per_epoch: int
-    buffer: str | Path | None
-    buffer_capacity: int | None
-    group_filter: Callable[[Group], object] | None
-    selection: Priority | None
-    replay: Replay | None
-    max_model_len: int | None
-    retries: int
-    min_samples: int | None
-    max_error_rate: float
-    reward_timeout_s: float
-    sample_timeout_s: float
-    rollout_timeout_s: float
-    observers: list[Callable[[Span], None]]
-
-
-def check_counts(
-    *,
-    tasks_per_step: int,
-    samples_per_task: int,
-    max_new_tokens: int,
-    temperature: float,
-    buffer_capacity: int | None,
-    min_samples: int | None,
-) -> None:
-    """Checks the numbers that must fit each other.
-
-    Raises:
-        ConfigurationError: One is out of range.
-    """
-    counts = {
-        "tasks_per_step": tasks_per_step,
-        "samples_per_task": samples_per_task,
-        "max_new_tokens": max_new_tokens,
-    }
-    for setting, count in counts.items():
-        if count < 1:
-            raise ConfigurationError(f"{setting}={count} must be at least 1")
-    if not temperature > 0:
-        raise ConfigurationError(f"temperature={temperature} must be above 0: greedy samples of a group are all equal")
-    if buffer_capacity is not None and buffer_capacity < tasks_per_step:
-        raise ConfigurationError(
-            f"buffer_capacity={buffer_capacity} is below one batch of tasks_per_step={tasks_per_step} groups, so "
-            f"no batch could ever be completed: set buffer_capacity to at least {tasks_per_step}"
-        )
-    if min_samples is not None and not 1 <= min_samples <= samples_per_task:
-        raise ConfigurationError(f"min_samples={min_samples} must be 1 to samples_per_task={samples_per_task}")
-
-
-def check_source(
-    *, explores: bool, reward: Callable[..., Any] | None, buffer: str | Path | None, validates: bool, selects: bool
-) -> None:
-    """Checks that experience can come from where it shall.
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled; what is left out, the data module fills in.
 
     Args:
-        explores: Whether it comes from explorers, or else from a stored buffer.
-        reward: What explorers score with.
-        buffer: The buffer's file.
-        validates: Whether there are held-out tasks.
-        selects: Whether ``group_filter``, ``selection`` or ``replay`` is set.
+        max_new_tokens: Maximum tokens per answer; left out, 256 in training, and what training has in validation.
+        temperature: Softmax temperature, at least 0, which is greedy; left out, 1 in training and 0 in validation.
+        seed: Seeds the order of the tasks and every sample; left out, the one of ``seed_everything``, else 0, and what
+            training has in validation.
 
     Raises:
-        ConfigurationError: Something that is needed is missing, or something is set that would not be heeded.
+        ConfigurationError: A setting is out of range.
+
+    Example:
+        >>> Sampling(temperature=0.8).filled(Sampling(max_new_tokens=256, temperature=1.0, seed=0))
+        Sampling(max_new_tokens=256, temperature=0.8, seed=0)
     """
-    if explores:
-        if reward is None:
-            raise ConfigurationError("reward is missing: give a callable, or explorers=0 to train from a buffer")
-        check_reward(reward)
-    elif buffer is None or validates:
-        raise ConfigurationError(
-            "explorers=0 trains from a stored buffer: set buffer=... to its file, and leave val_tasks out, since "
-            "nobody can answer them"
-        )
-    elif selects:
-        raise ConfigurationError(
-            "explorers=0 trains on all that is stored, epoch after epoch: leave group_filter, selection and replay out"
-        )
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ConfigurationError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature is not None and not self.temperature >= 0:
+            raise ConfigurationError(f"temperature={self.temperature} must be at least 0")
+
+    def filled(self, default: Sampling) -> Sampling:
+        """Returns these settings, with what is left out taken from ``default``."""
+        missing = [field.name for field in fields(self) if getattr(self, field.name) is None]
+        return replace(self, **{name: getattr(default, name) for name in missing})
 
 
-def check_together(settings: Settings, trainer: L.Trainer) -> RFTModule:
-    """Checks settings, trainer, strategy and module against each other, as far as that needs no file.
+@dataclass(frozen=True)
+class Tolerance:
+    """How many samples may fail, before their group has failed, and before the run ends.
 
-    Returns:
-        The module.
+    Args:
+        retries: How often a sample is tried again when its reward or workflow raised.
+        min_samples: A group in which fewer samples succeed has failed, and another task takes its place; left out, half
+            of ``samples_per_task``, and at least 2 where advantages are relative to the group.
+        max_error_rate: Share of the samples of the last two batches that may fail, above 0 and at most 1; more end the
+            run with the first error.
 
     Raises:
-        ConfigurationError: They do not go together.
+        ConfigurationError: A setting is out of range.
+
+    Example::
+
+        data = RFTDataModule(tasks=tasks, reward=reward, tolerance=Tolerance(retries=5, max_error_rate=0.5))
     """
-    predicts = trainer.state.fn == TrainerFn.PREDICTING
-    if predicts and settings.explorers == 0:
-        raise ConfigurationError("explorers=0 has nobody who explores: set explorers to 1 or more")
-    if predicts and str(settings.buffer) == ":memory:":
-        raise ConfigurationError(
-            "buffer=':memory:' would be gone once the tasks are explored: set buffer to a file, or leave it out"
-        )
-    _check_strategy(settings, trainer)
-    module = trainer.lightning_module
-    if not isinstance(module, RFTModule):
-        raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
-    if trainer.precision == "16-true":
-        raise ConfigurationError(
-            "Trainer(precision='16-true') lets small gradients vanish, since nothing scales the loss: set '16-mixed', "
-            "or 'bf16-mixed' where the hardware multiplies bfloat16"
-        )
-    if settings.explorers > 0 and module.objective.needs_group and settings.samples_per_task < 2:
-        raise ConfigurationError(
-            f"samples_per_task={settings.samples_per_task} with {type(module.objective).__name__}, whose advantages "
-            "are relative to the other samples of a task: set samples_per_task to 2 or more"
-        )
-    if trainer.state.fn == TrainerFn.VALIDATING and not settings.val_tasks:
-        raise ConfigurationError("trainer.validate() needs RFTDataModule(val_tasks=[...])")
-    return module
+
+    retries: int = 2
+    min_samples: int | None = None
+    max_error_rate: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise ConfigurationError(f"retries={self.retries} must be at least 0")
+        if self.min_samples is not None and self.min_samples < 1:
+            raise ConfigurationError(f"min_samples={self.min_samples} must be at least 1")
+        if not 0 < self.max_error_rate <= 1:
+            raise ConfigurationError(f"max_error_rate={self.max_error_rate} must be above 0 and at most 1")
+
+    def needed(self, samples_per_task: int, needs_group: bool) -> int:
+        """Returns how many samples of a group must succeed.
+
+        Args:
+            samples_per_task: Samples of a group.
+            needs_group: Whether advantages are relative to the group.
+        """
+        if self.min_samples is not None:
+            return self.min_samples
+        return min(samples_per_task, max(2 if needs_group else 1, -(-samples_per_task // 2)))
 
 
-def sync_strategy(trainer: L.Trainer) -> SyncStrategy:
-    """The one sync strategy among a trainer's callbacks.
+@dataclass(frozen=True)
+class Timeouts:
+    """How long the work of an explorer may take, in seconds.
+
+    Args:
+        reward_s: For one reward.
+        sample_s: For one sample, reward included.
+        start_s: Until an engine is ready.
+        progress_s: Without progress (no engine step, no reward); an explorer that has work and makes none for so long
+            is ended, and another is started.
 
     Raises:
-        ConfigurationError: There is none, or more than one.
+        ConfigurationError: One is not above 0.
+
+    Example::
+
+        data = RFTDataModule(tasks=tasks, reward=reward, timeouts=Timeouts(reward_s=5.0))
     """
-    found = sync_strategies(trainer)
-    if len(found) != 1:
-        names = " and ".join(type(callback).__name__ for callback in found) or "none"
-        raise ConfigurationError(
-            f"Trainer(callbacks=[...]) needs exactly one sync strategy, but has {names}: give it one, such as "
-            "lightning_rft.Synchronous()"
-        )
-    return found[0]
+
+    reward_s: float = 60.0
+    sample_s: float = 600.0
+    start_s: float = 600.0
+    progress_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ConfigurationError(f"Timeouts({field.name}={getattr(self, field.name)}) must be above 0")
 
 
-def sync_strategies(trainer: L.Trainer) -> list[SyncStrategy]:
-    """All sync strategies among a trainer's callbacks."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, SyncStrategy)]
+@dataclass(frozen=True)
+class Buffer:
+    """Where experience is kept, and which groups are trained.
 
+    Args:
+        path: File of the buffer, or ``":memory:"``; left out, ``rft/buffer.sqlite`` in the trainer's log folder, or
+            when a run is resumed the file that it had.
+        capacity: Maximum groups explored ahead of training; left out, what the strategy admits.
+        selection: Which groups are trained first under an asynchronous strategy; left out, the oldest.
+        replay: Has groups trained more than once; left out, each is trained once.
+        group_filter: ``group_filter(group)``, called once for every complete group; where it returns false, the group's
+            task has ended and the next one takes its place. :func:`~lightning_rft.has_signal` is one. It runs in the
+            trainer's process, while explorers are listened to: it should be quick.
+        shuffle: Whether every epoch over stored experience (``explorers=0``) has an order of its own.
 
-def _check_strategy(settings: Settings, trainer: L.Trainer) -> None:
-    if settings.explorers > 0:
-        strategy = sync_strategy(trainer)
-        strategy.check(settings.explorers)
-        if settings.selection is not None:
-            settings.selection.check(type(strategy).__name__, strategy.asynchronous)
-        if settings.replay is not None:
-            settings.replay.check(type(strategy).__name__, strategy.max_staleness)
-    elif useless := sync_strategies(trainer):
-        raise ConfigurationError(
-            f"explorers=0 has nothing to synchronise: take {type(useless[0]).__name__} out of Trainer(callbacks=[...])"
-        )
+    Raises:
+        ConfigurationError: A setting cannot work.
+
+    Example::
+
+        data = RFTDataModule(tasks=tasks, reward=reward, buffer=Buffer(group_filter=has_signal, capacity=32))
+    """
+
+    path: str | Path | None = None
+    capacity: int | None = None
+    selection: Priority | None = None
+    replay: Replay | None = None
+    group_filter: Callable[[Group], object] | None = None
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.path, str) and self.path.startswith("{"):  # what a parser makes of settings it cannot read
+            raise ConfigurationError(f"buffer={self.path!r} is no path, and has a setting that Buffer does not take")
+        if self.capacity is not None and self.capacity < 1:
+            raise ConfigurationError(f"Buffer(capacity={self.capacity}) must be at least 1")
+        if self.group_filter is not None and not callable(self.group_filter):
+            raise ConfigurationError(
+                f"group_filter is {self.group_filter!r}, which cannot be called: give a function "
+                "`group_filter(group) -> bool`"
+            )

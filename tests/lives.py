@@ -85,9 +85,8 @@ def live(
         "tasks_per_step": TASKS_PER_STEP,
         "samples_per_task": 2,
         "max_new_tokens": 8,
-        "seed": 0,
-        "start_timeout_s": 60.0,
-        "rollout_timeout_s": 30.0,
+        "sampling": rft.Sampling(seed=0),
+        "timeouts": rft.Timeouts(start_s=60.0, progress_s=30.0),
     }
     data = rft.RFTDataModule(**defaults | settings)
     killer = ExplorerKiller(data, explorer_kills, seed, pause_s)

@@ -197,8 +197,7 @@ def fit(
         "samples_per_task": 2,
         "max_new_tokens": 8,
         "buffer": ":memory:",
-        "start_timeout_s": 30.0,
-        "rollout_timeout_s": 30.0,
+        "timeouts": rft.Timeouts(start_s=30.0, progress_s=30.0),
     }
     trainer = L.Trainer(
         max_epochs=1,

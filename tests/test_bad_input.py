@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 import lightning_rft as rft
+from lightning_rft.renamed import MOVED
 from tests.processes import Zygote
 
 
@@ -82,21 +84,26 @@ def test_what_is_refused_here_would_start_otherwise(fit: Fit) -> None:
         ({"tasks_per_step": 0}, "tasks_per_step=0 must be at least 1"),
         ({"samples_per_task": -2}, "samples_per_task=-2 must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
-        ({"temperature": float("nan")}, "temperature=nan must be above 0"),
-        ({"tasks_per_step": 4, "buffer_capacity": 3}, "buffer_capacity=3 .* set buffer_capacity to at least 4"),
+        ({"sampling": rft.Sampling(temperature=0.0)}, "temperature=0.0 must be above 0 in training"),
+        ({"sampling": rft.Sampling(max_new_tokens=9)}, r"max_new_tokens=8 and .*Sampling\(max_new_tokens=9\): set one"),
+        ({"tasks_per_step": 4, "buffer": rft.Buffer(capacity=3)}, r"capacity=3\) .* set capacity to at least 4"),
+        (
+            {"samples_per_task": 4, "tolerance": rft.Tolerance(min_samples=5)},
+            "min_samples=5.* at most samples_per_task",
+        ),
+        ({"buffer": rft.Buffer(shuffle=False)}, r"shuffle=False\) is for stored .* set tasks=TaskSet\(tasks, shuffle"),
         ({"tasks": []}, "tasks is empty: give at least one task"),
         ({"val_tasks": []}, "val_tasks is empty: give at least one task"),
         ({"tasks": [{"answer": 3}]}, r"tasks\[0\]: no `prompt` .*; give text"),
         ({"tasks": ["1", "  "]}, r"tasks\[1\]: the prompt is blank; give text"),
         ({"tasks": "nowhere.jsonl"}, "tasks cannot be read from nowhere.jsonl"),
-        ({"tasks": (str(i) for i in range(3))}, "tasks has no length: set steps_per_epoch"),
+        ({"tasks": (str(i) for i in range(3))}, r"tasks has no length: set TaskSet\(steps_per_epoch=...\)"),
         ({"reward": lambda completion: 1.0}, r"signature \(completion\).*: give a function `reward\(completion"),
         ({"reward": 1.0}, "reward is 1.0, which cannot be called: give a function"),
-        ({"group_filter": 1}, "group_filter is 1, which cannot be called: give a function"),
-        ({"explorers": 0, "buffer": "b", "group_filter": rft.has_signal}, "leave group_filter, selection and replay"),
-        ({"explorers": 0, "buffer": "b", "selection": rft.Priority("recency")}, "leave group_filter, selection and"),
-        ({"explorers": 0, "buffer": "b", "replay": rft.Replay()}, "leave group_filter, selection and replay out"),
+        ({"explorers": 0, "buffer": rft.Buffer("b", group_filter=rft.has_signal)}, "leave the buffer's group_filter"),
+        ({"explorers": 0, "buffer": rft.Buffer("b", selection=rft.Priority("recency"))}, "buffer's .* selection"),
+        ({"explorers": 0, "buffer": rft.Buffer("b", replay=rft.Replay())}, "buffer's .* replay"),
+        ({"explorers": 0, "buffer": rft.Buffer("b", capacity=9)}, "buffer's .* capacity out"),
     ],
 )
 def test_settings_of_the_datamodule(settings: dict[str, Any], message: str) -> None:
@@ -104,8 +111,53 @@ def test_settings_of_the_datamodule(settings: dict[str, Any], message: str) -> N
         make_data(**settings)
 
 
+@pytest.mark.parametrize(
+    ("value", "setting", "message"),
+    [
+        (rft.Sampling, {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        (rft.Sampling, {"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
+        (rft.Sampling, {"temperature": float("nan")}, "temperature=nan must be at least 0"),
+        (rft.Tolerance, {"retries": -1}, "retries=-1 must be at least 0"),
+        (rft.Tolerance, {"min_samples": 0}, "min_samples=0 must be at least 1"),
+        (rft.Tolerance, {"max_error_rate": 0.0}, "max_error_rate=0.0 must be above 0 and at most 1"),
+        (rft.Tolerance, {"max_error_rate": 1.5}, "max_error_rate=1.5 must be above 0 and at most 1"),
+        (rft.Timeouts, {"reward_s": 0.0}, r"Timeouts\(reward_s=0.0\) must be above 0"),
+        (rft.Timeouts, {"progress_s": float("nan")}, r"Timeouts\(progress_s=nan\) must be above 0"),
+        (rft.Buffer, {"capacity": 0}, r"Buffer\(capacity=0\) must be at least 1"),
+        (rft.Buffer, {"path": "{capacty: 3}"}, "is no path"),
+        (rft.Buffer, {"group_filter": 1}, "group_filter is 1, which cannot be called: give a function"),
+        (rft.TaskSet, {"source": ["1"], "steps_per_epoch": 0}, r"TaskSet\(steps_per_epoch=0\) must be at least 1"),
+    ],
+)
+def test_settings_that_belong_together_check_themselves(value: type, setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(rft.ConfigurationError, match=message):
+        value(**setting)
+
+
+def test_what_sampling_leaves_out() -> None:
+    data = make_data(sampling=rft.Sampling(temperature=0.8, seed=4), val_sampling=rft.Sampling(max_new_tokens=64))
+    assert data.sampling == rft.Sampling(max_new_tokens=8, temperature=0.8, seed=4)
+    assert data.val_sampling == rft.Sampling(max_new_tokens=64, temperature=0.0, seed=4)
+    data = rft.RFTDataModule(["1 + 1 ="], reward, rft.FakeEngine())
+    assert (data.sampling.max_new_tokens, data.sampling.temperature, data.val_sampling.temperature) == (256, 1.0, 0.0)
+
+
+def test_old_names_are_refused_with_the_new_ones() -> None:
+    known = set(inspect.signature(rft.RFTDataModule).parameters)
+    assert len(known) <= 15
+    assert not known & MOVED.keys()
+    for name, (argument, kind, field) in MOVED.items():
+        assert argument in known
+        assert field in inspect.signature(getattr(rft, kind)).parameters
+        with pytest.raises(rft.ConfigurationError, match=rf"^{name} moved: set {argument}={kind}\(.*{field}=\.\.\.\)"):
+            make_data(**{name: None})
+    with pytest.raises(TypeError, match="temperatur"):
+        make_data(temperatur=1.0)
+
+
 def test_a_generator_of_tasks_with_steps_per_epoch() -> None:
-    data = make_data(tasks=(str(i) for i in range(1_000)), steps_per_epoch=3, tasks_per_step=2)
+    data = make_data(tasks=rft.TaskSet((str(i) for i in range(1_000)), steps_per_epoch=3), tasks_per_step=2)
+    assert data.steps_per_epoch == 3
     assert [task.prompt for task in data.tasks] == ["0", "1", "2", "3", "4", "5"]
 
 
@@ -174,8 +226,8 @@ def test_one_sample_per_task(fit: Fit) -> None:
 def test_prompt_longer_than_the_context(fit: Fit) -> None:
     with pytest.raises(rft.ConfigurationError, match="prompt of 600 tokens is longer than the context of 512 tokens"):
         fit(tasks=["1", "x" * 600])
-    with pytest.raises(rft.ConfigurationError, match=r"context of 20 tokens: .* or raise max_model_len"):
-        fit(val_tasks=["x" * 30], max_model_len=20)
+    with pytest.raises(rft.ConfigurationError, match=r"context of 20 tokens: .* or raise the engine's max_model_len"):
+        fit(val_tasks=["x" * 30], engine=rft.FakeEngine(max_model_len=20))
 
 
 def test_answers_that_do_not_fit(fit: Fit) -> None:
@@ -238,13 +290,13 @@ def test_other_data(tmp_path: Path, tiny_model_path: Path, kind: str) -> None:
 def test_a_priority_where_order_is_kept(fit: Fit, strategy: rft.SyncStrategy) -> None:
     name = type(strategy).__name__
     with pytest.raises(rft.ConfigurationError, match=f"nothing to choose under {name}, which .* in the order in which"):
-        fit(callbacks=[strategy], selection=rft.Priority("recency"))
+        fit(callbacks=[strategy], buffer=rft.Buffer(selection=rft.Priority("recency")))
 
 
 @pytest.mark.parametrize("strategy", [rft.Synchronous(), rft.FullyAsynchronous(max_staleness=0)])
 def test_a_replay_where_nothing_may_be_stale(fit: Fit, strategy: rft.SyncStrategy) -> None:
     with pytest.raises(rft.ConfigurationError, match=r"\(b \+ 1\) - b = 1 batch old .* above max_staleness=0"):
-        fit(callbacks=[strategy], replay=rft.Replay())
+        fit(callbacks=[strategy], buffer=rft.Buffer(replay=rft.Replay()))
 
 
 def test_validation_without_tasks(fit: Fit) -> None:
@@ -271,6 +323,11 @@ def test_import_is_light() -> None:
         heavy = {"vllm", "transformers", "torch", "lightning"} & sys.modules.keys()
         assert not heavy, heavy
         assert "RFTDataModule" in dir(lightning_rft)
+        assert lightning_rft.Sampling().temperature is None
+        parts = ("sync", "trainer", "buffer", "explorer", "run")
+        heavy |= {name for name in sys.modules if name.startswith(tuple(f"lightning_rft.{part}" for part in parts))}
+        heavy |= {"vllm", "transformers", "torch", "lightning"} & sys.modules.keys()
+        assert not heavy, heavy
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=120, check=True, env=environment)

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lightning_rft as rft
 from lightning_rft.cli import RFTCLI, main
+from lightning_rft.renamed import MOVED
 from lightning_rft.tasks.sources import read_jsonl
 from tests.processes import Zygote
 
@@ -129,7 +130,7 @@ def test_fit(command: Command, config: dict[str, Any], tmp_path: Path) -> None:
     assert isinstance(cli.model, rft.RFTModule) and isinstance(cli.datamodule, rft.RFTDataModule)
     assert cli.model.objective == rft.GRPO(clip_high=0.28)
     assert isinstance(cli.datamodule.engine, rft.TransformersEngine)
-    assert cli.datamodule.seed == 0  # runs are seeded unless one asks for something else
+    assert cli.datamodule.sampling.seed == 0  # runs are seeded unless one asks for something else
     (optimizer,) = cli.trainer.optimizers
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["initial_lr"] == 0.5
     (scheduler,) = cli.trainer.lr_scheduler_configs
@@ -149,7 +150,7 @@ def test_options_override_the_config(command: Command, config: dict[str, Any]) -
     cli = command("fit", config, "--trainer.max_steps", "1", "--data.tasks_per_step=2", "--seed_everything", "7")
     assert cli.trainer.global_step == 1
     assert cli.datamodule.tasks_per_step == 2
-    assert cli.datamodule.seed == 7
+    assert cli.datamodule.sampling.seed == 7
 
 
 def test_validate(command: Command, config: dict[str, Any]) -> None:
@@ -171,19 +172,50 @@ def test_policies_of_the_buffer(
     printed: Callable[..., dict[str, Any]], config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = tmp_path / "given.yaml"
-    config["data"]["group_filter"] = "lightning_rft.has_signal"
     for score, expected in [("recency", "recency"), ("lightning_rft.reward_variance", rft.reward_variance)]:
-        config["data"]["selection"] = {"class_path": "Priority", "init_args": {"score": score}}
-        config["data"]["replay"] = {"class_path": "Replay", "init_args": {"groups": 3}}
+        config["data"]["buffer"] = {
+            "group_filter": "lightning_rft.has_signal",
+            "selection": {"class_path": "Priority", "init_args": {"score": score}},
+            "replay": {"class_path": "Replay", "init_args": {"groups": 3}},
+        }
         given.write_text(yaml.safe_dump(config))
         config = printed(given)  # which must mean the same
         monkeypatch.setattr(sys, "argv", ["notebook"])
         args = {name: value for name, value in config.items() if name in ("model", "data", "trainer")}
         data = RFTCLI(args=args, run=False, seed_everything_default=False).datamodule
-        assert data.group_filter is rft.has_signal
-        assert isinstance(data.selection, rft.Priority) and isinstance(data.replay, rft.Replay)
-        assert data.selection.score == expected
-        assert (data.replay.times, data.replay.groups) == (2, 3)
+        buffer = data.buffer
+        assert buffer.group_filter is rft.has_signal
+        assert isinstance(buffer.selection, rft.Priority) and isinstance(buffer.replay, rft.Replay)
+        assert buffer.selection.score == expected
+        assert (buffer.replay.times, buffer.replay.groups) == (2, 3)
+
+
+def test_settings_that_belong_together(
+    printed: Callable[..., dict[str, Any]], config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "given.yaml"
+    config["data"] |= {
+        "tasks": {"source": config["data"]["tasks"], "shuffle": False},
+        "sampling": {"temperature": 0.8},
+        "val_sampling": {"class_path": "Sampling", "init_args": {"max_new_tokens": 6}},
+        "tolerance": {"retries": 1},
+        "buffer": "explored.sqlite",
+    }
+    given.write_text(yaml.safe_dump(config))
+    options = ["--data.sampling.seed", "5", "--data.timeouts.reward_s", "2", "--data.tolerance.max_error_rate=0.5"]
+    config = printed(given, *options)
+    assert config["data"]["timeouts"] == {"reward_s": 2.0, "sample_s": 600.0, "start_s": 600.0, "progress_s": 600.0}
+    given.write_text(yaml.safe_dump(config))
+    assert printed(given) == config
+    monkeypatch.setattr(sys, "argv", ["notebook"])
+    args = {name: value for name, value in config.items() if name in ("model", "data", "trainer")}
+    data = RFTCLI(args=args, run=False, seed_everything_default=False).datamodule
+    assert data.sampling == rft.Sampling(max_new_tokens=4, temperature=0.8, seed=5)
+    assert data.val_sampling == rft.Sampling(max_new_tokens=6, temperature=0.0, seed=5)
+    assert data.tolerance == rft.Tolerance(retries=1, max_error_rate=0.5)
+    assert data.timeouts == rft.Timeouts(reward_s=2.0)
+    assert data.buffer == rft.Buffer("explored.sqlite")
+    assert not data.task_set.shuffle and len(data.tasks) == 4
 
 
 def test_a_printed_config_prints_itself(
@@ -237,7 +269,10 @@ def test_objects_without_a_run(config: dict[str, Any], monkeypatch: pytest.Monke
         (["--data.engine", "NoEngine"], "NoEngine"),
         (["--data.reward", "lightning_rft.rewards.no_such"], "no_such"),
         # what the parser cannot know
-        (["--data.temperature", "0"], "error: temperature=0.0 must be above 0"),
+        (["--data.sampling.temperature", "0"], "error: temperature=0.0 must be above 0"),
+        (["--data.sampling.temperature", "-1"], "error: temperature=-1.0 must be at least 0"),
+        (["--data.buffer.capacity", "-1"], "error: Buffer(capacity=-1) must be at least 1"),
+        (["--data.buffer", "{capacty: 3}"], "error: buffer='{capacty: 3}' is no path"),
         (["--data.tasks", "nowhere.jsonl"], "error: tasks cannot be read from nowhere.jsonl"),
         (["--model.model", "./nowhere"], "error: model='./nowhere' is no folder"),
         (["--model.objective.clip_low", "2"], "error: clip_low=2.0 must be above 0 and at most 1"),
@@ -263,6 +298,26 @@ def test_an_unknown_key_in_a_file(command: Command, config: dict[str, Any], capf
         command("fit", config)
     assert end.value.code == 2
     assert "task_per_step" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["file", "option", "file of its own"])
+@pytest.mark.parametrize("name", MOVED)
+def test_an_old_name(
+    command: Command, config: dict[str, Any], capfd: pytest.CaptureFixture[str], tmp_path: Path, name: str, where: str
+) -> None:
+    options: list[str] = []
+    if where == "file":
+        config["data"][name] = 1
+    elif where == "option":
+        options = [f"--data.{name}", "1"]
+    else:
+        (tmp_path / "data.yaml").write_text(yaml.safe_dump({name: 1}))
+        options = ["--data", str(tmp_path / "data.yaml")]
+    with pytest.raises(SystemExit) as end:
+        command("fit", config, *options)
+    argument, _, field = MOVED[name]
+    assert end.value.code == 2
+    assert f"error: data.{name} moved: set data.{argument}.{field}, in a file {argument}: {{" in capfd.readouterr().err
 
 
 def test_other_subcommands_are_refused(

@@ -47,6 +47,7 @@ def test_exception_in_training(start: Start) -> None:
 
 def test_exception_in_the_reward(start: Start, tmp_path: Path) -> None:
     script = start("""
+        import lightning_rft as rft
         from tests.processes import fit
         class Unhappy(Exception):
             pass
@@ -55,14 +56,14 @@ def test_exception_in_the_reward(start: Start, tmp_path: Path) -> None:
                 print(repr(completion), file=calls)
             raise Unhappy("no", task.prompt)  # the line that is to blame
         try:
-            fit(reward=reward, retries=2)
+            fit(reward=reward, tolerance=rft.Tolerance(retries=2))
         except Unhappy as error:
             print(error.args)
             raise
     """)
     assert script.wait() == 1
     assert script.stdout.startswith("('no', '1 + ")  # its own class, so that `except` finds it
-    assert f'  File "{tmp_path}/script.py", line 8, in reward\n    raise Unhappy("no", task.prompt)' in script.stderr
+    assert f'  File "{tmp_path}/script.py", line 9, in reward\n    raise Unhappy("no", task.prompt)' in script.stderr
     assert script.stderr.splitlines()[-1].startswith("Unhappy: ('no', '1 + ")
     # a retried sample has the same seed, so it gives the same completion
     calls = Counter((tmp_path / "calls").read_text().splitlines())
@@ -101,8 +102,9 @@ def test_exception_in_a_workflow_whose_file_is_edited_meanwhile(start: Start, tm
 def test_reward_that_ends_its_process(start: Start) -> None:
     script = start("""
         import os
+        import lightning_rft as rft
         from tests.processes import fit
-        fit(reward=lambda completion, task: os._exit(7), retries=1)
+        fit(reward=lambda completion, task: os._exit(7), tolerance=rft.Tolerance(retries=1))
     """)
     assert script.wait() == 1
     assert "RuntimeError: the reward function ended its process at task" in script.stderr.splitlines()[-1]
@@ -111,12 +113,14 @@ def test_reward_that_ends_its_process(start: Start) -> None:
 def test_reward_that_hangs(start: Start) -> None:
     script = start("""
         import time
+        import lightning_rft as rft
         from tests.processes import fit
-        fit(reward=lambda completion, task: time.sleep(3600), retries=0, reward_timeout_s=1)
+        settings = {"tolerance": rft.Tolerance(retries=0), "timeouts": rft.Timeouts(reward_s=1)}
+        fit(reward=lambda completion, task: time.sleep(3600), **settings)
     """)
     assert script.wait() == 1
     assert "DeadlineError: the reward of task" in script.stderr.splitlines()[-1]
-    assert "reward_timeout_s=1:" in script.stderr.splitlines()[-1]
+    assert "Timeouts(reward_s=1):" in script.stderr.splitlines()[-1]
 
 
 def test_exception_in_the_workflow(start: Start) -> None:

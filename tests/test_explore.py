@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def make_data(folder: Path, **changes: Any) -> rft.RFTDataModule:
         "samples_per_task": 2,
         "max_new_tokens": 6,
         "buffer": folder / "explored.sqlite",
-        "seed": 3,
+        "sampling": rft.Sampling(seed=3),
     }
     return rft.RFTDataModule(**settings | changes)
 
@@ -127,28 +128,28 @@ def counts(buffer: Path) -> dict[State, int]:
 def test_explores_every_task_once_and_trains_exactly_that(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, capacity: int | None
 ) -> None:
-    data.buffer, data.buffer_capacity = tmp_path / "new.sqlite", capacity
+    data.buffer = rft.Buffer(path := tmp_path / "new.sqlite", capacity)
     predicted = explore(data, tiny_model_path, tmp_path)
 
     assert [len(batch) for batch in predicted] == [8, 8, 4]  # ten tasks of two samples, four tasks a batch
-    stored = samples(data.buffer)
+    stored = samples(path)
     assert Counter((row["task_id"], row["sample"], row["text"], row["reward"]) for b in predicted for row in b) == (
         Counter({key[:4]: count for key, count in stored.items()})
     )
     assert Counter(key[0] for key in stored) == Counter({str(index): 2 for index in range(10)})
-    assert counts(data.buffer) == {State.READY: 10}
-    assert {row["oldest_version"] for row in rft.read_buffer(data.buffer)} == {0}
-    assert train_from(data.buffer, tiny_model_path, tmp_path) == stored
-    assert counts(data.buffer) == {State.READY: 10}
+    assert counts(path) == {State.READY: 10}
+    assert {row["oldest_version"] for row in rft.read_buffer(path)} == {0}
+    assert train_from(path, tiny_model_path, tmp_path) == stored
+    assert counts(path) == {State.READY: 10}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_any_strategy_lends_its_transport(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, strategy: str
 ) -> None:
-    data.buffer, data.buffer_capacity = tmp_path / "new.sqlite", None
+    data.buffer = rft.Buffer(path := tmp_path / "new.sqlite")
     explore(data, tiny_model_path, tmp_path, STRATEGIES[strategy]())
-    assert counts(data.buffer) == {State.READY: 10}
+    assert counts(path) == {State.READY: 10}
 
 
 def test_explores_with_the_weights_of_the_module_or_a_checkpoint(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -175,22 +176,22 @@ def test_explores_with_the_weights_of_the_module_or_a_checkpoint(tiny_model_path
 
 
 def test_limits_and_precision(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
-    data.buffer, data.buffer_capacity = tmp_path / "new.sqlite", None
+    data.buffer = rft.Buffer(path := tmp_path / "new.sqlite")
     explore(data, tiny_model_path, tmp_path, limit_predict_batches=2, precision="bf16-true")
-    assert counts(data.buffer) == {State.READY: 8}
+    assert counts(path) == {State.READY: 8}
     assert explore(data, tiny_model_path, tmp_path, limit_predict_batches=0) is None
-    assert counts(data.buffer) == {State.READY: 8}
+    assert counts(path) == {State.READY: 8}
 
 
 def test_a_second_time_adds_to_the_file(tiny_model_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "explored.sqlite"
-    with make_data(tmp_path, shuffle=False) as data:
+    with make_data(tmp_path, tasks=rft.TaskSet(TASKS, shuffle=False)) as data:
         explore(data, tiny_model_path, tmp_path)
         first = samples(path)
         # a run that trains comes between: what it leaves ready is its own, and what was there stays
         make_trainer(tmp_path, rft.Synchronous(), max_steps=1).fit(rft.RFTModule(tiny_model_path), data)
         assert samples(path, run=1) == first
-        data.seed = 4
+        data.sampling = replace(data.sampling, seed=4)
         explore(data, tiny_model_path, tmp_path)
     assert samples(path, run=1) == first
     second = samples(path, run=3)
@@ -229,7 +230,7 @@ def test_tasks_that_fail_are_replaced_and_counted(
     tiny_model_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tasks = [rft.Task(prompt, answer="bad" if index in (2, 5) else None) for index, prompt in enumerate(TASKS)]
-    data = make_data(tmp_path, tasks=tasks, shuffle=False, retries=0, max_error_rate=1.0)
+    data = make_data(tmp_path, tasks=rft.TaskSet(tasks, False), tolerance=rft.Tolerance(0, max_error_rate=1.0))
     with caplog.at_level(logging.INFO):
         explore(data, tiny_model_path, tmp_path, limit_predict_batches=2)
     assert counts(tmp_path / "explored.sqlite") == {State.READY: 8, State.FAILED: 2}
@@ -242,7 +243,7 @@ def test_tasks_that_fail_are_replaced_and_counted(
 
 def test_too_many_failures_end_it(tiny_model_path: Path, tmp_path: Path) -> None:
     tasks = [rft.Task(prompt, answer="bad" if index > 2 else None) for index, prompt in enumerate(TASKS)]
-    data = make_data(tmp_path, tasks=tasks, shuffle=False, retries=0, tasks_per_step=2)
+    data = make_data(tmp_path, tasks=rft.TaskSet(tasks, False), tolerance=rft.Tolerance(0), tasks_per_step=2)
     with pytest.raises(ZeroDivisionError):
         explore(data, tiny_model_path, tmp_path)
     assert set(counts(tmp_path / "explored.sqlite")) >= {State.READY, State.FAILED}
@@ -260,9 +261,9 @@ def test_what_cannot_work(tiny_model_path: Path, tmp_path: Path) -> None:
 
 
 def test_no_explorers_explore_nothing(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
-    data.buffer = tmp_path / "new.sqlite"
+    data.buffer = rft.Buffer(path := tmp_path / "new.sqlite")
     explore(data, tiny_model_path, tmp_path, limit_predict_batches=1)
-    stored = rft.RFTDataModule(explorers=0, buffer=data.buffer)
+    stored = rft.RFTDataModule(explorers=0, buffer=path)
     with pytest.raises(rft.ConfigurationError, match="explorers=0 has nobody who explores"):
         explore(stored, tiny_model_path, tmp_path)
 
@@ -281,7 +282,7 @@ SCRIPT = """
         tasks=[f"{{index}} + 1 =" for index in range(10_000)],
         reward=lambda completion, task: float(len(completion) % 3),
         explorers=rft.ExplorerPool(LightEngine({engine}), 1),
-        tasks_per_step=2, samples_per_task=2, max_new_tokens=8, start_timeout_s=60.0,
+        tasks_per_step=2, samples_per_task=2, max_new_tokens=8, timeouts=rft.Timeouts(start_s=60.0),
     )
     trainer = L.Trainer(
         accelerator="cpu", callbacks=[Announce(), rft.{strategy}], logger=False, enable_progress_bar=False,

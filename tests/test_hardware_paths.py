@@ -127,7 +127,7 @@ def make_module(model: Path, optimizer: str) -> rft.RFTModule:
 
 def fit(module: rft.RFTModule, stored: Path, folder: Path, **settings: Any) -> L.Trainer:
     ckpt_path = settings.pop("ckpt_path", None)
-    data = rft.RFTDataModule(explorers=0, buffer=stored, tasks_per_step=2, seed=1)
+    data = rft.RFTDataModule(explorers=0, buffer=stored, tasks_per_step=2, sampling=rft.Sampling(seed=1))
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,

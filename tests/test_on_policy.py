@@ -33,7 +33,7 @@ def data() -> Iterator[rft.RFTDataModule]:
         tasks_per_step=3,
         samples_per_task=3,
         max_new_tokens=8,
-        temperature=0.8,
+        sampling=rft.Sampling(temperature=0.8),
     ) as data:
         yield data
 

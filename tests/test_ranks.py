@@ -50,7 +50,7 @@ TRAIN = """
                 wanted += ("rft/grad_norm",)
                 logged.append([float(trainer.callback_metrics[name]) for name in wanted])
 
-    data = rft.RFTDataModule(explorers=0, buffer="{buffer}", tasks_per_step=3, seed=1)
+    data = rft.RFTDataModule(explorers=0, buffer="{buffer}", tasks_per_step=3, sampling=rft.Sampling(seed=1))
     trainer = L.Trainer(
         devices={devices}, strategy={strategy}, accelerator="cpu", callbacks=[Note()], logger=False, max_epochs=1,
         accumulate_grad_batches={accumulate}, gradient_clip_val=0.5, precision="{precision}",
@@ -202,10 +202,11 @@ def test_a_signal_to_one_rank_ends_all(source: str, number: signal.Signals, rank
 
 def test_rank_0s_error_is_shown_by_all(start_ranks: StartRanks) -> None:
     scripts = start_ranks("""
+        import lightning_rft as rft
         from tests.processes import fit
         def reward(completion, task):
             raise LookupError("no such answer")  # the line that is to blame
-        fit(reward=reward, devices=2, parallel="ddp", retries=0)
+        fit(reward=reward, devices=2, parallel="ddp", tolerance=rft.Tolerance(retries=0))
     """)
     for script in scripts:
         assert script.wait() == 1

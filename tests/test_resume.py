@@ -36,7 +36,7 @@ def make_data(**changes: Any) -> rft.RFTDataModule:
         "tasks_per_step": 4,
         "samples_per_task": 2,
         "max_new_tokens": 6,
-        "seed": 3,
+        "sampling": rft.Sampling(seed=3),
     }
     return rft.RFTDataModule(**settings | changes)
 
@@ -199,15 +199,21 @@ def test_with_another_strategy(tmp_path: Path, tiny_model_path: Path, data: rft.
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
-    [("tasks_per_step", 2), ("seed", 4), ("shuffle", False), ("tasks", TASKS[:9]), ("samples_per_task", 3)],
+    ("setting", "changes"),
+    [
+        ("tasks_per_step", {"tasks_per_step": 2}),
+        ("seed", {"sampling": rft.Sampling(seed=4)}),
+        ("shuffle", {"tasks": rft.TaskSet(TASKS, shuffle=False)}),
+        ("tasks", {"tasks": TASKS[:9]}),
+        ("samples_per_task", {"samples_per_task": 3}),
+    ],
 )
 def test_settings_that_would_lose_or_repeat_tasks(
-    tmp_path: Path, tiny_model_path: Path, setting: str, value: Any
+    tmp_path: Path, tiny_model_path: Path, setting: str, changes: dict[str, Any]
 ) -> None:
     train(tmp_path, tiny_model_path, steps=2)
     with pytest.raises(rft.ConfigurationError, match=f"^{setting}.* in the checkpoint"):
-        train(tmp_path, tiny_model_path, resume=checkpoint(tmp_path, 2), **{setting: value})
+        train(tmp_path, tiny_model_path, resume=checkpoint(tmp_path, 2), **changes)
 
 
 def test_a_checkpoint_saved_after_fit(tmp_path: Path, tiny_model_path: Path) -> None:

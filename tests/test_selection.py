@@ -40,7 +40,7 @@ def explorers() -> Iterator[rft.RFTDataModule]:
         tasks_per_step=2,
         samples_per_task=2,
         max_new_tokens=8,
-        seed=3,
+        sampling=rft.Sampling(seed=3),
     ) as data:
         yield data
 
@@ -48,7 +48,7 @@ def explorers() -> Iterator[rft.RFTDataModule]:
 @pytest.fixture
 def data(explorers: rft.RFTDataModule, monkeypatch: pytest.MonkeyPatch) -> rft.RFTDataModule:
     """A datamodule whose settings are a test's own, while its explorers are shared."""
-    for name in ("group_filter", "selection", "replay", "shuffle", "tasks_per_step", "observers"):
+    for name in ("buffer", "task_set", "tasks_per_step", "observers"):
         monkeypatch.setattr(explorers, name, getattr(explorers, name))
     explorers.observers = []
     return explorers
@@ -118,7 +118,7 @@ STRATEGIES: list[Callable[[], rft.SyncStrategy]] = [
 def test_the_next_task_takes_the_place_of_a_filtered_one(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, strategy: Callable[[], rft.SyncStrategy]
 ) -> None:
-    data.group_filter = rft.has_signal
+    data.buffer = rft.Buffer(group_filter=rft.has_signal)
     module = fit(data, tiny_model_path, tmp_path, strategy())
     assert [len(batch) for batch in module.batches] == [2] * 4
     assert all(rft.has_signal(group) for batch in module.batches for group in batch)
@@ -136,7 +136,7 @@ def test_the_next_task_takes_the_place_of_a_filtered_one(
 def test_a_filtered_task_does_not_come_back_on_resume(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, strategy: Callable[[], rft.SyncStrategy], step: int
 ) -> None:
-    data.group_filter = rft.has_signal
+    data.buffer = rft.Buffer(group_filter=rft.has_signal)
     fit(data, tiny_model_path, tmp_path, strategy(), max_steps=3)
     assert State.FILTERED in dict(ended(tmp_path)).values()
     fit(data, tiny_model_path, tmp_path, strategy(), max_steps=5, resume=tmp_path / f"step={step}.ckpt")
@@ -150,7 +150,7 @@ def test_an_exception_in_the_filter_ends_the_run_as_itself(
     def group_filter(group: rft.Group) -> bool:
         raise LookupError(f"no opinion on {group.task_id}")
 
-    data.group_filter = group_filter
+    data.buffer = rft.Buffer(group_filter=group_filter)
     with pytest.raises(LookupError, match="no opinion on"):
         fit(data, tiny_model_path, tmp_path, rft.Synchronous())
 
@@ -158,7 +158,7 @@ def test_an_exception_in_the_filter_ends_the_run_as_itself(
 def test_a_filter_that_keeps_nothing_ends_the_run(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    data.group_filter = lambda group: False
+    data.buffer = rft.Buffer(group_filter=lambda group: False)
     with pytest.raises(rft.ConfigurationError, match="group_filter refused 16 groups in a row, 8 batches' worth"):
         fit(data, tiny_model_path, tmp_path, rft.FullyAsynchronous())
 
@@ -185,8 +185,9 @@ class Patience(L.Callback):
 def test_the_highest_score_is_trained_first(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, liked: float | None
 ) -> None:
-    data.shuffle, data.tasks_per_step = False, 1
-    data.selection = None if liked is None else rft.Priority(lambda group: liked * float(group.task_id))
+    data.task_set, data.tasks_per_step = rft.TaskSet(TASKS, shuffle=False), 1
+    if liked is not None:
+        data.buffer = rft.Buffer(selection=rft.Priority(lambda group: liked * float(group.task_id)))
     strategy = rft.FullyAsynchronous(max_staleness=5)  # six groups of version 0
     module = fit(data, tiny_model_path, tmp_path, strategy, callbacks=[Patience(data, 6)], max_steps=6)
     tasks = [int(group.task_id) for (group,) in module.batches][1:]  # the first is whichever was there first
@@ -196,8 +197,8 @@ def test_the_highest_score_is_trained_first(
 
 
 def test_what_is_resumed_has_scores_too(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
-    data.shuffle, data.tasks_per_step = False, 1
-    data.selection = rft.Priority(lambda group: float(group.task_id))
+    data.task_set, data.tasks_per_step = rft.TaskSet(TASKS, shuffle=False), 1
+    data.buffer = rft.Buffer(selection=rft.Priority(lambda group: float(group.task_id)))
 
     def strategy() -> rft.SyncStrategy:
         return rft.FullyAsynchronous(max_staleness=5)
@@ -210,7 +211,7 @@ def test_what_is_resumed_has_scores_too(data: rft.RFTDataModule, tiny_model_path
         scored.append(group.task_id)
         return -float(group.task_id)
 
-    data.selection = rft.Priority(score)
+    data.buffer = rft.Buffer(selection=rft.Priority(score))
     module = fit(data, tiny_model_path, tmp_path, strategy(), max_steps=6, resume=tmp_path / "step=1.ckpt")
     tasks = [int(group.task_id) for batch in module.batches[1:] for group in batch]
     assert tasks == sorted(tasks)
@@ -223,7 +224,7 @@ def test_a_score_that_is_not_finite_ends_the_run(
     def unsure(group: rft.Group) -> float:
         return float("nan")
 
-    data.selection = rft.Priority(unsure)
+    data.buffer = rft.Buffer(selection=rft.Priority(unsure))
     with pytest.raises(rft.ConfigurationError, match=r"Priority\(score=.*unsure\) returned nan"):
         fit(data, tiny_model_path, tmp_path, rft.FullyAsynchronous())
 
@@ -232,7 +233,7 @@ def test_a_score_that_is_not_finite_ends_the_run(
 def test_groups_come_along_once_more(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, accumulate: int
 ) -> None:
-    data.replay = rft.Replay(times=2)
+    data.buffer = rft.Buffer(replay=rft.Replay(times=2))
     strategy = rft.Synchronous(sync_interval=3)  # batches 0 to 2 are of version 0, 3 to 5 of version 3
     module = fit(data, tiny_model_path, tmp_path, strategy, max_steps=6, accumulate_grad_batches=accumulate)
     batches = [sorted(tuple(group.key) for group in batch) for batch in module.batches]
@@ -255,7 +256,7 @@ def test_groups_come_along_once_more(
 def test_replays_keep_the_bound(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, strategy: Callable[[], rft.SyncStrategy]
 ) -> None:
-    data.replay = rft.Replay(times=3, groups=4)
+    data.buffer = rft.Buffer(replay=rft.Replay(times=3, groups=4))
     module = fit(data, tiny_model_path, tmp_path, strategy(), max_steps=6)
     trainings = Counter(group.key for batch in module.batches for group in batch)
     assert 2 <= max(trainings.values()) <= 3
@@ -268,7 +269,7 @@ def test_replays_keep_the_bound(
 def test_an_epoch_is_resumed_with_no_replay_left(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    data.replay = rft.Replay()
+    data.buffer = rft.Buffer(replay=rft.Replay())
     fit(data, tiny_model_path, tmp_path, rft.Synchronous(sync_interval=3), max_steps=2)
     saved = tmp_path / "step=1.ckpt"
     module = fit(data, tiny_model_path, tmp_path, rft.Synchronous(sync_interval=3), max_steps=3, resume=saved)

@@ -72,7 +72,9 @@ def fit(data: rft.RFTDataModule, model: Path, folder: Path, **settings: Any) -> 
 
 
 def make_data(buffer: Path, **changes: Any) -> rft.RFTDataModule:
-    return rft.RFTDataModule(**{"explorers": 0, "buffer": buffer, "tasks_per_step": 4, "seed": 1} | changes)
+    return rft.RFTDataModule(
+        **{"explorers": 0, "buffer": buffer, "tasks_per_step": 4, "sampling": rft.Sampling(seed=1)} | changes
+    )
 
 
 def test_every_epoch_trains_every_group_once(stored: Path, tiny_model_path: Path, tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_every_epoch_trains_every_group_once(stored: Path, tiny_model_path: Path
 
 
 def test_in_order_and_resumed_in_mid_epoch(stored: Path, tiny_model_path: Path, tmp_path: Path) -> None:
-    data = make_data(stored, shuffle=False)
+    data = make_data(rft.Buffer(stored, shuffle=False))
     assert fit(data, tiny_model_path, tmp_path, max_steps=2).seen == [list("0123"), list("4567")]
     rest = fit(data, tiny_model_path, tmp_path, max_steps=4, ckpt_path=tmp_path / "end.ckpt")
     assert rest.seen == [list("89"), list("0123")]

@@ -89,11 +89,11 @@ def test_an_explorer_that_is_stopped_is_ended(start: Start) -> None:
                 if self.version == 1 and once("stopped"):
                     os.kill(os.getpid(), signal.SIGSTOP)
                 return super().step()
-        report(fit(engine=Engine(), max_restarts=1, rollout_timeout_s=3))
+        report(fit(engine=Engine(), max_restarts=1, timeouts=rft.Timeouts(progress_s=3)))
     """)
     found = outcome(script)
     assert (found["steps"], found["explorer_restarts"], found["failed_groups"]) == (3, 1, 0)
-    assert "had work but made no progress for rollout_timeout_s=3" in script.stderr
+    assert "had work but made no progress for Timeouts(progress_s=3)" in script.stderr
 
 
 def test_an_engine_that_hangs_while_its_process_lives(start: Start) -> None:
@@ -103,7 +103,7 @@ def test_an_engine_that_hangs_while_its_process_lives(start: Start) -> None:
                 if self.version == 1 and once("hanging"):
                     time.sleep(3600)
                 return super().step()
-        report(fit(engine=Engine(), max_restarts=1, rollout_timeout_s=3))
+        report(fit(engine=Engine(), max_restarts=1, timeouts=rft.Timeouts(progress_s=3)))
     """)
     assert outcome(script)["explorer_restarts"] == 1
 
@@ -150,7 +150,8 @@ def test_rewards_that_fail_now_and_then(start: Start, retries: int) -> None:
                 raise LookupError("now and then")
             return float(len(completion) % 3)
         tasks = [f"1 + {{index}} =" for index in range(20)]
-        report(fit(reward=reward, tasks=tasks, tasks_per_step=2, samples_per_task=4, retries={retries}))
+        tolerance = rft.Tolerance({retries})
+        report(fit(reward=reward, tasks=tasks, tasks_per_step=2, samples_per_task=4, tolerance=tolerance))
     """)
     found = outcome(script)
     assert found["steps"] == 10
@@ -171,7 +172,7 @@ def test_a_reward_that_hangs_now_and_then(start: Start, hang: str) -> None:
             if once("hung"):
                 {hang}
             return float(len(completion) % 3)
-        report(fit(reward=reward, reward_timeout_s=1, retries=1))
+        report(fit(reward=reward, timeouts=rft.Timeouts(reward_s=1), tolerance=rft.Tolerance(1)))
     """)
     found = outcome(script)
     assert (found["steps"], found["retried_samples"], found["explorer_restarts"]) == (3, 1, 0)
@@ -183,7 +184,7 @@ def test_an_async_reward_that_holds_up_its_explorer(start: Start) -> None:
             if once("hung"):
                 time.sleep(3600)  # not asyncio.sleep: nothing else in this process runs on
             return float(len(completion) % 3)
-        report(fit(reward=reward, max_restarts=1, rollout_timeout_s=3))
+        report(fit(reward=reward, max_restarts=1, timeouts=rft.Timeouts(progress_s=3)))
     """)
     found = outcome(script)
     assert (found["steps"], found["explorer_restarts"]) == (3, 1)
@@ -196,7 +197,7 @@ def test_a_workflow_that_waits_for_ever(start: Start) -> None:
             if once("hung"):
                 await asyncio.sleep(3600)
             return await policy(task.prompt)
-        report(fit(workflow=workflow, sample_timeout_s=1, retries=1))
+        report(fit(workflow=workflow, timeouts=rft.Timeouts(sample_s=1), tolerance=rft.Tolerance(1)))
     """)
     found = outcome(script)
     assert (found["steps"], found["retried_samples"]) == (3, 1)

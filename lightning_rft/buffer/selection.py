@@ -18,7 +18,7 @@ _BATCHES = 8  # that may be refused in a row: by then hardly a task is worth any
 def has_signal(group: Group) -> bool:
     """Whether the rewards of a group differ; where they do not, group-relative advantages are all zero.
 
-    As ``RFTDataModule(group_filter=has_signal)`` this is the dynamic sampling of DAPO,
+    As ``Buffer(group_filter=has_signal)`` this is the dynamic sampling of DAPO,
     `Yu et al. 2025 <https://arxiv.org/abs/2503.14476>`_: every batch is full of groups with a gradient, and what the
     policy always or never solves costs only its exploration.
 
@@ -42,10 +42,6 @@ class Filter:
     """Applies a ``group_filter`` (None keeps everything), and ends a run that would explore for ever."""
 
     def __init__(self, keep: Callable[[Group], object] | None, tasks_per_step: int) -> None:
-        if keep is not None and not callable(keep):
-            raise ConfigurationError(
-                f"group_filter is {keep!r}, which cannot be called: give a function `group_filter(group) -> bool`"
-            )
         #: Groups refused so far.
         self.refused = 0
         self._keep = keep
@@ -108,7 +104,7 @@ class Priority:
     Whatever would be too old after a step is trained in it all the same, so no group waits for longer than the
     strategy's ``max_staleness`` allows. There is a choice only as long as less is explored ahead than that allows:
     explorers that keep up with the trainer explore everything as early as they may, and then it is due in the order of
-    issue. So set ``buffer_capacity``, to half of ``max_staleness * tasks_per_step`` for example.
+    issue. So set ``Buffer.capacity``, to half of ``max_staleness * tasks_per_step`` for example.
 
     Args:
         score: ``"reward_variance"``, ``"recency"``, or a function of a finished group that returns a finite number. It
@@ -120,7 +116,10 @@ class Priority:
     Example::
 
         data = RFTDataModule(
-            tasks=tasks, reward=reward, selection=Priority("reward_variance"), tasks_per_step=8, buffer_capacity=32
+            tasks=tasks,
+            reward=reward,
+            tasks_per_step=8,
+            buffer=Buffer(selection=Priority("reward_variance"), capacity=32),
         )
         trainer = L.Trainer(max_steps=100, callbacks=[FullyAsynchronous(max_staleness=8)])
     """
@@ -162,7 +161,7 @@ class Replay:
     They are groups that were trained fewer than ``times`` times and are still within the strategy's ``max_staleness``,
     the newest first; importance ratios correct for their age as for that of any other. They live in memory: after a
     resume there are none at first. As with :class:`Priority`, groups that are already as old as allowed when they are
-    trained cannot be replayed later: set ``buffer_capacity`` under an asynchronous strategy.
+    trained cannot be replayed later: set ``Buffer.capacity`` under an asynchronous strategy.
 
     Args:
         times: Maximum trainings of a group, the first included; at least 2.
@@ -173,7 +172,8 @@ class Replay:
 
     Example::
 
-        data = RFTDataModule(tasks=tasks, reward=reward, replay=Replay(times=2), tasks_per_step=8, buffer_capacity=16)
+        buffer = Buffer(replay=Replay(times=2), capacity=16)
+        data = RFTDataModule(tasks=tasks, reward=reward, tasks_per_step=8, buffer=buffer)
         trainer = L.Trainer(max_steps=100, callbacks=[FullyAsynchronous(max_staleness=4)])
     """
 

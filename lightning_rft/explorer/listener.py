@@ -120,7 +120,7 @@ class Listener:
                 for explorer in hung:
                     self._pool.kill(
                         explorer,
-                        f"had work but made no progress for rollout_timeout_s={self._roster.timeout_s:g} seconds",
+                        f"had work but made no progress for Timeouts(progress_s={self._roster.timeout_s:g})",
                     )
         except BaseException as error:
             self.failed(error)

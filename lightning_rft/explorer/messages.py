@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_rft.channel import Failure
 from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo
+from lightning_rft.settings import Sampling
 
 __all__ = [
     *("Advanced", "Cancel", "Connect", "Died", "Explore", "Explored", "Failed", "Load", "LoadFailed", "Loaded"),
@@ -32,7 +33,7 @@ class Explore:
         attempt: Counts how often the group was issued; an answer to an earlier attempt is recognised by it.
         task: What to answer.
         seeds: One for each sample; there are as many samples as seeds.
-        temperature: Softmax temperature, 0 for greedy.
+        sampling: How to answer, with nothing left out.
     """
 
     run: int
@@ -40,7 +41,7 @@ class Explore:
     attempt: int
     task: Task
     seeds: tuple[int, ...]
-    temperature: float
+    sampling: Sampling
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,6 @@ class ExplorerPool:
         self._logs = Path()
         self._placed: Sequence[str] | None = None
         self._threads = 1
-        self._start_timeout_s = 0.0
         self._members: dict[int, _Member] = {}
         self._next_index = 0
         self._vacant: list[tuple[float, int]] = []  # when to start a process again, and in which slot
@@ -144,7 +143,6 @@ class ExplorerPool:
     def start(
         self,
         spec: ExplorerSpec,
-        start_timeout_s: float,
         log_dir: Path | None = None,
         devices: Sequence[str] | None = None,
         threads: int | None = None,
@@ -153,7 +151,6 @@ class ExplorerPool:
 
         Args:
             spec: What every explorer runs.
-            start_timeout_s: Seconds within which an engine must be ready.
             log_dir: As for :meth:`launch`.
             devices: As for :meth:`launch`.
             threads: As for :meth:`launch`.
@@ -165,7 +162,7 @@ class ExplorerPool:
             return
         _check_travels(reward=spec.reward, workflow=spec.workflow)
         self.launch(log_dir, devices, threads)
-        self._spec, self._start_timeout_s = spec, start_timeout_s
+        self._spec = spec
         self.assigned = True
         for index in self._members:
             self._assign(index)
@@ -288,14 +285,17 @@ class ExplorerPool:
         return messages
 
     def _check_deadlines(self) -> None:
+        if self._spec is None:
+            return
+        limit = f"Timeouts(start_s={self._spec.timeouts.start_s:g})"
         for index, member in self._members.items():
             if member.started is None and time.monotonic() > member.deadline:
                 if member.slot in self._came_up:
-                    self.kill(index, f"was not ready again within start_timeout_s={self._start_timeout_s:g}")
+                    self.kill(index, f"was not ready again within {limit}")
                 else:
                     raise DeadlineError(
-                        f"only {len(self.up)} of {self.count} explorers were ready within start_timeout_s="
-                        f"{self._start_timeout_s:g}: see {member.process.log}, or raise the setting"
+                        f"only {len(self.up)} of {self.count} explorers were ready within {limit}: see "
+                        f"{member.process.log}, or raise the setting"
                     )
 
     def _spawn(self, slot: int) -> int:
@@ -308,7 +308,8 @@ class ExplorerPool:
         return index
 
     def _assign(self, index: int) -> None:
-        self._members[index].deadline = time.monotonic() + self._start_timeout_s
+        assert self._spec is not None
+        self._members[index].deadline = time.monotonic() + self._spec.timeouts.start_s
         self.send(index, self._spec)
 
     def _bury(self, index: int, error: Exception) -> None:

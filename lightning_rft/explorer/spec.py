@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.workflows.policy import Prompt, Workflow, encode_prompt
-from lightning_rft.explorer.workflows.single_turn import SingleTurn
-from lightning_rft.model_folder import check_model, context_length
+from lightning_rft.model_folder import context_length
+from lightning_rft.settings import Timeouts, Tolerance
 
-if TYPE_CHECKING:  # explorers import this file, and not Lightning
-    from lightning_rft.settings import Settings
-
-__all__ = ["ExplorerSpec", "explorer_spec", "fitting_length"]
+__all__ = ["ExplorerSpec", "fitting_length"]
 
 _MEASURED_PROMPTS = 512
 _PROMPT_ROOM = 128
@@ -30,70 +27,32 @@ class ExplorerSpec:
         model: Model path or hub name.
         workflow: Answers a task.
         reward: Scores an answer.
-        max_new_tokens: Most tokens of one answer.
-        max_model_len: Most tokens of prompt and answer together.
+        max_model_len: Maximum tokens of prompt and answer together.
         seed: Seed of the run.
-        retries: How often a sample is tried again when it raised.
-        reward_timeout_s: Seconds that one reward may take.
-        sample_timeout_s: Seconds that one sample may take, reward included.
+        tolerance: How often a sample is tried again.
+        timeouts: How long rewards, samples and the start of the engine may take.
     """
 
     engine: Engine
     model: str
     workflow: Workflow
     reward: Callable[..., Any]
-    max_new_tokens: int
     max_model_len: int
     seed: int
-    retries: int
-    reward_timeout_s: float
-    sample_timeout_s: float
-
-
-def explorer_spec(settings: Settings, model: str) -> ExplorerSpec:
-    """What every explorer runs, once it is certain that it can.
-
-    Args:
-        settings: What is set of the run.
-        model: Path of a folder, or hub name, of the trainer's model; explorers take it unless the engine names another.
-
-    Raises:
-        ConfigurationError: The model is not whole, the engine cannot run, or prompts do not fit.
-    """
-    assert settings.reward is not None, "checked when it was set"
-    model = settings.engine.model or model
-    check_model(model)
-    settings.engine.check()
-    return ExplorerSpec(
-        engine=settings.engine,
-        model=model,
-        workflow=settings.workflow,
-        reward=settings.reward,
-        max_new_tokens=settings.max_new_tokens,
-        max_model_len=fitting_length(
-            model,
-            [task.prompt for task in [*settings.tasks, *settings.val_tasks]],
-            max_new_tokens=settings.max_new_tokens,
-            max_model_len=settings.max_model_len,
-            single_turn=isinstance(settings.workflow, SingleTurn),
-        ),
-        seed=settings.seed,
-        retries=settings.retries,
-        reward_timeout_s=settings.reward_timeout_s,
-        sample_timeout_s=settings.sample_timeout_s,
-    )
+    tolerance: Tolerance
+    timeouts: Timeouts
 
 
 def fitting_length(
     model: str, prompts: Sequence[Prompt], *, max_new_tokens: int, max_model_len: int | None, single_turn: bool
 ) -> int:
-    """Tokens of prompt and answer together that engines are made for.
+    """Maximum tokens of prompt and answer together that engines are made for.
 
     Args:
         model: Path of a folder, or hub name.
         prompts: All that will be asked, at least one.
-        max_new_tokens: Most tokens of one answer.
-        max_model_len: What the user has set, which is then the result.
+        max_new_tokens: Maximum tokens per answer.
+        max_model_len: What the engine's description says, which is then the result.
         single_turn: Whether a prompt gets one answer; else turns may fill the model's context.
 
     Raises:
@@ -114,11 +73,11 @@ def fitting_length(
     # tokenising all of a large set would take minutes; the longest by characters are the longest by tokens, nearly
     longest = sorted(prompts, key=_characters, reverse=True)[:_MEASURED_PROMPTS]
     prompt_tokens = max(len(encode_prompt(tokenizer, prompt)) for prompt in longest)
-    context = max_model_len or context_length(model)
+    context = context_length(model) if max_model_len is None else max_model_len
     if context is not None and prompt_tokens > context:
         raise ConfigurationError(
             f"a prompt of {prompt_tokens} tokens is longer than the context of {context} tokens: shorten or drop it"
-            + ("" if max_model_len is None else ", or raise max_model_len")
+            + ("" if max_model_len is None else ", or raise the engine's max_model_len")
         )
     needed = prompt_tokens + max_new_tokens
     if context is not None and needed > context:

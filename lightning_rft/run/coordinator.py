@@ -23,10 +23,11 @@ from lightning_rft.explorer.roster import Roster
 from lightning_rft.monitor.activity import Activity
 from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
+from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.pusher import Pusher
-from lightning_rft.run.tolerance import Tolerance
 from lightning_rft.run.validation import Validation
+from lightning_rft.settings import Sampling, Timeouts
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Schedule
 from lightning_rft.sync.transports.transport import Transport, Weights
 
@@ -42,8 +43,8 @@ class Coordinator:
         schedule: Decides what is explored when.
         groups: What becomes of each group.
         pool: The explorers, started.
-        tolerance: How many samples may fail.
-        progress_timeout_s: Seconds without progress after which an explorer that has work is ended.
+        error_rate: Counts the samples that fail, and ends the run when there are too many.
+        timeouts: How long an explorer that has work may make no progress.
         check_interrupt: Called during every wait; raises to end it.
         folder: The run's own folder.
         transport: How weights travel.
@@ -59,8 +60,8 @@ class Coordinator:
         schedule: Schedule,
         groups: Groups,
         pool: ExplorerPool,
-        tolerance: Tolerance,
-        progress_timeout_s: float,
+        error_rate: ErrorRate,
+        timeouts: Timeouts,
         check_interrupt: Callable[[], None],
         folder: Path,
         transport: Transport,
@@ -72,11 +73,11 @@ class Coordinator:
         self._schedule = schedule
         self._groups = groups
         self._pool = pool
-        self._tolerance = tolerance
+        self._error_rate = error_rate
         self._load_label = transport.load_label
         self._activity = Activity(observers)
         self._status = status
-        self._roster = Roster(progress_timeout_s)
+        self._roster = Roster(timeouts.progress_s)
         self._listener = Listener(pool, self._roster, self._handle, check_interrupt)
         self._lock = self._listener.lock
         self.pusher = Pusher(
@@ -89,7 +90,7 @@ class Coordinator:
             failed=self._listener.failed,
             observe=self._activity.observe,
         )
-        self._validation = Validation((), run=groups.incarnation, samples=0, temperature=0.0)
+        self._validation = Validation((), run=groups.incarnation, samples=0, sampling=Sampling())
         self._due = False
         self._restarts = pool.restarts
 
@@ -120,7 +121,7 @@ class Coordinator:
 
         Raises:
             ScheduleError: It is not the batch that comes next.
-            DeadlineError: Explorers sent no news for ``rollout_timeout_s``.
+            DeadlineError: Explorers sent no news for ``Timeouts.progress_s``.
             Exception: Whatever failed in an explorer.
         """
         began = time.monotonic()
@@ -149,7 +150,7 @@ class Coordinator:
             The batch's number, and its groups.
 
         Raises:
-            DeadlineError: Explorers sent no news for ``rollout_timeout_s``.
+            DeadlineError: Explorers sent no news for ``Timeouts.progress_s``.
             Exception: Whatever failed in an explorer.
         """
         self._listener.raise_failures()
@@ -238,8 +239,8 @@ class Coordinator:
             return {
                 **self._activity.metrics(),
                 **self._groups.metrics(),
-                "rft/failed_samples": float(self._tolerance.failed),
-                "rft/retried_samples": float(self._tolerance.retried),
+                "rft/failed_samples": float(self._error_rate.failed),
+                "rft/retried_samples": float(self._error_rate.retried),
                 "rft/explorer_restarts": float(self._pool.restarts - self._restarts),
             }
 
@@ -251,12 +252,12 @@ class Coordinator:
 
     # What validation asks
 
-    def explore(self, tasks: Sequence[Task], *, samples: int, temperature: float) -> None:
+    def explore(self, tasks: Sequence[Task], *, samples: int, sampling: Sampling) -> None:
         """Has tasks answered beside the schedule, with whatever version is loaded."""
         self._listener.raise_failures()
         with self._lock:
             run = self._groups.incarnation
-            self._validation = Validation(tasks, run=run, samples=samples, temperature=temperature)
+            self._validation = Validation(tasks, run=run, samples=samples, sampling=sampling)
             self._ask()
 
     def explored(self, index: int) -> Group:
@@ -354,7 +355,7 @@ class Coordinator:
             if not self._roster.any_needs_weights:
                 raise DeadlineError(
                     f"waited {silence():.0f} s for {what} without any news from the "
-                    f"explorers: raise rollout_timeout_s, now {self._roster.timeout_s:g}, or see their logs"
+                    f"explorers: raise Timeouts(progress_s={self._roster.timeout_s:g}), or see their logs"
                 )
 
     # What explorers report, on the listening thread
@@ -382,12 +383,12 @@ class Coordinator:
 
     def _answered(self, explorer: int, message: Explored, now: float) -> None:
         self._roster.answered(explorer, message.key, now)
-        self._tolerance.take(message, f"explorer {explorer}")
+        self._error_rate.take(message, f"explorer {explorer}")
         self._validation.answered(message)
 
     def _explored(self, explorer: int, message: Explored, now: float) -> None:
         began = self._roster.answered(explorer, message.key, now)
-        self._tolerance.take(message, f"explorer {explorer}")
+        self._error_rate.take(message, f"explorer {explorer}")
         key, group = message.key, Group(message.key, message.task_id, message.experiences)
         oldest = group.oldest_version if group.experiences else None
         self._activity.observe(f"explorer {explorer}", "rollout", began, oldest, key.batch)

@@ -14,6 +14,7 @@ from lightning_rft.experience import Group, GroupKey, Progress
 from lightning_rft.explorer.messages import Explore, Explored
 from lightning_rft.run.resume import run_state
 from lightning_rft.run.validation import Validation
+from lightning_rft.settings import Sampling
 from lightning_rft.tasks.plan import TaskCursor
 
 __all__ = ["Groups"]
@@ -33,7 +34,7 @@ class Groups:
         incarnation: Number of this run in the ledger; explorers' answers carry it.
         samples_per_task: Samples of a group.
         min_samples: With fewer that succeeded, a group has failed, and another task takes its place.
-        temperature: Softmax temperature of training samples.
+        sampling: How training samples.
         max_staleness: The strategy's bound; what is older is explored again.
         group_filter: Says which groups are not to be trained: another task takes the place of each.
         score: Says what is to be trained first, where the strategy leaves a choice; ``None`` for the oldest.
@@ -48,7 +49,7 @@ class Groups:
         incarnation: int,
         samples_per_task: int,
         min_samples: int,
-        temperature: float,
+        sampling: Sampling,
         max_staleness: int,
         group_filter: Filter,
         score: Callable[[Group], float] | None,
@@ -61,7 +62,7 @@ class Groups:
         self._ledger = ledger
         self._cursor = cursor
         self._min_samples = min_samples
-        self._temperature = temperature
+        self._sampling = sampling
         self._max_staleness = max_staleness
         self._filter = group_filter
         self._score = score
@@ -83,7 +84,7 @@ class Groups:
     def _asks(self, key: GroupKey) -> Explore:
         seeds = tuple(self._cursor.sample_seed(key, sample) for sample in range(self.samples_per_task))
         self._attempts[key] += 1
-        return Explore(self.incarnation, key, self._attempts[key], self._cursor.task(key), seeds, self._temperature)
+        return Explore(self.incarnation, key, self._attempts[key], self._cursor.task(key), seeds, self._sampling)
 
     def drop(self, key: GroupKey) -> None:
         """Gives a group up, to be issued again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.buffer.reader import stored_keys
 from lightning_rft.buffer.selection import Filter, ReplayMemory
+from lightning_rft.experience import Task
 from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.run.coordinator import Coordinator
+from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.placement import cpu_threads
 from lightning_rft.run.resume import begin_or_resume, buffer_path, progress_at
-from lightning_rft.run.tolerance import Tolerance
-from lightning_rft.settings import Settings
+from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
 from lightning_rft.sync.exploration import Exploration
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
@@ -38,10 +40,19 @@ class Run:
     """Opens the buffer, begins or resumes a run in it, and has the explorers start on it.
 
     Args:
-        settings: What is set of the run.
         trainer: In the call that is the run.
         strategy: The trainer's sync strategy.
         pool: The explorers, started.
+        tasks: What is answered.
+        steps_per_epoch: Batches of an epoch.
+        shuffle: Whether each epoch has an order of its own.
+        tasks_per_step: Groups of a batch.
+        samples_per_task: Samples of a group.
+        sampling: How training samples.
+        tolerance: How many samples may fail.
+        timeouts: How long explorers may make no progress.
+        buffer: Where experience is kept, and which groups are trained.
+        observers: Called with every span of the timeline.
         folder: The run's own folder.
         saved: What :meth:`state_dict` returned, to go on from there; empty for a new run.
         check_interrupt: Called during every wait; raises to end it.
@@ -54,37 +65,46 @@ class Run:
 
     def __init__(
         self,
-        settings: Settings,
         trainer: L.Trainer,
         strategy: SyncStrategy,
         pool: ExplorerPool,
         *,
+        tasks: Sequence[Task],
+        steps_per_epoch: int,
+        shuffle: bool,
+        tasks_per_step: int,
+        samples_per_task: int,
+        sampling: Sampling,
+        tolerance: Tolerance,
+        timeouts: Timeouts,
+        buffer: Buffer,
+        observers: Sequence[Callable[[Span], None]],
         folder: Path,
         saved: Mapping[str, Any],
         check_interrupt: Callable[[], None],
         gathered: Callable[[], Weights],
     ) -> None:
         explores_only = trainer.state.fn == TrainerFn.PREDICTING
-        items = micro_batches(trainer, settings.steps_per_epoch)
-        progress = progress_at(trainer.global_step, saved, settings.samples_per_task)
+        items = micro_batches(trainer, steps_per_epoch)
+        progress = progress_at(trainer.global_step, saved, samples_per_task)
         cursor = TaskCursor(
             TaskPlan(
-                tasks=settings.tasks,
-                tasks_per_step=settings.tasks_per_step,
+                tasks=tasks,
+                tasks_per_step=tasks_per_step,
                 # what limits leave out of exploring is what failed tasks are replaced with
-                batches_per_epoch=settings.steps_per_epoch
+                batches_per_epoch=steps_per_epoch
                 if explores_only
                 else max(1, -(-items // trainer.accumulate_grad_batches)),
-                shuffle=settings.shuffle,
-                seed=settings.seed,
+                shuffle=shuffle,
+                seed=sampling.seed or 0,
                 first_batch=trainer.global_step,
                 first_epoch=trainer.current_epoch,
             ),
             saved.get("cursor"),
         )
-        score = settings.selection
-        self._path = path = buffer_path(settings.buffer, saved, folder)
-        self._samples_per_task = settings.samples_per_task
+        score = buffer.selection
+        self._path = path = buffer_path(buffer.path, saved, folder)
+        self._samples_per_task = samples_per_task
         with ExitStack() as ends:
             ledger = Ledger.open(path)
             ends.callback(ledger.close)
@@ -95,7 +115,7 @@ class Run:
                     size=cursor.plan.size,
                     first=progress.version,
                     stop=stop_batch(trainer, cursor.plan.batches_per_epoch if items else 0),
-                    capacity=None if explores_only else settings.buffer_capacity,  # only training makes room
+                    capacity=None if explores_only else buffer.capacity,  # only training makes room
                     progress=progress,
                     ready=ready,
                     scores={} if score is None else {group.key: score(group) for group in ledger.read(ready)},
@@ -104,23 +124,26 @@ class Run:
                     ledger=ledger,
                     cursor=cursor,
                     incarnation=incarnation,
-                    samples_per_task=settings.samples_per_task,
-                    min_samples=_min_samples(settings, trainer),
-                    temperature=settings.temperature,
+                    samples_per_task=samples_per_task,
+                    min_samples=tolerance.needed(
+                        samples_per_task,
+                        bool(trainer.lightning_module.objective.needs_group),  # type: ignore[union-attr]
+                    ),
+                    sampling=sampling,
                     max_staleness=strategy.max_staleness,
-                    group_filter=Filter(settings.group_filter, settings.tasks_per_step),
+                    group_filter=Filter(buffer.group_filter, tasks_per_step),
                     score=score,
-                    replay=ReplayMemory(settings.replay, settings.tasks_per_step, strategy.max_staleness),
+                    replay=ReplayMemory(buffer.replay, tasks_per_step, strategy.max_staleness),
                 ),
                 pool=pool,
-                tolerance=Tolerance(settings.max_error_rate, 2 * settings.tasks_per_step * settings.samples_per_task),
-                progress_timeout_s=settings.rollout_timeout_s,
+                error_rate=ErrorRate(tolerance.max_error_rate, 2 * tasks_per_step * samples_per_task),
+                timeouts=timeouts,
                 check_interrupt=check_interrupt,
                 folder=folder,
                 transport=strategy.transport,
                 background=strategy.asynchronous,
                 gathered=gathered,
-                observers=settings.observers,
+                observers=observers,
                 status=StatusLine(trainer),
             )
             if explores_only:
@@ -130,7 +153,7 @@ class Run:
             if trainer.strategy.root_device.type == "cpu" and trainer.world_size == 1:
                 before = torch.get_num_threads()
                 ends.callback(torch.set_num_threads, before)
-                torch.set_num_threads(min(before, cpu_threads(trainer, strategy, settings.explorers)[1]))
+                torch.set_num_threads(min(before, cpu_threads(trainer, strategy, pool.count)[1]))
             if saved:
                 restore_rng(saved["rng"])
             self._ends = ends.pop_all()
@@ -146,13 +169,6 @@ class Run:
     def close(self) -> None:
         """Ends the run, closes the buffer and gives the trainer its threads back."""
         self._ends.close()
-
-
-def _min_samples(settings: Settings, trainer: L.Trainer) -> int:
-    if settings.min_samples is not None:
-        return settings.min_samples
-    needed = 2 if trainer.lightning_module.objective.needs_group else 1  # type: ignore[union-attr]
-    return min(settings.samples_per_task, max(needed, -(-settings.samples_per_task // 2)))
 
 
 def _tell_explored(ledger: Ledger, path: Path) -> None:

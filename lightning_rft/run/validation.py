@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning_rft.experience import Group, GroupKey, Task
 from lightning_rft.explorer.messages import Explore, Explored
+from lightning_rft.settings import Sampling
 
 __all__ = ["Validation"]
 
@@ -19,13 +20,13 @@ class Validation:
         tasks: The tasks.
         run: Number of the run that asks.
         samples: Answers to each.
-        temperature: Softmax temperature.
+        sampling: How they are sampled.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, run: int, samples: int, temperature: float) -> None:
+    def __init__(self, tasks: Sequence[Task], *, run: int, samples: int, sampling: Sampling) -> None:
+        seeds = tuple((sampling.seed or 0) + sample for sample in range(samples))
         self._questions = [
-            Explore(run, GroupKey(_BATCH, index), 0, task, tuple(range(samples)), temperature)
-            for index, task in enumerate(tasks)
+            Explore(run, GroupKey(_BATCH, index), 0, task, seeds, sampling) for index, task in enumerate(tasks)
         ]
         #: By index of the task; without the samples that failed.
         self.answers: dict[int, Group] = {}

@@ -313,8 +313,8 @@ class Schedule:
         largest = max((self._size(batch) for batch in batches), default=0)
         if self._capacity is not None and self._capacity < largest:
             raise ConfigurationError(
-                f"buffer_capacity={self._capacity} is below one batch of tasks_per_step={largest} groups, so no batch "
-                f"could ever be completed: set buffer_capacity to at least {largest}"
+                f"Buffer(capacity={self._capacity}) is below one batch of tasks_per_step={largest} groups, so no batch "
+                f"could ever be completed: set capacity to at least {largest}"
             )
 
     def _keep(self, ready: Mapping[GroupKey, int], progress: Progress) -> list[Action]:

@@ -242,7 +242,7 @@ class TaskCursor:
 def _check_unchanged(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     for name, value in now.items():
         if value != saved[name]:
-            hint = " (from steps_per_epoch and limit_train_batches)" if name == "batches_per_epoch" else ""
+            hint = " (from TaskSet(steps_per_epoch=...) and limit_train_batches)" if name == "batches_per_epoch" else ""
             raise ConfigurationError(
                 f"{name}{hint} is {value!r}, but {saved[name]!r} in the checkpoint: tasks would be skipped or repeated."
                 " Set it as it was, or start a new run without ckpt_path"

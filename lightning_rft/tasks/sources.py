@@ -67,7 +67,8 @@ def read_tasks(tasks: Tasks, setting: str, at_most: int | None) -> list[Task]:
     if isinstance(tasks, (str, Path)):
         tasks = read_jsonl(tasks)
     if at_most is None and not hasattr(tasks, "__len__"):
-        raise ConfigurationError(f"{setting} has no length: set steps_per_epoch, or give a list")
+        way_out = "set TaskSet(steps_per_epoch=...), or " if setting == "tasks" else ""
+        raise ConfigurationError(f"{setting} has no length: {way_out}give a list")
     return as_tasks(islice(tasks, at_most), setting=setting)
 
 

@@ -38,8 +38,3 @@ def test_no_filter_keeps_everything() -> None:
     groups = Filter(None, tasks_per_step=1)
     assert not any(groups.refuses(make_group()) for _ in range(20))
     assert groups.refused == 0
-
-
-def test_what_is_no_filter() -> None:
-    with pytest.raises(ConfigurationError, match="group_filter is 'has_signal', which cannot be called"):
-        Filter("has_signal", tasks_per_step=1)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from lightning_rft.explorer.messages import Explore, Explored, Started
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
+from lightning_rft.settings import Sampling, Timeouts, Tolerance
 from tests.processes import MARK, LightEngine, alive, until
 
 
@@ -32,23 +33,21 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def make_pool(
-    model: Path, log_dir: Path, *, count: int = 1, start_timeout_s: float = 60, max_restarts: int = 0, **changes: Any
+    model: Path, log_dir: Path, *, count: int = 1, start_s: float = 60, max_restarts: int = 0, **changes: Any
 ) -> tuple[ExplorerPool, Callable[[], None]]:
     settings: dict[str, Any] = {
         "engine": LightEngine(),
         "model": str(model),
         "workflow": SingleTurn(),
         "reward": lambda completion, task: 1.0,
-        "max_new_tokens": 8,
         "max_model_len": 50,
         "seed": 0,
-        "retries": 0,
-        "reward_timeout_s": 30.0,
-        "sample_timeout_s": 30.0,
+        "tolerance": Tolerance(retries=0),
+        "timeouts": Timeouts(reward_s=30.0, sample_s=30.0, start_s=start_s),
     }
     spec = ExplorerSpec(**settings | changes)
     pool = ExplorerPool(spec.engine, count, log_dir=log_dir, max_restarts=max_restarts)
-    return pool, lambda: pool.start(spec, start_timeout_s)
+    return pool, lambda: pool.start(spec)
 
 
 def heard(pool: ExplorerPool, kind: type, count: int = 1) -> list[tuple[int, Any]]:
@@ -79,7 +78,7 @@ def test_a_life(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
     assert pool.dtype == "float32"
     assert not pool.nccl
     for index in range(2):
-        pool.send(index, Explore(0, GroupKey(0, index), 1, Task("1", id=str(index)), (1,), 1.0))
+        pool.send(index, Explore(0, GroupKey(0, index), 1, Task("1", id=str(index)), (1,), Sampling(8, 1.0)))
     answers = {index: message.experiences[0].task_id for index, message in heard(pool, Explored, 2)}
     assert answers == {0: "0", 1: "1"}
     assert len(alive(mark)) == 4  # each has a process for its rewards
@@ -110,9 +109,9 @@ def hanging(log: str) -> LightEngine:
 
 
 def test_an_engine_that_does_not_start_in_time(tiny_model_path: Path, tmp_path: Path, mark: str) -> None:
-    pool, start = make_pool(tiny_model_path, tmp_path, start_timeout_s=0.3, engine=hanging("loading"))
+    pool, start = make_pool(tiny_model_path, tmp_path, start_s=0.3, engine=hanging("loading"))
     start()
-    with pytest.raises(DeadlineError, match=r"0 of 1 .* start_timeout_s=0.3: see .*explorer-0.log, or raise"):
+    with pytest.raises(DeadlineError, match=r"0 of 1 .* Timeouts\(start_s=0.3\): see .*explorer-0.log, or raise"):
         heard(pool, Started)
     pool.stop()
     assert not alive(mark)

@@ -156,7 +156,9 @@ def test_a_reward_that_hangs_is_killed_and_the_next_call_works() -> None:
 
     async def use(scorer: Scorer) -> None:
         first = await scorer("", TASK)
-        with pytest.raises(DeadlineError, match=r"task 't1' took longer than reward_timeout_s=0.5: make it faster or"):
+        with pytest.raises(
+            DeadlineError, match=r"task 't1' took longer than Timeouts\(reward_s=0.5\): make it faster or"
+        ):
             await scorer("hang", TASK)
         with pytest.raises(ProcessLookupError):
             os.kill(int(first), 0)
@@ -193,7 +195,7 @@ def test_an_async_reward_that_hangs_is_cancelled() -> None:
             raise
         return 1.0
 
-    with pytest.raises(DeadlineError, match=r"reward_timeout_s=0.01"):
+    with pytest.raises(DeadlineError, match=r"reward_s=0.01"):
         scored(reward, lambda scorer: scorer("", TASK), timeout_s=0.01)
     assert cancelled == [True]
 

@@ -22,8 +22,10 @@ from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.main import Explorer
 from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
+from lightning_rft.settings import Sampling, Timeouts, Tolerance
 
-GROUP = Explore(run=5, key=GroupKey(3, 1), attempt=1, task=Task("1 + 1 =", id="t"), seeds=(7, 8), temperature=1.0)
+SAMPLING = Sampling(max_new_tokens=8, temperature=1.0, seed=0)
+GROUP = Explore(run=5, key=GroupKey(3, 1), attempt=1, task=Task("1 + 1 =", id="t"), seeds=(7, 8), sampling=SAMPLING)
 
 
 @contextmanager
@@ -51,12 +53,10 @@ def answers(model: Path, *messages: Any, replies: int = 1, **changes: Any) -> li
         "model": str(model),
         "workflow": SingleTurn(),
         "reward": lambda completion, task: 1.0,
-        "max_new_tokens": 8,
         "max_model_len": 50,
         "seed": 0,
-        "retries": 2,
-        "reward_timeout_s": 30.0,
-        "sample_timeout_s": 30.0,
+        "tolerance": Tolerance(retries=2),
+        "timeouts": Timeouts(reward_s=30.0, sample_s=30.0),
     }
 
     async def run() -> list[Any]:
@@ -110,7 +110,7 @@ def test_a_sample_is_tried_again_as_often_as_asked(tiny_model_path: Path, retrie
         tries[completion] += 1
         raise LookupError("never")
 
-    assert isinstance(fails_with(tiny_model_path, reward=reward, retries=retries), LookupError)
+    assert isinstance(fails_with(tiny_model_path, reward=reward, tolerance=Tolerance(retries=retries)), LookupError)
     assert max(tries.values()) == retries + 1
 
 
@@ -164,9 +164,9 @@ def test_an_error_in_a_step_of_the_engine(tiny_model_path: Path) -> None:
 
 
 def test_a_cancelled_run_is_forgotten_and_others_go_on(tiny_model_path: Path) -> None:
-    other = Explore(run=6, key=GroupKey(0, 0), attempt=1, task=Task("2", id="u"), seeds=(1,), temperature=1.0)
+    other = Explore(run=6, key=GroupKey(0, 0), attempt=1, task=Task("2", id="u"), seeds=(1,), sampling=SAMPLING)
     endless = FakeEngine(mean_tokens=10_000, tokens_per_second=50.0)
-    (answer,) = answers(tiny_model_path, GROUP, Cancel(run=5), other, engine=endless, max_new_tokens=40)
+    (answer,) = answers(tiny_model_path, GROUP, Cancel(run=5), other, engine=endless)
     assert isinstance(answer, Explored)
     assert answer.run == 6
 
@@ -186,12 +186,12 @@ def test_groups_that_arrive_together_begin_with_the_same_step_of_the_engine(tiny
         return await policy(task.prompt)
 
     calls: list[str] = []
-    other = Explore(run=5, key=GroupKey(3, 2), attempt=1, task=Task("2", id="u"), seeds=(1, 2, 3), temperature=1.0)
+    other = Explore(run=5, key=GroupKey(3, 2), attempt=1, task=Task("2", id="u"), seeds=(1, 2, 3), sampling=SAMPLING)
     answers(tiny_model_path, Several((GROUP, other)), engine=Watched(), workflow=workflow, replies=2)
     assert calls[:6] == ["add"] * 5 + ["step"]
 
 
 def test_messages_that_arrive_together_are_handled_in_order(tiny_model_path: Path) -> None:
-    other = Explore(run=6, key=GroupKey(0, 0), attempt=1, task=Task("2", id="u"), seeds=(1,), temperature=1.0)
+    other = Explore(run=6, key=GroupKey(0, 0), attempt=1, task=Task("2", id="u"), seeds=(1,), sampling=SAMPLING)
     (answer,) = answers(tiny_model_path, Several((GROUP, Cancel(run=5), other)))
     assert answer.run == 6

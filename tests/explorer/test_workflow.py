@@ -14,6 +14,7 @@ from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.workflows.policy import Policy, encode_prompt
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
+from lightning_rft.settings import Sampling
 
 CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
 
@@ -39,8 +40,7 @@ class Sampler:
 def make_policy(tokenizer: Any, sampler: Sampler, **changes: Any) -> Policy:
     settings: dict[str, Any] = {
         "name": "run/3/1",
-        "temperature": 0.7,
-        "max_new_tokens": 5,
+        "sampling": Sampling(max_new_tokens=5, temperature=0.7),
         "max_model_len": 50,
         "seed": 11,
     }

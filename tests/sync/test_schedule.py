@@ -467,7 +467,7 @@ def test_what_cannot_be_is_refused(event: Callable[[Schedule], Any], message: st
 
 
 def test_capacity_below_a_batch_is_refused():
-    with pytest.raises(ConfigurationError, match=r"buffer_capacity=3 .* at least 4"):
+    with pytest.raises(ConfigurationError, match=r"capacity=3\) .* at least 4"):
         Schedule(Synchronous(), size=lambda batch: 4, capacity=3)
     with pytest.raises(ConfigurationError, match=r"at least 4"):  # though the first batch is a short one
         Schedule(Synchronous(), size=lambda batch: 4 if batch else 1, capacity=3)

@@ -96,6 +96,9 @@ class Engine(ABC):
     nccl: bool = False
     #: Most requests that run at once; more would wait inside the engine, and get no newer weights meanwhile.
     max_num_seqs: int = 64
+    #: Maximum tokens of prompt and answer together that the engine is made for; ``None``: what the prompts need, or the
+    #: model's context with a workflow of the user's own.
+    max_model_len: int | None = None
     #: Weight-holding processes inside this engine (tensor times pipeline parallel size).
     world_size: int = 1
 

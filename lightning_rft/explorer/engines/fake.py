@@ -44,6 +44,8 @@ class FakeEngine(Engine):
         mean_tokens: Mean length of a completion before the cut, in tokens.
         vocab_size: Token ids are below it; every token has the log-prob ``-log(vocab_size)``.
         max_num_seqs: Most requests that run at once; others wait in order of arrival.
+        max_model_len: Maximum tokens of prompt and answer together; left out, what the prompts need, or the
+            model's context with a workflow of your own.
 
     Attributes:
         loaded: blake2b hex digest of each tensor's bytes at the last :meth:`load`, by name.
@@ -61,12 +63,14 @@ class FakeEngine(Engine):
         mean_tokens: int = 8,
         vocab_size: int = 64,
         max_num_seqs: int = 64,
+        max_model_len: int | None = None,
     ) -> None:
         self.model = model
         self.tokens_per_second = tokens_per_second
         self.mean_tokens = mean_tokens
         self.vocab_size = vocab_size
         self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
         self.loaded: dict[str, str] = {}
         self.version = -1
         self._running: list[_Running] = []

@@ -56,6 +56,8 @@ class TransformersEngine(Engine):
             GPU bfloat16, or float16 where it has no units for that.
         device: A torch device, or ``"auto"``: a GPU if there is one.
         max_batch_size: Most requests to run at once; more wait in order of arrival.
+        max_model_len: Maximum tokens of prompt and answer together; left out, what the prompts need, or the
+            model's context with a workflow of your own.
 
     Example::
 
@@ -63,12 +65,18 @@ class TransformersEngine(Engine):
     """
 
     def __init__(
-        self, model: str | None = None, dtype: str = "auto", device: str = "auto", max_batch_size: int = 64
+        self,
+        model: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_batch_size: int = 64,
+        max_model_len: int | None = None,
     ) -> None:
         self.model = model
         self.dtype = dtype
         self.device = device
         self.max_batch_size = self.max_num_seqs = max_batch_size
+        self.max_model_len = max_model_len
         self.version = -1
         self._queued: deque[_Running] = deque()
         self._running: list[_Running] = []  # row i of the batch is _running[i]

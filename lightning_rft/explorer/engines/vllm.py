@@ -36,6 +36,8 @@ class VLLMEngine(Engine):
             the hardware has units for it, else float16 on a GPU and float32 on a CPU.
         tensor_parallel_size: GPUs that share one engine.
         max_num_seqs: Most sequences that are decoded at the same time.
+        max_model_len: Maximum tokens of prompt and answer together; left out, what the prompts need, or the
+            model's context with a workflow of your own.
         gpu_memory_utilization: Share of a GPU's memory to take; lower it where the trainer uses the same GPU.
         cpu_cache_gib: Most GiB of KV cache on a CPU; no more is taken than ``max_num_seqs`` sequences can fill.
         enforce_eager: Skip compilation and CUDA graphs: a start in seconds against faster steps. Left out, true on
@@ -53,6 +55,7 @@ class VLLMEngine(Engine):
         dtype: str = "auto",
         tensor_parallel_size: int = 1,
         max_num_seqs: int = 64,
+        max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
         cpu_cache_gib: int = 4,
         enforce_eager: bool | None = None,
@@ -62,6 +65,7 @@ class VLLMEngine(Engine):
         self.dtype = dtype
         self.world_size = tensor_parallel_size
         self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
         self.gpu_memory_utilization = gpu_memory_utilization
         self.cpu_cache_gib = cpu_cache_gib
         self.enforce_eager = enforce_eager

@@ -59,7 +59,7 @@ class Explorer:
         self._channel = channel
         self._spec = spec
         self._stepper = Stepper(spec.engine, asyncio.get_running_loop())
-        self._scorer = Scorer(spec.reward, spec.reward_timeout_s)
+        self._scorer = Scorer(spec.reward, spec.timeouts.reward_s)
         self._scored = 0
         self._work: dict[asyncio.Task[None], Explore] = {}  # running groups
         self._tokenizer: Any = None
@@ -156,22 +156,23 @@ class Explorer:
                 raise  # trying again changes nothing
             except Exception:
                 attempt += 1
-                if attempt > self._spec.retries or self._stepper.error is not None:
+                if attempt > self._spec.tolerance.retries or self._stepper.error is not None:
                     raise
                 retried[0] += 1
 
     async def _in_time(self, sample: Coroutine[Any, Any, Experience], task: Task) -> Experience:
+        limit = self._spec.timeouts.sample_s
         # not wait_for: its TimeoutError could not be told from one that the workflow raised itself
         running = asyncio.ensure_future(sample)
         try:
-            await asyncio.wait([running], timeout=self._spec.sample_timeout_s)
+            await asyncio.wait([running], timeout=limit)
             if running.done():
                 return running.result()
         finally:
             running.cancel()
         raise DeadlineError(
-            f"a sample of task {task.id!r} took longer than sample_timeout_s={self._spec.sample_timeout_s:g}: make the "
-            "workflow faster or raise the setting"
+            f"a sample of task {task.id!r} took longer than Timeouts(sample_s={limit:g}): make the workflow faster or "
+            "raise the setting"
         )
 
     async def _try(self, request: Explore, index: int, seed: int, attempt: int, encoded: Encoded) -> Experience:
@@ -180,8 +181,7 @@ class Explorer:
             self._stepper.sample,
             self._tokenizer,
             name=f"{request.run}/{request.key.batch}/{request.key.slot}/{request.attempt}/{index}/{attempt}",
-            temperature=request.temperature,
-            max_new_tokens=spec.max_new_tokens,
+            sampling=request.sampling,
             max_model_len=spec.max_model_len,
             seed=seed,
             encoded=encoded,

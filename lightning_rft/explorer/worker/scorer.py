@@ -56,7 +56,7 @@ class Scorer:
         """The reward of a completion.
 
         Raises:
-            DeadlineError: The call took longer than ``reward_timeout_s``.
+            DeadlineError: The call took longer than ``timeout_s``.
             CancelledError: The scorer was stopped.
             ConfigurationError: What it returned is not a finite number.
             Exception: Whatever the reward raised.
@@ -131,8 +131,8 @@ class Scorer:
 
     def _late(self, task: Task) -> DeadlineError:
         return DeadlineError(
-            f"the reward of task {task.id!r} took longer than reward_timeout_s={self._timeout_s:g}: make it faster or "
-            "raise the setting"
+            f"the reward of task {task.id!r} took longer than Timeouts(reward_s={self._timeout_s:g}): make it faster "
+            "or raise the setting"
         )
 
     def _kill(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.settings import Sampling
 
 __all__ = ["Encoded", "Policy", "Prompt", "Workflow", "encode_prompt"]
 
@@ -33,9 +34,8 @@ class Policy:
         sample: Runs one request on the engine.
         tokenizer: A transformers tokenizer.
         name: Prefix of the request ids, unique among the samples that run at the same time.
-        temperature: Softmax temperature.
-        max_new_tokens: Most tokens of one answer.
-        max_model_len: Most tokens of prompt and answer together.
+        sampling: How every answer is sampled, with nothing left out.
+        max_model_len: Maximum tokens of prompt and answer together.
         seed: Seed of this sample.
         encoded: Prompts that were encoded and packed before, to be shared by the samples of a group, which mostly have
             the same.
@@ -47,8 +47,7 @@ class Policy:
         tokenizer: Any,
         *,
         name: str,
-        temperature: float,
-        max_new_tokens: int,
+        sampling: Sampling,
         max_model_len: int,
         seed: int,
         encoded: Encoded | None = None,
@@ -58,8 +57,8 @@ class Policy:
         self._sample = sample
         self._tokenizer = tokenizer
         self._name = name
-        self._temperature = temperature
-        self._max_new_tokens = max_new_tokens
+        assert sampling.max_new_tokens is not None and sampling.temperature is not None, "filled by the data module"
+        self._max_new_tokens, self._temperature = sampling.max_new_tokens, sampling.temperature
         self._max_model_len = max_model_len
         self._seed = seed
         self._encoded = {} if encoded is None else encoded

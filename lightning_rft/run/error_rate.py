@@ -1,4 +1,4 @@
-"""How many samples may fail: some rewards call other machines, and a few errors must not end a run of hours."""
+"""The share of samples that fail: some rewards call other machines, and a few errors must not end a run of hours."""
 
 from __future__ import annotations
 
@@ -6,32 +6,26 @@ import logging
 from collections import deque
 
 from lightning_rft.channel import Failure
-from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.messages import Explored
 
-__all__ = ["Tolerance"]
+__all__ = ["ErrorRate"]
 
 _log = logging.getLogger(__name__)
 
 
-class Tolerance:
+class ErrorRate:
     """Counts samples that failed, and ends the run when too many of the latest did.
 
     Args:
-        max_error_rate: Share of failed samples, above 0 and at most 1, that is still tolerated.
+        maximum: Share of failed samples that is still tolerated.
         window: How many samples are looked at. Until there are as many, the missing ones count as good: otherwise the
             very first failure would be a rate of 1.
-
-    Raises:
-        ConfigurationError: ``max_error_rate`` is out of range.
     """
 
-    def __init__(self, max_error_rate: float, window: int) -> None:
-        if not 0 < max_error_rate <= 1:
-            raise ConfigurationError(f"max_error_rate={max_error_rate} must be above 0 and at most 1")
-        self.max_error_rate = max_error_rate
+    def __init__(self, maximum: float, window: int) -> None:
         #: Samples that failed after every retry, and how often one was tried again.
         self.failed = self.retried = 0
+        self._maximum = maximum
         self._window = window
         self._latest: deque[tuple[int, int]] = deque()  # samples and failures of each group
         self._samples = self._failures = 0  # of the latest
@@ -62,5 +56,5 @@ class Tolerance:
             samples, failures = self._latest.popleft()
             self._samples -= samples
             self._failures -= failures
-        if self._first is not None and self._failures > self.max_error_rate * max(self._window, self._samples):
-            raise self._first.unpack(f"{where}; above max_error_rate={self.max_error_rate:g} by now")
+        if self._first is not None and self._failures > self._maximum * max(self._window, self._samples):
+            raise self._first.unpack(f"{where}; above Tolerance(max_error_rate={self._maximum:g}) by now")

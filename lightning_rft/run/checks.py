@@ -1,0 +1,155 @@
+"""Checks of settings against each other: before anything is started, with an error that names the setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.rewards import check_reward
+from lightning_rft.settings import Buffer, Sampling, Tolerance
+from lightning_rft.sync.strategy import SyncStrategy
+from lightning_rft.trainer.module import RFTModule
+
+__all__ = ["check_counts", "check_source", "check_together", "sync_strategies", "sync_strategy"]
+
+
+def check_counts(
+    *, tasks_per_step: int, samples_per_task: int, sampling: Sampling, tolerance: Tolerance, buffer: Buffer
+) -> None:
+    """Checks the numbers that must fit each other.
+
+    Raises:
+        ConfigurationError: One is out of range.
+    """
+    for setting, count in {"tasks_per_step": tasks_per_step, "samples_per_task": samples_per_task}.items():
+        if count < 1:
+            raise ConfigurationError(f"{setting}={count} must be at least 1")
+    if sampling.temperature == 0:
+        raise ConfigurationError(
+            f"temperature={sampling.temperature} must be above 0 in training: greedy samples of a group are all equal"
+        )
+    if buffer.capacity is not None and buffer.capacity < tasks_per_step:
+        raise ConfigurationError(
+            f"Buffer(capacity={buffer.capacity}) is below one batch of tasks_per_step={tasks_per_step} groups, so no "
+            f"batch could ever be completed: set capacity to at least {tasks_per_step}"
+        )
+    if tolerance.min_samples is not None and tolerance.min_samples > samples_per_task:
+        raise ConfigurationError(
+            f"Tolerance(min_samples={tolerance.min_samples}) must be at most samples_per_task={samples_per_task}"
+        )
+
+
+def check_source(*, explores: bool, reward: Callable[..., Any] | None, buffer: Buffer, validates: bool) -> None:
+    """Checks that experience can come from where it shall.
+
+    Args:
+        explores: Whether it comes from explorers, or else from a stored buffer.
+        reward: What explorers score with.
+        buffer: The buffer.
+        validates: Whether there are held-out tasks.
+
+    Raises:
+        ConfigurationError: Something that is needed is missing, or something is set that would not be heeded.
+    """
+    if explores:
+        if reward is None:
+            raise ConfigurationError("reward is missing: give a callable, or explorers=0 to train from a buffer")
+        check_reward(reward)
+        if not buffer.shuffle:
+            raise ConfigurationError(
+                "Buffer(shuffle=False) is for stored experience (explorers=0): set tasks=TaskSet(tasks, shuffle=False)"
+            )
+    elif buffer.path is None or validates:
+        raise ConfigurationError(
+            "explorers=0 trains from a stored buffer: set buffer=... to its file, and leave val_tasks out, since "
+            "nobody can answer them"
+        )
+    elif buffer.group_filter or buffer.selection or buffer.replay or buffer.capacity:
+        raise ConfigurationError(
+            "explorers=0 trains on all that is stored, epoch after epoch: leave the buffer's group_filter, selection, "
+            "replay and capacity out"
+        )
+
+
+def check_together(
+    trainer: L.Trainer, *, explorers: int, buffer: Buffer, samples_per_task: int, validates: bool
+) -> RFTModule:
+    """Checks settings, trainer, strategy and module against each other, as far as that needs no file.
+
+    Args:
+        trainer: In the call that is about to run.
+        explorers: Number of explorers; 0 trains from the buffer.
+        buffer: The buffer.
+        samples_per_task: Samples of a group.
+        validates: Whether there are held-out tasks.
+
+    Returns:
+        The module.
+
+    Raises:
+        ConfigurationError: They do not go together.
+    """
+    predicts = trainer.state.fn == TrainerFn.PREDICTING
+    if predicts and explorers == 0:
+        raise ConfigurationError("explorers=0 has nobody who explores: set explorers to 1 or more")
+    if predicts and str(buffer.path) == ":memory:":
+        raise ConfigurationError(
+            "buffer=':memory:' would be gone once the tasks are explored: set buffer to a file, or leave it out"
+        )
+    _check_strategy(trainer, explorers, buffer)
+    module = trainer.lightning_module
+    if not isinstance(module, RFTModule):
+        raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
+    if trainer.precision == "16-true":
+        raise ConfigurationError(
+            "Trainer(precision='16-true') lets small gradients vanish, since nothing scales the loss: set '16-mixed', "
+            "or 'bf16-mixed' where the hardware multiplies bfloat16"
+        )
+    if explorers > 0 and module.objective.needs_group and samples_per_task < 2:
+        raise ConfigurationError(
+            f"samples_per_task={samples_per_task} with {type(module.objective).__name__}, whose advantages "
+            "are relative to the other samples of a task: set samples_per_task to 2 or more"
+        )
+    if trainer.state.fn == TrainerFn.VALIDATING and not validates:
+        raise ConfigurationError("trainer.validate() needs RFTDataModule(val_tasks=[...])")
+    return module
+
+
+def sync_strategy(trainer: L.Trainer) -> SyncStrategy:
+    """The one sync strategy among a trainer's callbacks.
+
+    Raises:
+        ConfigurationError: There is none, or more than one.
+    """
+    found = sync_strategies(trainer)
+    if len(found) != 1:
+        names = " and ".join(type(callback).__name__ for callback in found) or "none"
+        raise ConfigurationError(
+            f"Trainer(callbacks=[...]) needs exactly one sync strategy, but has {names}: give it one, such as "
+            "lightning_rft.Synchronous()"
+        )
+    return found[0]
+
+
+def sync_strategies(trainer: L.Trainer) -> list[SyncStrategy]:
+    """All sync strategies among a trainer's callbacks."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, SyncStrategy)]
+
+
+def _check_strategy(trainer: L.Trainer, explorers: int, buffer: Buffer) -> None:
+    if explorers > 0:
+        strategy = sync_strategy(trainer)
+        strategy.check(explorers)
+        if buffer.selection is not None:
+            buffer.selection.check(type(strategy).__name__, strategy.asynchronous)
+        if buffer.replay is not None:
+            buffer.replay.check(type(strategy).__name__, strategy.max_staleness)
+    elif useless := sync_strategies(trainer):
+        raise ConfigurationError(
+            f"explorers=0 has nothing to synchronise: take {type(useless[0]).__name__} out of Trainer(callbacks=[...])"
+        )
