@@ -90,7 +90,7 @@ class Engine(ABC):
     dtype: str = "float32"
     #: Whether :meth:`connect` takes an NCCL link; decided by :meth:`start`.
     nccl: bool = False
-    #: Most requests that run at once; more would wait inside the engine, and get no newer weights meanwhile.
+    #: Most requests that run at once; it is given some more, which wait inside the engine in order of arrival.
     max_num_seqs: int = 64
     #: Weight-holding processes inside this engine (tensor times pipeline parallel size).
     world_size: int = 1
