@@ -10,8 +10,9 @@ turns, and both are started anew several times, since two processes that do the 
 as they live. ``ratio`` is the median of the rounds' ratios.
 
 A second case has several times as many samples as the engine has slots, and answers of very different lengths
-(lognormal, sigma 0.8): there the schedule issues a group whenever a slot is free, and the other side has all requests
-queued in the engine from the start. Its figure is ``crowded_ratio``. Writes ``benchmarks/results/rollout.json``.
+(lognormal, sigma 0.8): there the schedule issues a group whenever a slot is free, and the other side is the explorer's
+engine itself, with nothing around it and all requests queued in it from the start. Its figure is ``crowded_ratio``.
+Writes ``benchmarks/results/rollout.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ import lightning_rft as rft
 from benchmarks.overlap import restless, spans
 from lightning_rft.channel import Channel, spawn
 from lightning_rft.explorer.engines.engine import Request
+from lightning_rft.explorer.workflows.policy import encode_prompt
 from lightning_rft.hardware import available_cpus, fast_dtype
 from lightning_rft.testing import tiny_model
 
@@ -77,6 +79,13 @@ class Measured(rft.VLLMEngine):
     """Samples answers of the lengths of a case."""
 
     case: Case
+
+    @classmethod
+    def of(cls, case: Case, dtype: str, folder: Path) -> Measured:
+        """The engine for a case."""
+        engine = cls(dtype=dtype, max_num_seqs=case.slots, engine_args=endless(folder / "endless"))
+        engine.case = case
+        return engine
 
     def add(self, request: Request) -> None:
         """Queues a request with a limit of its own."""
@@ -139,12 +148,43 @@ def ours(model: Path, data: rft.RFTDataModule, batches: int) -> tuple[float, int
 def reference(fd: int) -> None:
     """The other side's process: an engine, and a round each time that it is asked for one."""
     channel = Channel(fd)
-    engine = rft.VLLMEngine()
-    engine.prepare()
+    rft.VLLMEngine().prepare()
+    case, settings = channel.receive()
+    if case["uneven"]:
+        queued(channel, Case(**case), settings)
+    else:
+        generated(channel, settings)
+
+
+def queued(channel: Channel, case: Case, settings: dict[str, Any]) -> None:
+    """Rounds of the explorer's engine with all requests at once."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Measured.of(case, settings["dtype"], Path(folder))
+        engine.start(settings["model"], max_model_len=settings["max_model_len"], seed=0)
+        tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+        channel.send(None)
+        while (asked := channel.receive()) is not None:
+            tasks, _ = asked
+            engine._alive.reset_prefix_cache()
+            began = time.perf_counter()
+            for index, task in enumerate(tasks):
+                prompt = encode_prompt(tokenizer, task.prompt)
+                for sample in range(SAMPLES):
+                    name = f"0/{index // GROUPS}/{index % GROUPS}/1/{sample}/0/0"
+                    engine.add(Request(name, prompt, max(case.lengths), seed=index * SAMPLES + sample))
+            tokens = 0
+            while engine.has_work:
+                tokens += sum(len(completion.token_ids) for completion in engine.step())
+            channel.send((time.perf_counter() - began, tokens))
+
+
+def generated(channel: Channel, settings: dict[str, Any]) -> None:
+    """Rounds of ``vllm.LLM.generate``."""
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
-    settings: dict[str, Any] = channel.receive()
     on_cpu = current_platform.is_cpu()
     llm = LLM(enforce_eager=on_cpu, async_scheduling=False, **({"block_size": 32} if on_cpu else {}), **settings)
     tokenizer = llm.get_tokenizer()
@@ -172,22 +212,19 @@ def rounds(model: Path, dtype: str, case: Case, repeats: int) -> Iterator[tuple[
     tasks = questions(case.batches)
     expected = sum(case.lengths)
     with beside("benchmarks.rollout") as channel, tempfile.TemporaryDirectory() as folder:
-        channel.send(
-            {
-                "model": str(model),
-                "dtype": dtype,
-                "max_model_len": MAX_MODEL_LEN,
-                "max_num_seqs": case.slots,
-                "logprobs_mode": "processed_logprobs",
-            }
-        )
+        settings = {
+            "model": str(model),
+            "dtype": dtype,
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_seqs": case.slots,
+            "logprobs_mode": "processed_logprobs",
+        }
+        channel.send((asdict(case), settings))
         channel.receive(DEADLINE_S)  # up; so that neither start disturbs the other's
-        engine = Measured(dtype=dtype, max_num_seqs=case.slots, engine_args=endless(Path(folder) / "endless"))
-        engine.case = case
         with rft.RFTDataModule(
             tasks=tasks,
             reward=restless,
-            engine=engine,
+            engine=Measured.of(case, dtype, Path(folder)),
             tasks_per_step=GROUPS,
             samples_per_task=SAMPLES,
             max_new_tokens=max(case.lengths),
@@ -234,7 +271,7 @@ def main() -> None:
             ]
             rates[f"{case}ratio"] = [ours / theirs for ours, theirs in both]
             rates[f"{case}ours_tokens_per_s"] = [ours for ours, _ in both]
-            rates[f"{case}vllm_tokens_per_s"] = [theirs for _, theirs in both]
+            rates[f"{case}{'engine' if case else 'vllm'}_tokens_per_s"] = [theirs for _, theirs in both]
     results: dict[str, Any] = {name: round(statistics.median(values), 3) for name, values in rates.items()}
     for name, values in rates.items():
         print(f"{name:26} {results[name]:8}   of", *(f"{value:.3f}" for value in values))
