@@ -7,7 +7,12 @@ decodes and scores them, and the answers are written to the buffer; nothing is t
 ``vllm.LLM.generate``, with the same prompts, number of samples, limits, dtype, threads and engine settings, a seed for
 every sample, and log-probs, which training needs. No token ends an answer, so both sample equally many. They take
 turns, and both are started anew several times, since two processes that do the same differ by up to a tenth for as long
-as they live. ``ratio`` is the median of the rounds' ratios. Writes ``benchmarks/results/rollout.json``.
+as they live. ``ratio`` is the median of the rounds' ratios.
+
+A second case has several times as many samples as the engine has slots, and answers of very different lengths
+(lognormal, sigma 0.8): there the schedule issues a group whenever a slot is free, and the other side is the explorer's
+engine itself, with nothing around it and all requests queued in it from the start. Its figure is ``crowded_ratio``.
+Writes ``benchmarks/results/rollout.json``.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -22,6 +28,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +39,60 @@ import torch
 import lightning_rft as rft
 from benchmarks.overlap import restless, spans
 from lightning_rft.channel import Channel, spawn
+from lightning_rft.explorer.engines.engine import Request
+from lightning_rft.explorer.workflows.policy import encode_prompt
 from lightning_rft.hardware import available_cpus, fast_dtype
 from lightning_rft.testing import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 RESULTS = Path(__file__).parent / "results"
-GROUPS, SAMPLES, MAX_MODEL_LEN, MAX_NUM_SEQS = 4, 8, 256, 64
+GROUPS, SAMPLES, MAX_MODEL_LEN = 4, 8, 256
+LONGEST, SIGMA = 4, 0.8  # of answers whose lengths differ, the former in means
 DEADLINE_S = 600.0  # for whatever another process is asked
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked, and of how large an engine."""
+
+    batches: int
+    tokens: int  # of an answer, or in the mean
+    slots: int
+    uneven: bool = False
+
+    def length(self, batch: int, slot: int, sample: int) -> int:
+        """Tokens of an answer."""
+        if not self.uneven:
+            return self.tokens
+        factor = random.Random(repr((batch, slot, sample))).lognormvariate(-(SIGMA**2) / 2, SIGMA)
+        return max(1, round(self.tokens * min(factor, LONGEST)))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of all answers, in order."""
+        order = ((b, slot, sample) for b in range(self.batches) for slot in range(GROUPS) for sample in range(SAMPLES))
+        return [self.length(*place) for place in order]
+
+
+class Measured(rft.VLLMEngine):
+    """Samples answers of the lengths of a case."""
+
+    case: Case
+
+    @classmethod
+    def of(cls, case: Case, dtype: str, folder: Path) -> Measured:
+        """The engine for a case."""
+        engine = cls(
+            dtype=dtype, max_num_seqs=case.slots, max_model_len=MAX_MODEL_LEN, engine_args=endless(folder / "endless")
+        )
+        engine.case = case
+        return engine
+
+    def add(self, request: Request) -> None:
+        """Queues a request with a limit of its own."""
+        _, batch, slot, _, sample, *_ = map(int, request.id.split("/"))
+        super().add(replace(request, max_new_tokens=self.case.length(batch, slot, sample)))
 
 
 class Consumes(rft.RFTModule):
@@ -97,26 +150,57 @@ def ours(model: Path, data: rft.RFTDataModule, batches: int) -> tuple[float, int
 def reference(fd: int) -> None:
     """The other side's process: an engine, and a round each time that it is asked for one."""
     channel = Channel(fd)
-    engine = rft.VLLMEngine()
-    engine.prepare()
+    rft.VLLMEngine().prepare()
+    case, settings = channel.receive()
+    if case["uneven"]:
+        queued(channel, Case(**case), settings)
+    else:
+        generated(channel, settings)
+
+
+def queued(channel: Channel, case: Case, settings: dict[str, Any]) -> None:
+    """Rounds of the explorer's engine with all requests at once."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Measured.of(case, settings["dtype"], Path(folder))
+        engine.start(settings["model"], max_model_len=settings["max_model_len"], seed=0)
+        tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+        channel.send(None)
+        while (asked := channel.receive()) is not None:
+            tasks, _ = asked
+            engine._alive.reset_prefix_cache()
+            began = time.perf_counter()
+            for index, task in enumerate(tasks):
+                prompt = encode_prompt(tokenizer, task.prompt)
+                for sample in range(SAMPLES):
+                    name = f"0/{index // GROUPS}/{index % GROUPS}/1/{sample}/0/0"
+                    engine.add(Request(name, prompt, max(case.lengths), seed=index * SAMPLES + sample))
+            tokens = 0
+            while engine.has_work:
+                tokens += sum(len(completion.token_ids) for completion in engine.step())
+            channel.send((time.perf_counter() - began, tokens))
+
+
+def generated(channel: Channel, settings: dict[str, Any]) -> None:
+    """Rounds of ``vllm.LLM.generate``."""
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
-    settings: dict[str, Any] = channel.receive()
     on_cpu = current_platform.is_cpu()
     llm = LLM(enforce_eager=on_cpu, async_scheduling=False, **({"block_size": 32} if on_cpu else {}), **settings)
     tokenizer = llm.get_tokenizer()
     channel.send(None)
     while (asked := channel.receive()) is not None:
-        tasks, tokens = asked
+        tasks, lengths = asked
         prompts = [
             tokenizer.apply_chat_template(list(task.prompt), add_generation_prompt=True, tokenize=False)
             for task in tasks
             for _ in range(SAMPLES)
         ]
         params = [
-            SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, logprobs=0, seed=seed)
-            for seed in range(len(prompts))
+            SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, logprobs=0, seed=seed)
+            for seed, length in enumerate(lengths)
         ]
         llm.reset_prefix_cache()
         began = time.perf_counter()
@@ -125,35 +209,31 @@ def reference(fd: int) -> None:
         channel.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs)))
 
 
-def rounds(model: Path, dtype: str, batches: int, answer_tokens: int, repeats: int) -> Iterator[tuple[float, float]]:
+def rounds(model: Path, dtype: str, case: Case, repeats: int) -> Iterator[tuple[float, float]]:
     """Starts both sides, and yields our tokens per second and theirs, round by round."""
-    tasks = questions(batches)
-    expected = len(tasks) * SAMPLES * answer_tokens
+    tasks = questions(case.batches)
+    expected = sum(case.lengths)
     with beside("benchmarks.rollout") as channel, tempfile.TemporaryDirectory() as folder:
-        channel.send(
-            {
-                "model": str(model),
-                "dtype": dtype,
-                "max_model_len": MAX_MODEL_LEN,
-                "max_num_seqs": MAX_NUM_SEQS,
-                "logprobs_mode": "processed_logprobs",
-            }
-        )
+        settings = {
+            "model": str(model),
+            "dtype": dtype,
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_seqs": case.slots,
+            "logprobs_mode": "processed_logprobs",
+        }
+        channel.send((asdict(case), settings))
         channel.receive(DEADLINE_S)  # up; so that neither start disturbs the other's
-        arguments = endless(Path(folder) / "endless")
         with rft.RFTDataModule(
             tasks=rft.TaskSet(tasks, shuffle=False),
             reward=restless,
-            engine=rft.VLLMEngine(
-                dtype=dtype, max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN, engine_args=arguments
-            ),
+            engine=Measured.of(case, dtype, Path(folder)),
             tasks_per_step=GROUPS,
             samples_per_task=SAMPLES,
-            max_new_tokens=answer_tokens,
+            max_new_tokens=max(case.lengths),
         ) as data:
             for repeat in range(repeats + 1):
-                seconds, tokens = ours(model, data, batches)
-                channel.send((tasks, answer_tokens))
+                seconds, tokens = ours(model, data, case.batches)
+                channel.send((tasks, case.lengths))
                 theirs, their_tokens = channel.receive(DEADLINE_S)
                 assert tokens == their_tokens == expected
                 if repeat > 0:  # everything runs for the first time in the first
@@ -167,11 +247,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="after each start")
     parser.add_argument("--batches", type=int, default=2, help="of 4 groups of 8 samples, in each round")
     parser.add_argument("--tokens", type=int, default=48, help="of every answer")
+    parser.add_argument("--only", choices=["even", "crowded"], help="one of the two cases; the other's figures stay")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a look at the benchmark itself")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     dtype = fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
-    rates: dict[str, list[float]] = {"ours_tokens_per_s": [], "vllm_tokens_per_s": []}
+    cases = {
+        "": Case(arguments.batches, arguments.tokens, slots=64),
+        "crowded_": Case(arguments.batches + 1, arguments.tokens * 2 // 3, slots=16, uneven=True),
+    }
+    chosen = {"even": [""], "crowded": ["crowded_"], None: list(cases)}[arguments.only]
+    rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.tiny:
             model = tiny_model(Path(folder) / "tiny")
@@ -179,17 +265,21 @@ def main() -> None:
             from convert_smollm2 import smollm2
 
             model = smollm2(Path("runs/models/SmolLM2-135M-Instruct"))
-        for _ in range(arguments.starts):
-            for rate, their_rate in rounds(model, dtype, arguments.batches, arguments.tokens, arguments.repeats):
-                rates["ours_tokens_per_s"].append(rate)
-                rates["vllm_tokens_per_s"].append(their_rate)
-    rates = {"ratio": [a / b for a, b in zip(*rates.values(), strict=True)]} | rates
-    results = {name: round(statistics.median(values), 3) for name, values in rates.items()} | {"dtype": dtype}
+        for case in chosen:
+            both = [
+                pair for _ in range(arguments.starts) for pair in rounds(model, dtype, cases[case], arguments.repeats)
+            ]
+            rates[f"{case}ratio"] = [ours / theirs for ours, theirs in both]
+            rates[f"{case}ours_tokens_per_s"] = [ours for ours, _ in both]
+            rates[f"{case}{'engine' if case else 'vllm'}_tokens_per_s"] = [theirs for _, theirs in both]
+    results: dict[str, Any] = {name: round(statistics.median(values), 3) for name, values in rates.items()}
+    for name, values in rates.items():
+        print(f"{name:26} {results[name]:8}   of", *(f"{value:.3f}" for value in values))
     if not arguments.tiny:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "rollout.json").write_text(json.dumps(results, indent=1) + "\n")
-    for name, values in rates.items():
-        print(f"{name:18} {results[name]:8}   of", *(f"{value:.3f}" for value in values))
+        path = RESULTS / "rollout.json"
+        before = json.loads(path.read_text()) if path.exists() and arguments.only else {}
+        path.write_text(json.dumps(before | results | {"dtype": dtype}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

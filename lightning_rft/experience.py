@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.turn import Sampling, Support, Turn
+from lightning_rft.turn import Support, Truncation, Turn
 
-__all__ = ["Experience", "Group", "GroupKey", "Progress", "Sampling", "Support", "Task", "TensorInfo", "Turn"]
+__all__ = ["Experience", "Group", "GroupKey", "Progress", "Support", "Task", "TensorInfo", "Truncation", "Turn"]
 
 
 @dataclass(frozen=True)

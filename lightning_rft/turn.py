@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Sampling", "Support", "Turn"]
+__all__ = ["Support", "Truncation", "Turn"]
 
 _BYTES = 4  # of every number
 
 
-class Sampling(NamedTuple):
+class Truncation(NamedTuple):
     """Truncation of the distribution that tokens are drawn from, beside the temperature; the default keeps all of it.
 
     Args:
@@ -135,7 +135,7 @@ class Turn(_Packed):
     _versions: bytes  # of each stretch of equal versions, the version and its length
     finish_reason: str
     temperature: float
-    sampling: Sampling
+    sampling: Truncation
     parent: int | None
     reward: float | None
     _teacher_logprobs: bytes | None
@@ -149,7 +149,7 @@ class Turn(_Packed):
         versions: Iterable[int],
         finish_reason: str,
         temperature: float = 1.0,
-        sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+        sampling: Truncation = Truncation(),  # noqa: B008 (immutable)
         parent: int | None = None,
         reward: float | None = None,
         teacher_logprobs: Iterable[float] | None = None,

@@ -317,6 +317,27 @@ def test_explorers_live_as_long_as_they_are_held(tiny_model_path: Path, tmp_path
     assert not any(map(alive, pids[0]))
 
 
+def test_slots_do_not_idle_while_groups_wait(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Narrow(LightEngine):
+        """Writes down how many of its slots are busy in each step."""
+
+        def step(self) -> Any:
+            with open("busy.txt", "a") as busy:
+                print(min(len(self._running), self.max_num_seqs), file=busy)
+            return super().step()
+
+    monkeypatch.chdir(tmp_path)  # explorers begin there
+    slots, engine = 8, Narrow(tokens_per_second=100.0, mean_tokens=20, max_num_seqs=8)
+    data = make_data(engine=engine, tasks_per_step=10, samples_per_task=slots + 1, max_new_tokens=80)
+    make_run(tmp_path, tiny_model_path, settings={"max_steps": 1}).fit(data)
+    busy = list(map(int, (tmp_path / "busy.txt").read_text().split()))
+    full = busy[: len(busy) - busy[::-1].index(slots)]  # until nothing waits any more
+    assert len(full) > len(busy) / 2
+    assert sum(full) >= 0.8 * slots * len(full)  # 0.95 on two cores beside much else
+
+
 def test_two_explorers_share_the_work_and_end_with_fit(tiny_model_path: Path, tmp_path: Path) -> None:
     data = make_data(engine=LightEngine(), explorers=2)
     pids = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from lightning_rft.experience import Sampling, Support, Turn
+from lightning_rft.experience import Support, Truncation, Turn
 
 IDS = st.integers(0, 2**31 - 1)
 LOGPROBS = st.floats(max_value=0.0, width=32)
@@ -32,7 +32,7 @@ def turns(draw: st.DrawFn) -> Turn:
         versions=draw(array(st.integers(-1, 2**31 - 1))),  # type: ignore[arg-type]
         finish_reason=draw(st.sampled_from(("stop", "length"))),
         temperature=draw(st.floats(0, 4)),
-        sampling=draw(st.builds(Sampling, st.integers(0, 99), st.floats(0, 1), st.floats(0, 1))),
+        sampling=draw(st.builds(Truncation, st.integers(0, 99), st.floats(0, 1), st.floats(0, 1))),
         reward=draw(st.none() | st.floats(-9, 9)),
         teacher_logprobs=draw(st.none() | array(LOGPROBS)),
         support=draw(st.none() | supports(n)),

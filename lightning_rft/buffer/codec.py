@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from lightning_rft.experience import Experience, Group, GroupKey, Sampling, Support, Turn
+from lightning_rft.experience import Experience, Group, GroupKey, Support, Truncation, Turn
 
 __all__ = ["COLUMNS", "from_row", "to_group", "to_row", "unpack"]
 
@@ -22,7 +22,7 @@ COLUMNS = (
 
 _Support = tuple[bytes, bytes, bytes] | None
 _Packed = tuple[  # the arguments of Turn, in order
-    bytes, bytes, bytes, bytes, str, float, Sampling, int | None, float | None, bytes | None, _Support
+    bytes, bytes, bytes, bytes, str, float, Truncation, int | None, float | None, bytes | None, _Support
 ]  # fmt: skip
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(list[_Packed])

@@ -116,11 +116,11 @@ class Listener:
                     if messages or self._pool.starting:
                         self.heard = now
                         self.lock.notify_all()
-                    hung = self._roster.overdue(now)
-                for explorer in hung:
+                    hung = {explorer: self._roster.owed(explorer) for explorer in self._roster.overdue(now)}
+                for explorer, owed in hung.items():
                     self._pool.kill(
                         explorer,
-                        f"had work but made no progress for Timeouts(progress_s={self._roster.timeout_s:g})",
+                        f"had work but made no progress for Timeouts(progress_s={self._roster.timeout_s:g}): {owed}",
                     )
         except BaseException as error:
             self.failed(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,12 @@ from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo
 from lightning_rft.settings import Sampling
 
 __all__ = [
-    *("Advanced", "Cancel", "Connect", "Died", "Explore", "Explored", "Failed", "Load", "LoadFailed", "Loaded"),
-    *("Prepare", "Several", "Started"),
+    *("Advanced", "Cancel", "Connect", "Died", "Ended", "Explore", "Explored", "Failed", "Load", "LoadFailed"),
+    *("Loaded", "Prepare", "Several", "Started"),
 ]
+
+
+_SLOTS_PER_WAITING = 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ class Started:
     nccl: bool
     max_num_seqs: int
 
+    @property
+    def room(self) -> int:
+        """How many samples to give it at the same time: some wait, so that no slot is empty for a round trip."""
+        return self.max_num_seqs + self.max_num_seqs // _SLOTS_PER_WAITING
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -94,6 +102,21 @@ class Loaded:
 @dataclass(frozen=True)
 class Advanced:
     """From an explorer: it has come further since the last time, by an engine step or a reward. A hung one has not."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """From an explorer: samples have left its engine, and others have room, before their groups are complete.
+
+    A sample ends once, even if it is tried again since its reward raised.
+
+    Args:
+        run: The run that asked.
+        samples: How many, by group and attempt.
+    """
+
+    run: int
+    samples: Mapping[tuple[GroupKey, int], int]
 
 
 @dataclass(frozen=True)

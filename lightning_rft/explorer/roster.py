@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from lightning_rft.experience import GroupKey
 from lightning_rft.explorer.messages import Started
 
-__all__ = ["Record", "Roster"]
+__all__ = ["Record", "Roster", "Work"]
+
+
+@dataclass
+class Work:
+    """A group that an explorer was asked for: when, and how many of its samples have not ended."""
+
+    since: float
+    samples: int
 
 
 @dataclass
@@ -16,8 +24,8 @@ class Record:
     """What is known of one explorer. Times are seconds of :func:`time.monotonic`; only :class:`Roster` writes here."""
 
     engine: Started
-    #: Groups that it was asked for, and when.
-    work: dict[GroupKey, float] = field(default_factory=dict)
+    #: Groups that it was asked for and has not answered.
+    work: dict[GroupKey, Work] = field(default_factory=dict)
     #: The version that it computes with; ``None`` before its first load, during a load and after one that broke off.
     loaded: int | None = None
     loading_since: float | None = None
@@ -43,12 +51,12 @@ class Roster:
     Example:
         >>> roster = Roster(timeout_s=10)
         >>> roster.started(0, Started(dtype="float32", world_size=1, nccl=False, max_num_seqs=64))
-        >>> roster.asked(0, GroupKey(0, 0), now=0)
+        >>> roster.asked(0, GroupKey(0, 0), samples=8, now=0)
         >>> roster.advanced(0, now=7)
         >>> roster.overdue(now=12), roster.overdue(now=18)
         ([], [0])
         >>> roster.died(0).work
-        {GroupKey(batch=0, slot=0): 0}
+        {GroupKey(batch=0, slot=0): Work(since=0, samples=8)}
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -65,18 +73,22 @@ class Roster:
 
     # Work
 
-    def asked(self, explorer: int, key: GroupKey, now: float) -> None:
-        """Notes that an explorer was asked for a group."""
+    def asked(self, explorer: int, key: GroupKey, samples: int, now: float) -> None:
+        """Notes that an explorer was asked for a group of so many samples."""
         record = self._records.get(explorer)
         if record is not None:
             self._owes_more(record, now)
-            record.work[key] = now
+            record.work[key] = Work(now, samples)
+
+    def ended(self, explorer: int, key: GroupKey, samples: int) -> None:
+        """Notes that samples of a group have ended, which is yet to be answered."""
+        self._records[explorer].work[key].samples -= samples
 
     def answered(self, explorer: int, key: GroupKey, now: float) -> float:
         """Notes that an explorer has answered with a group, or was told to forget it; returns when it was asked."""
         record = self._records[explorer]
         record.progressed = now
-        return record.work.pop(key)
+        return record.work.pop(key).since
 
     def advanced(self, explorer: int, now: float) -> None:
         """Notes progress: an engine step or a reward."""
@@ -151,6 +163,12 @@ class Roster:
     def broken(self, explorers: Iterable[int]) -> list[int]:
         """Those of ``explorers`` that are up and whose last load broke off."""
         return [index for index in explorers if index in self._records and self._records[index].broke_off]
+
+    def owed(self, explorer: int) -> str:
+        """What an explorer was asked for and has not answered, in words."""
+        work = self._records[explorer].work.values()
+        samples = f"{sum(group.samples for group in work)} samples of {len(work)} groups"
+        return f"{samples}, a load" if self.is_loading(explorer) else samples
 
     def overdue(self, now: float) -> list[int]:
         """Explorers that owe an answer and have made no progress for ``timeout_s``."""

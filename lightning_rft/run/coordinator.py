@@ -16,7 +16,17 @@ from typing import Any
 from lightning_rft.errors import DeadlineError
 from lightning_rft.experience import Group, GroupKey, Task
 from lightning_rft.explorer.listener import GRACE_S, Listener
-from lightning_rft.explorer.messages import Advanced, Cancel, Died, Explore, Explored, Loaded, LoadFailed, Started
+from lightning_rft.explorer.messages import (
+    Advanced,
+    Cancel,
+    Died,
+    Ended,
+    Explore,
+    Explored,
+    Loaded,
+    LoadFailed,
+    Started,
+)
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.receivers import Receivers
 from lightning_rft.explorer.roster import Roster
@@ -296,7 +306,7 @@ class Coordinator:
         """Sends each explorer what it is to explore, all together."""
         asked: dict[int, list[Explore]] = {}
         for message, explorer in told:
-            self._roster.asked(explorer, message.key, time.monotonic())
+            self._roster.asked(explorer, message.key, len(message.seeds), time.monotonic())
             asked.setdefault(explorer, []).append(message)
         for explorer, messages in asked.items():
             self._pool.send(explorer, *messages)
@@ -309,8 +319,7 @@ class Coordinator:
 
     def _join(self, explorer: int, engine: Started) -> None:
         self._roster.started(explorer, engine)
-        room = max(1, engine.max_num_seqs // self._groups.samples_per_task)
-        self._carry_out(self._schedule.joined(explorer, room))
+        self._carry_out(self._schedule.joined(explorer, engine.room))
 
     def _refuse_stale(self, batch: int) -> bool:
         """Sends back what is too old to be trained; whether there was any."""
@@ -375,11 +384,24 @@ class Coordinator:
             self._ask()
         elif isinstance(message, LoadFailed):
             self._roster.load_broke_off(explorer, now)
+        elif isinstance(message, Ended) and message.run == self._groups.incarnation:
+            self._ended(explorer, message)
         elif isinstance(message, Explored) and message.run == self._groups.incarnation:
             if Validation.owns(message.key):
                 self._answered(explorer, message, now)
-            elif self._groups.expects(message):
+            elif self._groups.expects(message.key, message.attempt):
                 self._explored(explorer, message, now)
+
+    def _ended(self, explorer: int, message: Ended) -> None:
+        """Has others take the room of samples that ended; validation's are not limited by room, nor take any."""
+        ended = {
+            key: number for (key, attempt), number in message.samples.items() if self._groups.expects(key, attempt)
+        }
+        for key, number in ended.items():
+            self._roster.ended(explorer, key, number)
+        explored = {key: number for key, number in ended.items() if not Validation.owns(key)}
+        if explored:
+            self._carry_out(self._schedule.samples_ended(explored))
 
     def _answered(self, explorer: int, message: Explored, now: float) -> None:
         self._roster.answered(explorer, message.key, now)

@@ -92,9 +92,9 @@ class Groups:
         self._ledger.dropped(key)
         self._attempts[key] += 1  # an answer that is on its way is too late
 
-    def expects(self, message: Explored) -> bool:
+    def expects(self, key: GroupKey, attempt: int) -> bool:
         """Whether a group was not given up since it was issued."""
-        return message.attempt == self._attempts[message.key]
+        return attempt == self._attempts[key]
 
     def lost(self, keys: Iterable[GroupKey], error: Exception, version: int) -> None:
         """Notes that an explorer died with groups; one that others died with, too, has failed."""

@@ -113,6 +113,7 @@ class Run:
                 schedule=Schedule(
                     Exploration() if explores_only else strategy,
                     size=cursor.plan.size,
+                    samples=samples_per_task,
                     first=progress.version,
                     stop=stop_batch(trainer, cursor.plan.batches_per_epoch if items else 0),
                     capacity=None if explores_only else buffer.capacity,  # only training makes room

@@ -12,34 +12,18 @@ batches. Two answers of a strategy decide nearly everything (see :class:`Rule`):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from math import inf
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Progress
 from lightning_rft.sync.actions import Action, Drop, Issue, Lease, Load, Publish
 from lightning_rft.sync.feasibility import best_groups, moved_groups, would_be_late
+from lightning_rft.sync.member import Member
 from lightning_rft.sync.rule import Rule, check_rule
 
 __all__ = ["Action", "Drop", "Issue", "Lease", "Load", "Publish", "Rule", "Schedule"]
 
 _CHECKED_BATCHES = 1000
-
-
-@dataclass
-class _Explorer:
-    """What the schedule knows of one explorer."""
-
-    most: float = inf
-    loaded: int = -1
-    loading: bool = False
-    alone: bool = False  # whether it loaded by itself where the others load together
-    groups: set[GroupKey] = field(default_factory=set)
-
-    @property
-    def room(self) -> float:
-        """How many more groups it could work on."""
-        return self.most - len(self.groups)
 
 
 class Schedule:
@@ -48,6 +32,7 @@ class Schedule:
     Args:
         rule: The strategy's answers.
         size: Number of groups of a batch, at least 1.
+        samples: Number of samples of a group.
         first: Batch to start with, which is also the version at the start.
         stop: Batches before ``stop`` exist; ``None`` for no end.
         capacity: Most groups that may be issued and not yet trained; ``None`` for no limit. It limits issuing, never
@@ -83,6 +68,7 @@ class Schedule:
         rule: Rule,
         *,
         size: Callable[[int], int],
+        samples: int = 1,
         first: int = 0,
         stop: int | None = None,
         capacity: int | None = None,
@@ -96,10 +82,11 @@ class Schedule:
         self.published_version = -1
         self.push_pending = False  # from the batch that makes a push due until the push
         self._size = size
+        self._samples = samples
         self._first = progress.version  # the oldest version that there is
         self._stop = stop
         self._capacity = capacity
-        self._explorers: dict[int, _Explorer] = {}
+        self._explorers: dict[int, Member] = {}
         self._behind, self._ahead = set(progress.behind), set(progress.ahead)
         self._moved = moved_groups(progress, size)
         # An issued group is in one of the next four. With it goes the version that it is, or at least will be, of.
@@ -127,10 +114,11 @@ class Schedule:
 
         Args:
             explorer: Its index; one that takes the place of another that died has an index of its own.
-            room: Most groups that it works on at the same time; ``None`` for any number. What it has no room for is
-                not issued yet, and may be explored by others, or with newer weights.
+            room: Most samples that it works on at the same time; ``None`` for any number. A group is issued as soon
+                as there is room for one of its samples; what is not issued yet may be explored by others, or with
+                newer weights.
         """
-        self._explorers[explorer] = _Explorer(inf if room is None else room)
+        self._explorers[explorer] = Member(inf if room is None else room)
         return self._actions()
 
     def died(self, explorer: int) -> list[Action]:
@@ -154,6 +142,15 @@ class Schedule:
         if version > self.version:
             raise ScheduleError(f"explorer {explorer} loaded version {version}, but only {self.version} exists")
         member.loaded, member.loading, member.alone = version, False, alone
+        return self._actions()
+
+    def samples_ended(self, ended: Mapping[GroupKey, int]) -> list[Action]:
+        """Samples of groups that are yet to come back have ended; their explorers have room for so many others."""
+        for group, number in ended.items():
+            groups = self._member_of(group).groups
+            if not 0 < number <= groups[group]:
+                raise ScheduleError(f"{number} samples of {group} have ended, of {groups[group]} that had not")
+            groups[group] -= number
         return self._actions()
 
     def ready(self, group: GroupKey, version: int | None = None, score: float = 0.0) -> list[Action]:
@@ -334,12 +331,15 @@ class Schedule:
                 self._ready[group] = version
         return drops
 
-    def _take_back(self, group: GroupKey) -> int:
+    def _member_of(self, group: GroupKey) -> Member:
         for member in self._explorers.values():
             if group in member.groups:
-                member.groups.remove(group)
-                return self._running.pop(group)
-        raise ScheduleError(f"{group} came back, but no explorer was asked for it")
+                return member
+        raise ScheduleError(f"{group} was heard of, but no explorer was asked for it")
+
+    def _take_back(self, group: GroupKey) -> int:
+        del self._member_of(group).groups[group]
+        return self._running.pop(group)
 
     def _actions(self) -> list[Action]:
         unusable, self._unusable = self._unusable, []
@@ -367,12 +367,12 @@ class Schedule:
             if self._again.pop(group, None) is None:
                 self._passed.add(group)
                 self._skip()
-            member.groups.add(group)
+            member.groups[group] = self._samples
             self._running[group] = member.loaded
             issues.append(Issue(group, explorer))
         return issues
 
-    def _usable(self, member: _Explorer) -> int:
+    def _usable(self, member: Member) -> int:
         """The version that an explorer may be used with, -1 for none.
 
         One counts once it is pushed: else the first explorer to load it would be given everything. What an explorer
@@ -427,7 +427,7 @@ class Schedule:
     def _busy(self, explorer: int) -> tuple[float, int]:
         """Sorts explorers, the one with most room first."""
         member = self._explorers[explorer]
-        return -member.room, len(member.groups)
+        return -member.room, member.load
 
     def _soon(self) -> set[int]:
         """Explorers that load, or will as soon as it is their turn, unless they have to wait for the trainer."""

@@ -74,6 +74,8 @@ def check_events(
                 must(event.explorer not in loading, "was given to an explorer that loads", event)
                 must(event.group not in working, "was given to two explorers", event)
                 working[event.group] = event.explorer
+            elif event.what == "ended":
+                must(working.get(event.group) == event.explorer, "a sample of another explorer's group ended", event)
             else:
                 working.pop(event.group)
         if event.group is not None and event.what == "issued":
@@ -115,7 +117,7 @@ def check_events(
 def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
     """The conformance test of a strategy: runs its schedule under many random circumstances and checks the rules.
 
-    Answers take heavy-tailed times, groups fail, explorers die and others take their place, the trainer dies and goes
+    Samples take heavy-tailed times, groups fail, explorers die and others take their place, the trainer dies and goes
     on from a checkpoint, batches are short, room is scarce, and scores say which groups are to be trained first.
 
     Args:
@@ -139,9 +141,10 @@ def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
         explorers = random.randint(2 if rule.staggered else 1, 3)
         lengths = Random(random.random())
         failing = random.choice([0.0, 0.2])
+        samples = random.choice([1, 1, 4])
 
-        def duration(group: GroupKey, attempt: int, lengths: Random = lengths) -> float:
-            return lengths.paretovariate(1.2)
+        def duration(group: GroupKey, attempt: int, lengths: Random = lengths, samples: int = samples) -> list[float]:
+            return [lengths.paretovariate(1.2) for _ in range(samples)]
 
         def fails(group: GroupKey, attempt: int, lengths: Random = lengths, failing: float = failing) -> bool:
             return attempt < 5 and lengths.random() < failing
@@ -162,7 +165,9 @@ def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
             batches=batches,
             groups_per_batch=groups,
             explorers=explorers,
+            samples=samples,
             duration=duration,
+            score_time=random.choice([0.0, 0.5]),
             train_time=random.choice([0.1, 1.0, 5.0]),
             push_time=random.choice([0.0, 0.1, 2.0]),
             fails=fails,

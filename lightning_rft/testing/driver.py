@@ -23,12 +23,14 @@ class Event:
 
     Args:
         time: Seconds on the fake clock.
-        what: ``"issued"``, ``"ready"``, ``"failed"`` or ``"dropped"`` (a group), ``"joined"``, ``"loading"``,
-            ``"loaded"`` or ``"died"`` (an explorer; ``"loading"`` only if it loads by itself), ``"training"`` or
-            ``"trained"`` (a batch: its step begins or ends), ``"pushed"`` (a version, now loaded by every explorer or,
-            if pushes happen in the background, about to be), ``"resumed"`` (a new run, which all later events are of).
-        version: The version that it happened with. For a group: the one that its explorer had loaded when it began;
-            for ``"trained"``: the batch, which is the version that it is trained by.
+        what: ``"issued"``, ``"ready"``, ``"failed"`` or ``"dropped"`` (a group), ``"ended"`` (one of its samples),
+            ``"joined"``, ``"loading"``, ``"loaded"`` or ``"died"`` (an explorer; ``"loading"`` only if it loads by
+            itself), ``"training"`` or ``"trained"`` (a batch: its step begins or ends), ``"pushed"`` (a version, now
+            loaded by every explorer or, if pushes happen in the background, about to be), ``"resumed"`` (a new run,
+            which all later events are of).
+        version: The version that it happened with. For a group: the one that its explorer had loaded when it was
+            issued, or from then on when the first of its samples began; for ``"trained"``: the batch, which is the
+            version that it is trained by.
         group: The group, if it is about one.
         explorer: The explorer, if it is about one.
         groups: Those of the batch that is trained, or those that a resumed run starts with.
@@ -66,7 +68,9 @@ def drive(
     batches: int,
     groups_per_batch: int | Callable[[int], int] = 1,
     explorers: int = 1,
-    duration: Callable[[GroupKey, int], float] = lambda group, attempt: 1.0,
+    samples: int = 1,
+    duration: Callable[[GroupKey, int], float | Sequence[float]] = lambda group, attempt: 1.0,
+    score_time: float = 0.0,
     train_time: float = 1.0,
     push_time: float = 0.0,
     fails: Callable[[GroupKey, int], bool] = lambda group, attempt: False,
@@ -79,7 +83,8 @@ def drive(
 ) -> list[Event]:
     """Runs the real schedule of a strategy with a fake clock: no process, no tensor, no waiting.
 
-    Explorers answer all groups that they are given at once, as an engine with room does. The trainer does what
+    Explorers sample as many samples at once as they have room for; those of a group that are more wait in their queues,
+    as in an engine. The trainer does what
     :class:`~lightning_rft.sync.strategy.SyncStrategy` does: it waits for a batch, trains it and, where a push is due,
     waits until that may happen, or leaves it to the background. Where it waits for pushes, it brings weights to an
     explorer that comes late between two steps, or while it waits.
@@ -89,7 +94,10 @@ def drive(
         batches: Batches to train.
         groups_per_batch: Groups of every batch, or a function of the batch.
         explorers: Number of explorers, 0 and up, that are there from the start of every run: 0, 1, ...
-        duration: Seconds to explore a group, at the first, second, ... attempt (counted from 0).
+        samples: Samples of a group.
+        duration: Seconds to sample each sample of a group, all alike or one by one, at the first, second, ... attempt
+            (counted from 0).
+        score_time: Seconds from the end of a group's last sample until the group comes back.
         train_time: Seconds to train a batch.
         push_time: Seconds to push a version, and for an explorer that loads by itself to load it.
         fails: Whether that attempt at a group ends in an error instead of experience.
@@ -97,7 +105,7 @@ def drive(
         joins: When which explorer comes; moot for one that was there before, since one that comes back has a new index.
         crashes: When the trainer dies.
         capacity: Most groups that may be issued and not yet trained.
-        room: Most groups that one explorer works on at the same time.
+        room: Most samples that one explorer works on at the same time.
         score: Score of a group, for strategies that train the highest first.
 
     Returns:
@@ -117,7 +125,9 @@ def drive(
         batches=batches,
         size=groups_per_batch if callable(groups_per_batch) else lambda batch: groups_per_batch,
         explorers=explorers,
+        samples=samples,
         duration=duration,
+        score_time=score_time,
         train_time=train_time,
         push_time=push_time,
         fails=fails,
@@ -137,6 +147,18 @@ def drive(
     return driver.events
 
 
+@dataclass(eq=False)
+class _Work:
+    """A group that an explorer works on."""
+
+    group: GroupKey
+    explorer: int
+    attempt: int
+    version: int  # that was loaded when it was issued, then when its first sample began
+    waiting: int  # samples
+    left: int  # samples that have not ended
+
+
 @dataclass
 class _Driver:
     """One run after another. What is declared last lasts; :meth:`begin` makes what belongs to one run."""
@@ -145,7 +167,9 @@ class _Driver:
     batches: int
     size: Callable[[int], int]
     explorers: int
-    duration: Callable[[GroupKey, int], float]
+    samples: int
+    duration: Callable[[GroupKey, int], float | Sequence[float]]
+    score_time: float
     train_time: float
     push_time: float
     fails: Callable[[GroupKey, int], bool]
@@ -166,6 +190,7 @@ class _Driver:
         self.schedule = Schedule(
             self.rule,
             size=self.size,
+            samples=self.samples,
             stop=self.batches,
             capacity=self.capacity,
             progress=progress,
@@ -176,7 +201,9 @@ class _Driver:
         self.order = count()
         self.loaded: dict[int, int] = {}  # explorer -> version
         self.known: set[int] = set()  # explorers, the dead ones too
-        self.running: dict[GroupKey, tuple[int, int, int]] = {}  # group -> explorer, attempt, version
+        self.running: dict[GroupKey, _Work] = {}
+        self.queues: dict[int, deque[tuple[_Work, float]]] = {}  # explorer -> samples that wait, with their lengths
+        self.sampling: dict[int, list[_Work]] = {}  # explorer -> the groups of the samples that run
         self.background: list[int] = []  # versions that are on their way to be loadable
         self.busy = False  # the trainer: it trains, pushes, or brings weights to one explorer
         self.late: deque[int] = deque()  # explorers that wait for that
@@ -252,8 +279,10 @@ class _Driver:
                 self.late.append(action.explorer)
             elif isinstance(action, Drop):
                 self.stored.pop(action.group, None)
-                _, _, version = self.running.pop(action.group, (0, 0, -1))
-                self.note("dropped", version, action.group, action.explorer)
+                work = self.running.pop(action.group, None)
+                self.note("dropped", -1 if work is None else work.version, action.group, action.explorer)
+                if work is not None:
+                    self.forget(work)
         self.turn()
 
     # Explorers
@@ -262,27 +291,59 @@ class _Driver:
         if explorer not in self.known:
             self.known.add(explorer)
             self.loaded[explorer] = -1
+            self.queues[explorer], self.sampling[explorer] = deque(), []
             self.note("joined", -1, explorer=explorer)
             self.carry_out(self.schedule.joined(explorer, self.room))
 
     def die(self, explorer: int) -> None:
         if explorer in self.loaded:
             self.note("died", self.loaded.pop(explorer), explorer=explorer)
-            self.running = {group: work for group, work in self.running.items() if work[0] != explorer}
+            self.running = {group: work for group, work in self.running.items() if work.explorer != explorer}
             self.carry_out(self.schedule.died(explorer))
 
     def issue(self, group: GroupKey, explorer: int) -> None:
         attempt, version = self.attempts[group], self.loaded[explorer]
         self.attempts[group] += 1
-        self.running[group] = explorer, attempt, version
+        work = self.running[group] = _Work(group, explorer, attempt, version, self.samples, self.samples)
         self.note("issued", version, group, explorer)
-        self.after(self.duration(group, attempt), partial(self.finish, group, attempt))
+        length = self.duration(group, attempt)
+        lengths = [length] * self.samples if isinstance(length, int | float) else length
+        self.queues[explorer] += [(work, seconds) for seconds in lengths]
+        self.sample(explorer)
 
-    def finish(self, group: GroupKey, attempt: int) -> None:
-        if group not in self.running or self.running[group][1] != attempt:
+    def sample(self, explorer: int) -> None:
+        queue, sampling = self.queues[explorer], self.sampling[explorer]
+        while queue and (self.room is None or len(sampling) < self.room):
+            work, seconds = queue.popleft()
+            sampling.append(work)
+            if work.waiting == self.samples:
+                work.version = self.loaded[explorer]
+            work.waiting -= 1
+            self.after(seconds, partial(self.end, work))
+
+    def end(self, work: _Work) -> None:
+        if self.running.get(work.group) is not work:
             return  # its explorer died, or it was dropped
-        explorer, _, version = self.running.pop(group)
-        if self.fails(group, attempt):
+        self.sampling[work.explorer].remove(work)
+        self.sample(work.explorer)
+        work.left -= 1
+        self.note("ended", work.version, work.group, work.explorer)
+        if not work.left:
+            self.after(self.score_time, partial(self.finish, work))
+        self.carry_out(self.schedule.samples_ended({work.group: 1}))
+
+    def forget(self, work: _Work) -> None:
+        queue = self.queues[work.explorer]
+        self.queues[work.explorer] = deque((other, seconds) for other, seconds in queue if other is not work)
+        self.sampling[work.explorer] = [other for other in self.sampling[work.explorer] if other is not work]
+        self.sample(work.explorer)
+
+    def finish(self, work: _Work) -> None:
+        if self.running.get(work.group) is not work:
+            return
+        group, explorer, version = work.group, work.explorer, work.version
+        del self.running[group]
+        if self.fails(group, work.attempt):
             self.note("failed", version, group, explorer)
             self.carry_out(self.schedule.failed(group))
         else:

@@ -27,9 +27,11 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Norm of all gradients together, as one vector.
 
     Returns:
-        [] in float32; of a sharded model the norm over all ranks, which must call it together.
+        [] in float32, 0 without any gradient; of a sharded model the norm over all ranks, which must call it together.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:  # a training step that returned no loss
+        return torch.zeros(())
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

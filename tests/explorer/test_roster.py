@@ -20,7 +20,7 @@ def test_an_explorer_that_owes_nothing_may_be_silent_for_ever() -> None:
     roster = make_roster()
     roster.advanced(0, now=0)
     assert roster.overdue(now=1000) == []
-    roster.asked(0, KEYS[0], now=1000)
+    roster.asked(0, KEYS[0], 8, now=1000)
     assert roster.overdue(now=1009) == []
     assert roster.answered(0, KEYS[0], now=1009) == 1000
     assert roster.overdue(now=5000) == []
@@ -29,7 +29,7 @@ def test_an_explorer_that_owes_nothing_may_be_silent_for_ever() -> None:
 def test_answers_and_progress_count_but_more_work_does_not() -> None:
     roster = make_roster()
     for key, now in zip(KEYS, (0, 4, 8), strict=True):
-        roster.asked(0, key, now=now)
+        roster.asked(0, key, 8, now=now)
     assert roster.overdue(now=11) == [0]
     roster.answered(0, KEYS[0], now=11)
     assert roster.overdue(now=20) == []
@@ -40,14 +40,25 @@ def test_answers_and_progress_count_but_more_work_does_not() -> None:
 
 def test_the_dead_are_not_waited_for() -> None:
     roster = make_roster(2)
-    roster.asked(0, KEYS[0], now=0)
-    roster.asked(1, KEYS[1], now=0)
+    roster.asked(0, KEYS[0], 8, now=0)
+    roster.asked(1, KEYS[1], 8, now=0)
     record = roster.died(0)
     assert record is not None and set(record.work) == {KEYS[0]}
     assert roster.died(0) is None
     roster.advanced(0, now=5)  # what it sent before it died
     assert roster.overdue(now=11) == [1]
     assert roster.members == {1: 2}
+
+
+def test_what_is_owed_is_counted_in_samples() -> None:
+    roster = make_roster()
+    for key in KEYS:
+        roster.asked(0, key, 8, now=0)
+    roster.ended(0, KEYS[0], 3)
+    roster.answered(0, KEYS[1], now=1)
+    assert roster.owed(0) == "13 samples of 2 groups"
+    roster.begin_load(0, now=2)
+    assert roster.owed(0) == "13 samples of 2 groups, a load"
 
 
 def test_a_load_is_owed_and_ends_by_success_or_not() -> None:

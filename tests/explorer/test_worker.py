@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lightning_rft.channel import Channel
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey, Task
 from lightning_rft.explorer.engines.fake import FakeEngine
-from lightning_rft.explorer.messages import Advanced, Cancel, Explore, Explored, Several, Started
+from lightning_rft.explorer.messages import Advanced, Cancel, Ended, Explore, Explored, Several, Started
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.main import Explorer
 from lightning_rft.explorer.workflows.policy import Policy
@@ -39,15 +39,19 @@ def line() -> Iterator[tuple[Channel, Channel]]:
             channel.close()
 
 
-def heard(channel: Channel) -> Any:
-    """The next message that is more than a sign of life."""
-    while isinstance(message := channel.receive(30), Advanced):
-        pass
+def heard(channel: Channel, ended: list[Ended]) -> Any:
+    """The next message that is more than a sign of life or of samples that have ended; the latter are kept."""
+    while isinstance(message := channel.receive(30), Advanced | Ended):
+        if isinstance(message, Ended):
+            ended.append(message)
     return message
 
 
-def answers(model: Path, *messages: Any, replies: int = 1, **changes: Any) -> list[Any]:
+def answers(
+    model: Path, *messages: Any, replies: int = 1, ended: list[Ended] | None = None, **changes: Any
+) -> list[Any]:
     """What an explorer sends after its start when it is sent these messages."""
+    told: list[Ended] = [] if ended is None else ended
     settings: dict[str, Any] = {
         "engine": FakeEngine(),
         "model": str(model),
@@ -59,16 +63,18 @@ def answers(model: Path, *messages: Any, replies: int = 1, **changes: Any) -> li
         "timeouts": Timeouts(reward_s=30.0, sample_s=30.0),
     }
 
+    engine = (settings | changes)["engine"]
+
     async def run() -> list[Any]:
         with line() as (ours, theirs):
             explorer = Explorer(theirs, ExplorerSpec(**settings | changes))
             inbox: asyncio.Queue[Any] = asyncio.Queue()
             serving = asyncio.ensure_future(explorer.serve(inbox))
             try:
-                assert await asyncio.to_thread(ours.receive, 30) == Started("float32", 1, False, 64)
+                assert await asyncio.to_thread(ours.receive, 30) == Started("float32", 1, False, engine.max_num_seqs)
                 for message in messages:
                     inbox.put_nowait(message)
-                received = [await asyncio.to_thread(heard, ours) for _ in range(replies)]
+                received = [await asyncio.to_thread(heard, ours, told) for _ in range(replies)]
                 if not replies:  # it is to end by itself
                     await asyncio.wait_for(serving, 30)
                 inbox.put_nowait(None)
@@ -128,6 +134,52 @@ def test_a_retry_that_succeeds_is_a_success(tiny_model_path: Path) -> None:
     assert [len(experience.turns) for experience in answer.experiences] == [1, 1]  # none of a failed try
 
 
+def count(ended: Sequence[Ended]) -> Counter[tuple[int, GroupKey, int]]:
+    """How many samples have ended, by run, group and attempt."""
+    counts = Counter[tuple[int, GroupKey, int]]()
+    for message in ended:
+        for (key, attempt), number in message.samples.items():
+            counts[message.run, key, attempt] += number
+    return counts
+
+
+@pytest.mark.parametrize("failing", [0, 2, 9])
+def test_every_sample_ends_once_and_before_its_group(tiny_model_path: Path, failing: int) -> None:
+    tries = Counter[str]()
+
+    async def reward(completion: str, task: Task) -> float:
+        tries[completion] += 1
+        if tries[completion] <= failing:  # even if it is tried again, or fails for good
+            raise LookupError("not yet")
+        return 1.0
+
+    other = Explore(run=5, key=GroupKey(3, 2), attempt=4, task=Task("2", id="u"), seeds=(1, 2, 3), temperature=1.0)
+    ended: list[Ended] = []
+    answers(tiny_model_path, Several((GROUP, other)), reward=reward, replies=2, ended=ended)
+    assert count(ended) == {(5, GroupKey(3, 1), 1): 2, (5, GroupKey(3, 2), 4): 3}
+
+
+def test_samples_that_end_in_the_same_step_of_the_engine_are_told_of_together(tiny_model_path: Path) -> None:
+    other = Explore(run=5, key=GroupKey(3, 2), attempt=1, task=Task("2", id="u"), seeds=(1, 2, 3), temperature=1.0)
+    ended: list[Ended] = []
+    alike = FakeEngine(mean_tokens=1)
+    answers(tiny_model_path, Several((GROUP, other)), engine=alike, replies=2, ended=ended)
+    assert [message.samples for message in ended] == [{(GroupKey(3, 1), 1): 2, (GroupKey(3, 2), 1): 3}]
+
+
+def test_samples_end_before_their_rewards_but_for_a_backlog(tiny_model_path: Path) -> None:
+    async def reward(completion: str, task: Task) -> float:
+        await asyncio.sleep(0.3)
+        return 1.0
+
+    group = Explore(run=5, key=GroupKey(3, 1), attempt=1, task=Task("2", id="u"), seeds=(1, 2, 3, 4), temperature=1.0)
+    ended: list[Ended] = []
+    alike = FakeEngine(mean_tokens=1, max_num_seqs=3)
+    answers(tiny_model_path, group, engine=alike, reward=reward, ended=ended)
+    first, last = (message.samples[GroupKey(3, 1), 1] for message in ended)
+    assert (first, last) == (3, 1)  # the fourth would be one reward more than there are slots
+
+
 def _reward(value: Any, calls: list[str]) -> Callable[..., Any]:
     async def reward(completion: str, task: Task) -> Any:
         calls.append(completion)
@@ -166,7 +218,9 @@ def test_an_error_in_a_step_of_the_engine(tiny_model_path: Path) -> None:
 def test_a_cancelled_run_is_forgotten_and_others_go_on(tiny_model_path: Path) -> None:
     other = Explore(run=6, key=GroupKey(0, 0), attempt=1, task=Task("2", id="u"), seeds=(1,), sampling=SAMPLING)
     endless = FakeEngine(mean_tokens=10_000, tokens_per_second=50.0)
-    (answer,) = answers(tiny_model_path, GROUP, Cancel(run=5), other, engine=endless)
+    ended: list[Ended] = []
+    (answer,) = answers(tiny_model_path, GROUP, Cancel(run=5), other, engine=endless, ended=ended)
+    assert count(ended) == {(6, GroupKey(0, 0), 1): 1}
     assert isinstance(answer, Explored)
     assert answer.run == 6
 

@@ -56,11 +56,13 @@ class Ahead(Rule):
         return True
 
 
-def started(rule: Rule, *, size: int = 2, explorers: int = 1, **settings: Any) -> tuple[Schedule, list[Action]]:
+def started(
+    rule: Rule, *, size: int = 2, explorers: int = 1, room: int | None = None, **settings: Any
+) -> tuple[Schedule, list[Action]]:
     """A schedule whose first version is pushed, and what that led to."""
     schedule = Schedule(rule, size=lambda batch: size, **settings)
     version = schedule.version
-    actions = [action for explorer in range(explorers) for action in schedule.joined(explorer)]
+    actions = [action for explorer in range(explorers) for action in schedule.joined(explorer, room)]
     actions += [action for explorer in range(explorers) for action in schedule.loaded(explorer, version)]
     return schedule, actions + schedule.published(version)
 
@@ -99,6 +101,55 @@ def test_least_loaded_explorer_gets_work():
     assert schedule.failed(GroupKey(0, 0)) == [issue(0, 0, 0)]
     schedule.ready(GroupKey(1, 1))
     assert schedule.failed(GroupKey(1, 0)) == [issue(1, 0, 1)]
+
+
+def test_a_group_is_issued_when_there_is_room_for_one_of_its_samples():
+    schedule, actions = started(Synchronous(), size=5, samples=8, room=12)
+    assert actions == [issue(0, 0), issue(0, 1)]
+    assert schedule.samples_ended({GroupKey(0, 1): 1, GroupKey(0, 0): 3}) == []
+    assert schedule.samples_ended({GroupKey(0, 0): 1}) == [issue(0, 2)]
+    assert schedule.samples_ended({GroupKey(0, 0): 4, GroupKey(0, 1): 3}) == []
+    assert schedule.ready(GroupKey(0, 0)) == []  # its room was given away already
+    assert schedule.samples_ended({GroupKey(0, 1): 1}) == [issue(0, 3)]
+    assert schedule.failed(GroupKey(0, 1)) == []
+    assert schedule.samples_ended({GroupKey(0, 2): 8}) == [issue(0, 1)]  # the lost one before new ones
+
+
+def test_groups_that_are_larger_than_an_engine_are_explored_one_after_another():
+    schedule, actions = started(Synchronous(), samples=33, room=16)
+    assert actions == [issue(0, 0)]
+    assert schedule.samples_ended({GroupKey(0, 0): 17}) == []
+    assert schedule.samples_ended({GroupKey(0, 0): 1}) == [issue(0, 1)]
+
+
+def test_the_explorer_with_most_room_for_samples_gets_work():
+    schedule, actions = started(Synchronous(), size=8, samples=4, explorers=2, room=8)
+    assert len(actions) == 4
+    assert schedule.samples_ended({GroupKey(0, 0): 1, GroupKey(0, 1): 3}) == [issue(0, 4, 1), issue(0, 5, 0)]
+
+
+@pytest.mark.parametrize(
+    ("ended", "message"),
+    [
+        ({GroupKey(0, 0): 5}, "5 samples of .* have ended, of 4 that had not"),  # all again, where it is now
+        ({GroupKey(0, 0): 0}, "0 samples of .* have ended"),
+        ({GroupKey(0, 1): 1}, "no explorer was asked for it"),  # it has come back
+        ({GroupKey(0, 2): 1}, "no explorer was asked for it"),  # its explorer died, and nobody has room
+    ],
+)
+def test_samples_that_cannot_have_ended_are_refused(ended: dict[GroupKey, int], message: str):
+    schedule, actions = started(Synchronous(), size=3, samples=4, explorers=3, room=4)
+    assert actions == [issue(0, 0, 0), issue(0, 1, 1), issue(0, 2, 2)]
+    schedule.samples_ended({GroupKey(0, 0): 2})
+    schedule.ready(GroupKey(0, 1))
+    schedule.joined(3, room=0)
+    assert schedule.died(2) == [issue(0, 2, 1)]
+    assert schedule.died(1) == [issue(0, 2, 0)]
+    schedule.died(0)
+    schedule.joined(4, room=1)
+    assert schedule.loaded(4, 0) == [issue(0, 0, 4)]
+    with pytest.raises(ScheduleError, match=message):
+        schedule.samples_ended(ended)
 
 
 def test_lease_needs_every_group_and_someone_who_wants_it():
@@ -514,6 +565,8 @@ CIRCUMSTANCES: dict[str, Any] = {
     "outages": st.lists(st.tuples(st.floats(0, 60), st.integers(0, 4), st.floats(0, 20)), max_size=5),
     "late": st.lists(st.floats(0, 60), max_size=2),
     "most": st.sampled_from([None, 1, 2, 5]),
+    "samples": st.sampled_from([1, 1, 2, 4]),
+    "score_time": st.sampled_from([0.0, 0.5]),
     "scored": st.booleans(),
     "seed": st.integers(0, 2**32),
 }
@@ -538,6 +591,8 @@ def run(
     outages: list[tuple[float, int, float]],
     late: list[float],
     most: int | None,
+    samples: int,
+    score_time: float,
     scored: bool,
     seed: int,
     crashes: Sequence[Crash] = (),
@@ -554,7 +609,9 @@ def run(
         batches=batches,
         groups_per_batch=size,
         explorers=explorers,
-        duration=lambda group, attempt: draw("duration", group, attempt).paretovariate(1.1),
+        samples=samples,
+        duration=lambda *about: [draw("duration", *about, sample).paretovariate(1.1) for sample in range(samples)],
+        score_time=score_time,
         train_time=train_time,
         push_time=push_time,
         fails=lambda group, attempt: draw("fails", group, attempt).random() < failure_rate,
@@ -573,7 +630,7 @@ def run(
 @given(rule=RULES, circumstances=st.fixed_dictionaries(CIRCUMSTANCES))
 def test_every_run_keeps_the_promises(rule: Any, circumstances: dict[str, Any]):
     events, size, capacity = run(rule, **circumstances)
-    check(rule, events, circumstances["batches"], size, capacity, circumstances["most"])
+    check(rule, events, circumstances["batches"], size, capacity, circumstances["most"], circumstances["samples"])
 
 
 INTERVALS = st.sampled_from([1, 2, 4])
@@ -793,6 +850,7 @@ def check(
     size: Callable[[int], int],
     capacity: int | None,
     most: int | None,
+    samples: int,
 ) -> None:
     """Retells a run from its events alone and holds it to what the strategy promises."""
     every_group = {GroupKey(batch, slot) for batch in range(batches) for slot in range(size(batch))}
@@ -803,12 +861,34 @@ def check(
     loaded: dict[int, int] = {}
     alone: set[int] = set()  # who loaded by itself
     running: dict[GroupKey, Event] = {}
+    left: dict[GroupKey, int] = {}  # samples that have not ended
+    unissued, now = sorted(every_group), 0.0
     ready: dict[GroupKey, int] = {}
     waiting_again: set[GroupKey] = set()
     undisturbed = not any(event.what == "died" for event in events)
 
+    def load(explorer: int | None) -> int:
+        return sum(left[key] for key, work in running.items() if work.explorer == explorer)
+
+    def able(key: GroupKey) -> list[int]:
+        """Explorers that could be given a group."""
+        floor = max(0, rule.admit(key.batch))
+        return [i for i, v in loaded.items() if floor <= pushed and floor <= v and (v <= pushed or i in alone)]
+
+    def outstanding() -> int:
+        return sum(key.batch >= max(version, 0) for key in {*running, *ready, *waiting_again})
+
+    def waiting() -> list[GroupKey]:
+        """Groups that could be issued as far as training goes."""
+        full = capacity is not None and outstanding() >= capacity
+        return [*waiting_again, *(key for key in unissued[:1] if not full or key.batch <= max(version, 0))]
+
     for event in events:
         group, explorer = event.group, event.explorer
+        if event.time > now:  # whatever could be done is done
+            for key in waiting():
+                assert not [i for i in able(key) if most is None or load(i) < most], f"a slot idles, and {key} waits"
+            now = event.time
         if event.what == "training":
             continue
         if event.what == "joined":
@@ -832,6 +912,8 @@ def check(
             lost = {key for key, work in running.items() if work.explorer == explorer}
             waiting_again |= lost
             running = {key: work for key, work in running.items() if key not in lost}
+            for key in lost:
+                del left[key]
         elif event.what == "issued":
             assert group is not None
             assert group in every_group  # so it stops in time
@@ -839,19 +921,23 @@ def check(
             assert group not in running
             assert not waiting_again or group == min(waiting_again)
             waiting_again.discard(group)
+            if group in unissued:
+                assert group == unissued.pop(0)
             assert max(0, rule.admit(group.batch)) <= event.version == loaded[explorer]  # type: ignore[index]
-            load = Counter(work.explorer for work in running.values())
-            floor = max(0, rule.admit(group.batch))
-            assert floor <= pushed
-            able = [i for i, v in loaded.items() if floor <= v and (v <= pushed or i in alone)]
-            assert load[explorer] == min(load[i] for i in able)
-            assert most is None or load[explorer] < most
-            running[group] = event
-            outstanding = {key for key in {*running, *ready, *waiting_again} if key.batch >= max(version, 0)}
-            assert capacity is None or len(outstanding) <= capacity
+            assert max(0, rule.admit(group.batch)) <= pushed
+            assert load(explorer) == min(load(i) for i in able(group))
+            assert most is None or load(explorer) < most
+            running[group], left[group] = event, samples
+            assert capacity is None or outstanding() <= capacity
+        elif event.what == "ended":
+            assert group is not None
+            assert running[group].explorer == explorer
+            left[group] -= 1
+            assert left[group] >= 0
         elif event.what in ("ready", "failed"):
             assert group is not None
             assert running.pop(group).version == event.version
+            assert left.pop(group) == 0
             if event.what == "ready":
                 ready[group] = event.version
             else:

@@ -12,7 +12,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group
 from lightning_rft.trainer.loader import MicroBatch
 from lightning_rft.trainer.module import RFTModule
-from lightning_rft.trainer.precision import MasterWeights
+from lightning_rft.trainer.precision import MasterWeights, grad_norm
 from tests.trainer.test_module import GROUPS, Module, close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,6 +42,10 @@ def train(module: RFTModule, precision: str, steps: int = 4, **settings) -> L.Tr
         warnings.simplefilter("ignore")
         trainer.fit(module, train_dataloaders=Batches(GROUPS, steps))
     return trainer
+
+
+def test_the_norm_of_no_gradient_is_zero():
+    assert grad_norm([torch.nn.Parameter(torch.ones(2))]) == 0
 
 
 def flat(module: RFTModule) -> torch.Tensor:

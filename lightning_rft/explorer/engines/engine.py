@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from lightning_rft.experience import Sampling, Support, TensorInfo
+from lightning_rft.experience import Support, TensorInfo, Truncation
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class Request:
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
-    sampling: Sampling = Sampling()  # noqa: RUF009 (immutable)
+    sampling: Truncation = Truncation()  # noqa: RUF009 (immutable)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Engine(ABC):
     dtype: str = "float32"
     #: Whether :meth:`connect` takes an NCCL link; decided by :meth:`start`.
     nccl: bool = False
-    #: Most requests that run at once; more would wait inside the engine, and get no newer weights meanwhile.
+    #: Most requests that run at once; it is given some more, which wait inside the engine in order of arrival.
     max_num_seqs: int = 64
     #: Maximum tokens of prompt and answer together that the engine is made for; ``None``: what the prompts need, or the
     #: model's context with a workflow of the user's own.

@@ -152,7 +152,11 @@ class VLLMEngine(Engine):
         if on_cpu:
             _keep_small(config)
         self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
-        self._eos = end_ids(self.model or model)
+        if "generation_config" in self.engine_args:  # in place of all that the model itself says
+            named = self._engine.model_config.try_get_generation_config().get("eos_token_id")
+            self._eos = frozenset(named if isinstance(named, list) else [] if named is None else [named])
+        else:
+            self._eos = end_ids(model)
 
     def add(self, request: Request) -> None:
         """Queues a request."""

@@ -14,16 +14,19 @@ import signal
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_rft.channel import Channel, Failure, unpack
 from lightning_rft.errors import ConfigurationError, DeadlineError, LinkError
-from lightning_rft.experience import Experience, Task
+from lightning_rft.experience import Experience, GroupKey, Task
 from lightning_rft.explorer.messages import (
     Advanced,
     Cancel,
     Connect,
+    Ended,
     Explore,
     Explored,
     Failed,
@@ -47,6 +50,16 @@ _REPORT_S = 1.0
 _END = dumps(None)
 
 
+@dataclass
+class _Group:
+    """A group that runs."""
+
+    asked: Explore
+    encoded: Encoded = field(default_factory=dict)  # prompts, which its samples share
+    ended: set[int] = field(default_factory=set)  # samples that rank 0 is told of, or about to be
+    retried: int = 0
+
+
 class Explorer:
     """Runs groups on one engine.
 
@@ -61,6 +74,8 @@ class Explorer:
         self._stepper = Stepper(spec.engine, asyncio.get_running_loop())
         self._scorer = Scorer(spec.reward, spec.timeouts.reward_s)
         self._scored = 0
+        self._scoring = 0
+        self._ended: dict[int, Counter[tuple[GroupKey, int]]] = {}  # of each run; rank 0 is about to be told
         self._work: dict[asyncio.Task[None], Explore] = {}  # running groups
         self._tokenizer: Any = None
 
@@ -120,12 +135,8 @@ class Explorer:
                 self._channel.send(Loaded(message.version))
 
     async def _explore(self, request: Explore, inbox: asyncio.Queue[Any]) -> None:
-        retried = [0]
-        encoded: Encoded = {}
-        samples = [
-            asyncio.ensure_future(self._sample(request, index, seed, retried, encoded))
-            for index, seed in enumerate(request.seeds)
-        ]
+        group = _Group(request)
+        samples = [asyncio.ensure_future(self._sample(group, index)) for index in range(len(request.seeds))]
         try:
             results = await asyncio.gather(*samples, return_exceptions=True)
         finally:
@@ -142,23 +153,39 @@ class Explorer:
         # a user's reward or workflow: it goes to rank 0, this process lives on
         failures = tuple(Failure.of(result) for result in results if isinstance(result, Exception))
         self._channel.send(
-            Explored(request.run, request.key, request.attempt, request.task.id, experiences, failures, retried[0])
+            Explored(request.run, request.key, request.attempt, request.task.id, experiences, failures, group.retried)
         )
 
-    async def _sample(
-        self, request: Explore, index: int, seed: int, retried: list[int], encoded: Encoded
-    ) -> Experience:
+    async def _sample(self, group: _Group, index: int) -> Experience:
         attempt = 0
         while True:
             try:
-                return await self._in_time(self._try(request, index, seed, attempt, encoded), request.task)
-            except ConfigurationError:
-                raise  # trying again changes nothing
-            except Exception:
+                experience = await self._in_time(self._try(group, index, attempt), group.asked.task)
+            except Exception as error:
                 attempt += 1
-                if attempt > self._spec.tolerance.retries or self._stepper.error is not None:
+                permanent = isinstance(error, ConfigurationError)  # trying again changes nothing
+                if permanent or attempt > self._spec.tolerance.retries or self._stepper.error is not None:
+                    self._end(group, index)
                     raise
-                retried[0] += 1
+                group.retried += 1
+            else:
+                self._end(group, index)
+                return experience
+
+    def _end(self, group: _Group, index: int) -> None:
+        """Tells rank 0 that a sample needs the engine no more, together with all others that end now."""
+        if index in group.ended or self._stepper.error is not None:
+            return
+        group.ended.add(index)
+        if not self._ended:
+            asyncio.get_running_loop().call_soon(self._tell_ended)
+        asked = group.asked
+        self._ended.setdefault(asked.run, Counter())[asked.key, asked.attempt] += 1
+
+    def _tell_ended(self) -> None:
+        ended, self._ended = self._ended, {}
+        for run, samples in ended.items():
+            self._channel.send(Ended(run, dict(samples)))
 
     async def _in_time(self, sample: Coroutine[Any, Any, Experience], task: Task) -> Experience:
         limit = self._spec.timeouts.sample_s
@@ -175,16 +202,16 @@ class Explorer:
             "raise the setting"
         )
 
-    async def _try(self, request: Explore, index: int, seed: int, attempt: int, encoded: Encoded) -> Experience:
-        spec, task = self._spec, request.task
+    async def _try(self, group: _Group, index: int, attempt: int) -> Experience:
+        spec, request, task = self._spec, group.asked, group.asked.task
         policy = Policy(
             self._stepper.sample,
             self._tokenizer,
             name=f"{request.run}/{request.key.batch}/{request.key.slot}/{request.attempt}/{index}/{attempt}",
             sampling=request.sampling,
             max_model_len=spec.max_model_len,
-            seed=seed,
-            encoded=encoded,
+            seed=request.seeds[index],
+            encoded=group.encoded,
         )
         loop = asyncio.get_running_loop()
         text = await spec.workflow(task, policy)
@@ -193,7 +220,13 @@ class Explorer:
                 f"the workflow answered task {task.id!r} without calling the policy: nothing to train"
             )
         began = loop.time()
-        reward = await self._scorer(text, task)
+        if self._scoring < spec.engine.max_num_seqs:  # else rewards are what is slow: sampling more helps nobody
+            self._end(group, index)
+        self._scoring += 1
+        try:
+            reward = await self._scorer(text, task)
+        finally:
+            self._scoring -= 1
         self._scored += 1
         return Experience(
             task.id, index, tuple(policy.turns), reward, text, round(policy.seconds, 6), round(loop.time() - began, 6)
