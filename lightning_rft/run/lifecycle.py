@@ -24,7 +24,7 @@ from lightning_rft.run.placement import cpu_threads
 from lightning_rft.run.resume import begin_or_resume, buffer_path, progress_at
 from lightning_rft.run.tolerance import Tolerance
 from lightning_rft.settings import Settings
-from lightning_rft.sync.exploration import Exploration
+from lightning_rft.sync.rule import Exploration
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.sync.transports.transport import Weights
