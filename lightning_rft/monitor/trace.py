@@ -1,4 +1,4 @@
-"""Spans as a trace that Perfetto and chrome://tracing open."""
+"""Spans as a trace for Perfetto and chrome://tracing."""
 
 from __future__ import annotations
 
@@ -13,17 +13,10 @@ _THREADS = {"rollout": "rollout", "put": "put", "train": "train", "wait": "wait"
 
 
 def trace(spans: Sequence[Span], *, title: str = "", dropped: int = 0) -> dict[str, Any]:
-    """The spans as a Chrome trace: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
+    """A Chrome trace, as JSON: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 
-    A track is a process there. Slices of one thread may not overlap, so what a track does at once gets several threads.
-
-    Args:
-        spans: What was recorded, in any order.
-        title: Name of the strategy.
-        dropped: How many spans are missing.
-
-    Returns:
-        What to write as JSON: names first, then slices in order of their beginning, in microseconds since the first.
+    Tracks become processes; times become microseconds since the first span. Slices of one thread may not overlap, so
+    what a track does concurrently gets several threads.
     """
     zero = min((span.begin for span in spans), default=0.0)
     names: list[dict[str, Any]] = []
@@ -73,7 +66,7 @@ def _slice(span: Span, zero: float, pid: int, tid: int) -> dict[str, Any]:
 
 
 def _lanes(spans: Sequence[Span]) -> list[int]:
-    """For spans in order of their beginning: the lowest lane that is free then."""
+    """The lowest free lane of each span, for spans in order of their beginning."""
     ends: list[float] = []
     lanes = []
     for span in spans:
