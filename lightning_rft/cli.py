@@ -88,31 +88,28 @@ class RFTCLI(LightningCLI):
         **kwargs: Any,
     ) -> None:
         usage = {name: {"usage": _USAGE} for name in self.subcommands()} if run else {"usage": _USAGE}
-        defaults: dict[str, Any] = {
+        trainer_class = kwargs.get("trainer_class", ExploringTrainer)
+        if isinstance(trainer_class, type) and not issubclass(trainer_class, ExploringTrainer):
+            trainer_class = type(trainer_class.__name__, (ExploringTrainer, trainer_class), {})
+        settings: dict[str, Any] = {
             "save_config_kwargs": {"overwrite": True},
             "seed_everything_default": 0,
             "auto_configure_optimizers": False,
+            **kwargs,
+            "trainer_class": trainer_class,
+            "parser_kwargs": usage | kwargs.get("parser_kwargs", {}),
         }
-        trainer_class = kwargs.pop("trainer_class", ExploringTrainer)
-        if isinstance(trainer_class, type) and not issubclass(trainer_class, ExploringTrainer):
-            trainer_class = type(trainer_class.__name__, (ExploringTrainer, trainer_class), {})
-        defaults["trainer_class"] = trainer_class
-        defaults["parser_kwargs"] = usage | kwargs.pop("parser_kwargs", {})
         # jsonargparse finds a class by its short name only once it is imported
         for name in lightning_rft.__all__:
             getattr(lightning_rft, name)
-        super().__init__(model_class, datamodule_class, args=args, run=run, **defaults | kwargs)
+        super().__init__(model_class, datamodule_class, args=args, run=run, **settings)
 
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
         # no test, which would be a validation, and no predict, which is what explorers do
         lightnings = LightningCLI.subcommands()
-        return {
-            "fit": lightnings["fit"],
-            "validate": lightnings["validate"],
-            "explore": {"model", "datamodule"},
-        }
+        return {"fit": lightnings["fit"], "validate": lightnings["validate"], "explore": {"model", "datamodule"}}
 
     @override
     def instantiate_classes(self) -> None:

@@ -154,7 +154,7 @@ class TimelineCallback(Callback):
             self._hooks.pop().remove()
         try:
             self._write()
-        except Exception:  # neither a good run nor the error that ended a bad one may be lost over this
+        except Exception:  # must hide neither a good run nor the error that ended a bad one
             _log.exception("the timeline could not be written to %s", self._folder)
 
     def _write(self) -> None:

@@ -24,7 +24,7 @@ def trace(spans: Sequence[Span], *, title: str = "", dropped: int = 0) -> dict[s
     for pid, track in enumerate(sorted({span.track for span in spans}, key=position), start=1):
         names += _named("process", track, pid, 0, pid)
         mine = [span for span in spans if span.track == track]
-        tid = 1000 * pid  # unique in the whole trace, which viewers like best
+        tid = 1000 * pid  # unique in the whole trace, as viewers expect
         for kind in sorted({_THREADS.get(span.what, "weights") for span in mine}):
             members = sorted((s for s in mine if _THREADS.get(s.what, "weights") == kind), key=lambda s: s.begin)
             lanes = _lanes(members)
@@ -50,7 +50,7 @@ def _named(what: str, name: str, pid: int, tid: int, order: int) -> list[dict[st
 
 
 def _slice(span: Span, zero: float, pid: int, tid: int) -> dict[str, Any]:
-    # Whole microseconds: with fractions, rounding would let neighbours overlap by a hair, which viewers refuse.
+    # Whole microseconds: with fractions, rounding would let neighbours overlap slightly, which viewers refuse.
     begin, end = (round((seconds - zero) * 1e6) for seconds in (span.begin, span.end))
     about = {"batch": span.batch, "version": span.version, "for": span.detail or None}
     return {

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum, auto
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -46,31 +47,20 @@ SIGTERM_STATUS = 143
 
 
 @dataclass(frozen=True)
-class _Told:
+class _Result:
     """From rank 0: the result of :meth:`Ranks.agree`."""
 
     what: str
-    result: Any
+    value: Any
 
 
-@dataclass(frozen=True)
-class _Gather:
-    """From rank 0: take part in gathering the weights."""
+class _Signal(Enum):
+    """Messages without contents."""
 
-
-@dataclass(frozen=True)
-class _Alive:
-    """A sign of life."""
-
-
-@dataclass(frozen=True)
-class _Terminated:
-    """The sender got SIGTERM."""
-
-
-@dataclass(frozen=True)
-class _Bye:
-    """The sender ends normally; the end of its connection is no failure."""
+    GATHER = auto()  # from rank 0: take part in gathering the weights
+    ALIVE = auto()
+    TERMINATED = auto()  # the sender got SIGTERM
+    BYE = auto()  # the sender ends normally, and the end of its connection is no failure
 
 
 class Ranks:
@@ -92,7 +82,7 @@ class Ranks:
         self._peers = peers or {}
         self._weights = weights
         self._news = threading.Condition()
-        self._inbox: deque[_Told | _Gather] = deque()
+        self._inbox: deque[_Result | _Signal] = deque()
         self._failure: BaseException | None = None  # of another rank
         self._why = ""  # traceback of the first rank that failed
         self._terminated = False
@@ -145,12 +135,12 @@ class Ranks:
         except BaseException as error:
             self.fail(error)
             raise
-        self._send(_Told(what, result))
+        self._send(_Result(what, result))
         return result
 
     def gathered(self) -> list[Any]:
         """The policy's whole weights, on rank 0 inside :meth:`agree`; the others take part without keeping them."""
-        self._send(_Gather())
+        self._send(_Signal.GATHER)
         return list(self._weights())
 
     def check(self) -> None:
@@ -189,7 +179,7 @@ class Ranks:
         if self._closing.is_set() or self._alone:
             return
         self._noticed = True
-        self._send(_Bye())
+        self._send(_Signal.BYE)
         self._closing.set()
         self._thread.join(_GRACE_S)  # it may be in the middle of a message that never ends
         for channel in list(self._peers.values()):
@@ -201,20 +191,20 @@ class Ranks:
             with self._news:
                 self._news.wait_for(lambda: self._inbox or self._failure or self._terminated, _POLL_S)
                 message = self._inbox.popleft() if self._inbox else None
-            if isinstance(message, _Gather):
+            if message is _Signal.GATHER:
                 deque(self._weights(), maxlen=0)
-            elif isinstance(message, _Told):
+            elif isinstance(message, _Result):
                 if message.what != what:
                     raise ScheduleError(
-                        f"rank 0 is at {message.what}, but rank {self.rank} at {what}: the ranks run different code, "
-                        "or a callback acts on some of them only"
+                        f"rank 0 has reached {message.what}, but rank {self.rank} has reached {what}: the ranks run "
+                        "different code, or a callback acts only on some of them"
                     )
-                return message.result
+                return message.value
             else:
                 self.check()
                 if not self._peers:
                     raise ScheduleError(
-                        f"rank {self.rank} waits at {what}, but rank 0 has ended: the ranks run different code"
+                        f"rank {self.rank} waits for {what}, but rank 0 has ended: the ranks run different code"
                     )
 
     def _send(self, message: Any) -> None:
@@ -230,39 +220,39 @@ class Ranks:
 
     def _listen(self) -> None:
         """Receives from the others and sends them signs of life."""
-        told = 0.0
+        signed = 0.0  # when it sent the last sign of life
         passed_on = False
         while not self._closing.is_set():
             now = time.monotonic()
-            if now - told > _SIGN_OF_LIFE_S:
-                told = now
-                self._send(_Alive())
+            if now - signed > _SIGN_OF_LIFE_S:
+                signed = now
+                self._send(_Signal.ALIVE)
             if self._terminated and not passed_on:
                 passed_on = True
-                self._send(_Terminated())
-            lines: list[Any] = list(self._peers.values())
-            ready: list[Any] = wait(lines, _POLL_S)
+                self._send(_Signal.TERMINATED)
+            channels: list[Any] = list(self._peers.values())
+            ready: list[Any] = wait(channels, _POLL_S)
             for rank, channel in list(self._peers.items()):
                 if channel in ready:
-                    self._hear(rank, channel)
+                    self._receive(rank, channel)
                 elif now - self._heard[rank] > _SILENCE_S:
                     self._lost(rank, RankError(f"rank {rank} has given no sign of life for {_SILENCE_S:.0f} seconds"))
 
-    def _hear(self, rank: int, channel: Channel) -> None:
+    def _receive(self, rank: int, channel: Channel) -> None:
         try:
             message = channel.receive(0)
         except (EOFError, OSError):
-            self._lost(rank, RankError(f"rank {rank} is gone, without a word: it was killed; see its output"))
+            self._lost(rank, RankError(f"rank {rank} is gone without an error: it was killed; see its output"))
             return
         self._heard[rank] = time.monotonic()
         if isinstance(message, Failure):
             self._why = self._why or f"rank {rank} failed:\n{message.text}"
             self._lost(rank, message.unpack(f"rank {rank}", RankError))
-        elif isinstance(message, _Terminated):
+        elif message is _Signal.TERMINATED:
             self._terminated = True
-        elif isinstance(message, _Bye):
+        elif message is _Signal.BYE:
             self._peers.pop(rank).close()
-        elif not isinstance(message, _Alive):
+        elif message is not _Signal.ALIVE:
             with self._news:
                 self._inbox.append(message)
                 self._news.notify_all()
@@ -280,7 +270,7 @@ class Ranks:
         while time.monotonic() < deadline:
             if self._noticed or self._closing.wait(_POLL_S):
                 return
-        sys.stderr.write(f"rank {self.rank} is ended, since it waits for rank {rank}: {error}\n{self._why}\n")
+        sys.stderr.write(f"rank {self.rank} ends because it waits for rank {rank}: {error}\n{self._why}\n")
         sys.stderr.flush()
         os._exit(1)  # no hook can run: the main thread is in a collective that will not return
 

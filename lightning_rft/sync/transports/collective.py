@@ -50,7 +50,7 @@ class CollectiveTransport(Transport):
         self.backend = backend
         self.timeout_s = timeout_s
         self.bucket_mib = bucket_mib
-        self._senders: dict[tuple[int, ...], tuple[dict[int, int], Sender]] = {}
+        self._senders: dict[tuple[tuple[int, int], ...], Sender] = {}  # by members, as in Explorers.members()
 
     @override
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
@@ -84,21 +84,21 @@ class CollectiveTransport(Transport):
 
     @override
     def close(self) -> None:
-        for _, sender in self._senders.values():
+        for sender in self._senders.values():
             sender.close()
         self._senders.clear()
 
     def _sender(self, members: dict[int, int], tensors: Weights, explorers: Explorers) -> Sender:
         """The group of exactly these explorers; closes other groups that share one with it or have lost one."""
-        key = tuple(members)
-        known, sender = self._senders.get(key, ({}, None))
-        if sender is None or known != members:
+        key = tuple(members.items())
+        if key not in self._senders:
             alive = explorers.members().keys()
-            for other in [other for other in self._senders if set(other) & set(key) or not set(other) <= alive]:
-                self._senders.pop(other)[1].close()
-            sender = self._make_sender(tensors, explorers)
-            self._senders[key] = dict(members), sender
-        return sender
+            for other in list(self._senders):
+                theirs = dict(other).keys()
+                if theirs & members.keys() or not theirs <= alive:
+                    self._senders.pop(other).close()
+            self._senders[key] = self._make_sender(tensors, explorers)
+        return self._senders[key]
 
     def _make_sender(self, tensors: Weights, explorers: Explorers) -> Sender:
         on_gpu = all(tensor.is_cuda for _, tensor in tensors)
