@@ -43,7 +43,7 @@ def draw(spans: Sequence[Span], path: str | Path, *, title: str = "", batches: i
         track: layout([span for span in shown if span.track == track], (end - begin) * _NEAR)
         for track in sorted({span.track for span in spans}, key=position)
     }
-    with matplotlib.style.context(["default", {"hatch.linewidth": 0.6}]):  # whatever style the user has set
+    with matplotlib.style.context(["default", {"hatch.linewidth": 0.6}]):  # in place of the user's style
         _paint(rows, (begin, end), zero, title, note, Path(path))
 
 

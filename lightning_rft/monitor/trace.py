@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning_rft.monitor.spans import Span, position
 
 __all__ = ["trace"]
 
-_THREADS = {"rollout": "rollout", "put": "put", "train": "train", "wait": "wait"}  # everything else: "weights"
+_THREADS = {"rollout", "put", "train", "wait"}  # everything else moves weights
 
 
 def trace(spans: Sequence[Span], *, title: str = "", dropped: int = 0) -> dict[str, Any]:
@@ -23,10 +24,11 @@ def trace(spans: Sequence[Span], *, title: str = "", dropped: int = 0) -> dict[s
     slices: list[dict[str, Any]] = []
     for pid, track in enumerate(sorted({span.track for span in spans}, key=position), start=1):
         names += _named("process", track, pid, 0, pid)
-        mine = [span for span in spans if span.track == track]
+        threads: dict[str, list[Span]] = defaultdict(list)
+        for span in sorted((span for span in spans if span.track == track), key=lambda span: span.begin):
+            threads[span.what if span.what in _THREADS else "weights"].append(span)
         tid = 1000 * pid  # unique in the whole trace, as viewers expect
-        for kind in sorted({_THREADS.get(span.what, "weights") for span in mine}):
-            members = sorted((s for s in mine if _THREADS.get(s.what, "weights") == kind), key=lambda s: s.begin)
+        for kind, members in sorted(threads.items()):
             lanes = _lanes(members)
             count = max(lanes) + 1
             for lane in range(count):

@@ -77,7 +77,7 @@ def read_jsonl(path: str | Path) -> list[Task]:
     Ids that the file leaves out stay empty, so that several lists can be joined.
 
     Raises:
-        ConfigurationError: The file cannot be read or is empty, or a line (its number is given) is no task.
+        ConfigurationError: The file cannot be read or is empty, or a line (named by its number) is no task.
     """
     tasks: list[Task] = []
     try:
@@ -89,7 +89,7 @@ def read_jsonl(path: str | Path) -> list[Task]:
                 try:
                     value = json.loads(line)
                 except ValueError as error:
-                    raise ConfigurationError(f"{where}: not JSON ({error}); write one JSON object a line") from error
+                    raise ConfigurationError(f"{where}: not JSON ({error}); write one JSON object per line") from error
                 tasks.append(_as_task(value, where))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"tasks cannot be read from {path} ({error}): give a JSONL file in UTF-8") from error

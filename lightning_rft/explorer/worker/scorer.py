@@ -155,7 +155,7 @@ def main(fd: int) -> None:
             for completion, task in channel.receive():
                 try:
                     answer: float | Failure = as_reward(reward(completion, task), task.id)
-                except Exception as error:  # whatever a user's function raises is raised where the call was made
+                except Exception as error:  # raised again where the call was made
                     answer = Failure.of(error)
                 channel.send(answer)
     except (EOFError, OSError):

@@ -92,7 +92,7 @@ class CheckpointTransport(Transport):
 
 
 def _write(folder: Path, weights: Weights, manifest: Sequence[TensorInfo], metadata: dict[str, str]) -> None:
-    """Writes to a temporary folder, syncs, renames: the folder is there whole or not at all, whatever happens."""
+    """Writes to a temporary folder, syncs and renames it, so that ``folder`` exists completely or not at all."""
     from safetensors.torch import save_file
 
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -142,7 +142,7 @@ class CheckpointLink:
 
 
 class CheckpointReceiver:
-    """An explorer's end: reads the file, after checking that it is the right one and whole."""
+    """An explorer's end: reads the file, after checking that it is the right one and complete."""
 
     def __init__(self, link: CheckpointLink) -> None:
         self._link = link
