@@ -1,4 +1,4 @@
-"""The program: ``python -m lightning_rft``, or ``lightning-rft``."""
+"""Entry point of ``python -m lightning_rft`` and ``lightning-rft``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 
 def main() -> None:
     """Runs the command line in a process of its own."""
-    # Explorers share the cores; threads that spin while they wait would be in their way. torch reads it when imported.
+    # Threads that spin while they wait would take cores from the explorers. torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Functions in a file of the current folder can be named in a config; a console script does not find them by itself.
+    # A config can name functions in a file of the current folder, which a console script does not find by itself.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     from lightning_rft.cli import main as run

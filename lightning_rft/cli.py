@@ -1,4 +1,4 @@
-"""The command line: Lightning's, with this package's module, datamodule and short class paths."""
+"""The command line: Lightning's, with the module and datamodule of this package, and short class paths."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from typing_extensions import override
 
 import lightning_rft
 from lightning_rft.datamodule import RFTDataModule
@@ -24,7 +25,7 @@ _USAGE = "%(prog)s [--config FILE] [--KEY VALUE ...]"
 class ExploringTrainer(L.Trainer):
     """Lightning's trainer, which can also explore without training."""
 
-    # LightningCLI runs a subcommand by the trainer's method of that name.
+    # LightningCLI runs a subcommand by calling the trainer's method of that name.
 
     def explore(
         self,
@@ -33,14 +34,14 @@ class ExploringTrainer(L.Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Explore every task once with the weights as they are, into the buffer.
+        """Explore every task once with the current weights, into the buffer.
 
-        It is ``predict``, whose predictions are not kept since the buffer has them.
+        This is ``predict`` without its predictions, which are in the buffer.
 
         Args:
             model: The module.
-            datamodule: The tasks, and who explores them.
-            ckpt_path: Checkpoint whose weights explore; left out, those of the module's model.
+            datamodule: The tasks and the explorers.
+            ckpt_path: Checkpoint to take the weights from; left out, those of the module's model.
             weights_only: As for ``torch.load``.
         """
         self.predict(
@@ -59,8 +60,8 @@ class RFTCLI(LightningCLI):
     """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning: ``fit``, ``validate``, ``explore``.
 
     A config has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the
-    sync strategy is one of ``trainer.callbacks``. What this package exports needs no more than its name as
-    ``class_path``::
+    sync strategy is one of ``trainer.callbacks``. The name alone is the ``class_path`` of a class that this package
+    exports::
 
         trainer:
           callbacks:
@@ -73,10 +74,10 @@ class RFTCLI(LightningCLI):
     Args:
         model_class: A subclass of :class:`RFTModule`, for settings of your own.
         datamodule_class: A subclass of :class:`RFTDataModule`.
-        args: What to parse in place of the command line.
-        run: Whether to run the subcommand; if not, there are no subcommands and objects are only made.
-        kwargs: Anything else that ``LightningCLI`` takes; wins over what is set here. A function as ``trainer_class``
-            has to make an :class:`ExploringTrainer`; a class of yours is made one.
+        args: Arguments to parse in place of the command line's.
+        run: Whether to run a subcommand; if not, there are no subcommands and objects are only made.
+        kwargs: Other arguments of ``LightningCLI``, which override the defaults above. A ``trainer_class`` that is a
+            function must make an :class:`ExploringTrainer`; a class becomes one.
 
     Raises:
         SystemExit: With status 2, after a message, if the config cannot be used.
@@ -95,37 +96,35 @@ class RFTCLI(LightningCLI):
         **kwargs: Any,
     ) -> None:
         usage = {name: {"usage": _USAGE} for name in self.subcommands()} if run else {"usage": _USAGE}
-        defaults: dict[str, Any] = {
+        trainer_class = kwargs.get("trainer_class", ExploringTrainer)
+        if isinstance(trainer_class, type) and not issubclass(trainer_class, ExploringTrainer):
+            trainer_class = type(trainer_class.__name__, (ExploringTrainer, trainer_class), {})
+        settings: dict[str, Any] = {
             "save_config_kwargs": {"overwrite": True},
             "seed_everything_default": 0,
             "auto_configure_optimizers": False,
             "parser_class": _Parser,
+            **kwargs,
+            "trainer_class": trainer_class,
+            "parser_kwargs": usage | kwargs.get("parser_kwargs", {}),
         }
-        trainer_class = kwargs.pop("trainer_class", ExploringTrainer)
-        if isinstance(trainer_class, type) and not issubclass(trainer_class, ExploringTrainer):
-            trainer_class = type(trainer_class.__name__, (ExploringTrainer, trainer_class), {})
-        defaults["trainer_class"] = trainer_class
-        defaults["parser_kwargs"] = usage | kwargs.pop("parser_kwargs", {})
         # jsonargparse finds a class by its short name only once it is imported
         for name in lightning_rft.__all__:
             getattr(lightning_rft, name)
-        super().__init__(model_class, datamodule_class, args=args, run=run, **defaults | kwargs)
+        super().__init__(model_class, datamodule_class, args=args, run=run, **settings)
 
     @staticmethod
+    @override
     def subcommands() -> dict[str, set[str]]:
-        """What can be run: a test is a validation here, and a prediction is what explorers sample."""
+        # no test, which would be a validation, and no predict, which is what explorers do
         lightnings = LightningCLI.subcommands()
-        return {
-            "fit": lightnings["fit"],
-            "validate": lightnings["validate"],
-            "explore": {"model", "datamodule"},
-        }
+        return {"fit": lightnings["fit"], "validate": lightnings["validate"], "explore": {"model", "datamodule"}}
 
+    @override
     def instantiate_classes(self) -> None:
-        """Makes the objects; a setting that one of them refuses ends the program as a parser's error does."""
         try:
             super().instantiate_classes()
-        except Exception as error:
+        except Exception as error:  # a refused setting ends the program as the parser's own errors do
             refusal = _refusal(error)
             if refusal is None:
                 raise
@@ -133,20 +132,13 @@ class RFTCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs the command line.
-
-    Args:
-        args: What to parse in place of the command line.
-
-    Raises:
-        SystemExit: With status 2, after a message, if the config cannot be used.
-    """
+    """Runs the command line, or ``args`` in its place."""
     about = {"prog": "lightning-rft", "description": "Reinforcement fine-tuning of language models."}
     RFTCLI(args=args, parser_kwargs=about)
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:
-    """What a setting was refused with; jsonargparse wraps an error in its own where an argument has a union type."""
+    """The error that refused a setting, which jsonargparse wraps in its own where an argument has a union type."""
     while error is not None and not isinstance(error, (ConfigurationError, MisconfigurationException)):
         error = error.__cause__
     return error

@@ -1,4 +1,4 @@
-"""Typed errors. Each message names the setting and says what to do."""
+"""Typed errors, whose messages name the setting and say what to do."""
 
 __all__ = [
     "ConfigurationError",
@@ -14,19 +14,19 @@ __all__ = [
 
 
 class RFTError(Exception):
-    """Base class of every error that lightning_rft raises on its own account."""
+    """Base class of lightning_rft's own errors."""
 
 
 class ConfigurationError(RFTError, ValueError):
-    """A setting, or a combination of settings, that cannot work. Raised before any process starts if possible."""
+    """A setting, or a combination of settings, cannot work; raised before any process starts if possible."""
 
 
 class ScheduleError(RFTError, RuntimeError):
-    """Order, version or staleness is not what the strategy promises: training on would be silently wrong."""
+    """Order, version or staleness breaks the strategy's promise: to continue training would be silently wrong."""
 
 
 class StorageError(RFTError, OSError):
-    """The buffer's file cannot be read or written: a full disk, or a file that something has damaged."""
+    """The buffer's file cannot be read or written, because the disk is full or the file damaged."""
 
 
 class ExplorerError(RFTError, RuntimeError):
@@ -34,16 +34,16 @@ class ExplorerError(RFTError, RuntimeError):
 
 
 class RankError(RFTError, RuntimeError):
-    """Another of the trainer's ranks died or failed; the message carries its traceback, if it had one to tell."""
+    """Another of the trainer's ranks died or failed; the message carries its traceback, if it sent one."""
 
 
 class TransportError(RFTError, RuntimeError):
-    """Weights did not reach an engine whole."""
+    """Weights did not reach an engine completely."""
 
 
 class LinkError(TransportError):
-    """A weight transport broke off because one of its members is gone; those that are left can try again."""
+    """A weight transport broke off because one of its members is gone; the remaining members can try again."""
 
 
 class DeadlineError(RFTError, TimeoutError):
-    """A wait passed its deadline; the message says what was waited for and which setting bounds it."""
+    """A wait exceeded its deadline; the message names what was waited for and the setting that bounds it."""

@@ -18,18 +18,14 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 def check_model(model: str) -> None:
-    """Checks what can be seen of a model without loading it.
-
-    Raises:
-        ConfigurationError: A folder is missing, or lacks a config or a tokenizer.
-    """
+    """Raises :class:`ConfigurationError` if a model's folder is missing, or lacks a config or a tokenizer."""
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
             raise ConfigurationError(
                 f"model={model!r} is no folder: give an existing folder or a hub name 'owner/name'"
             )
-        return  # perhaps a hub name; the tokenizer is loaded before any process starts, and will tell
+        return  # perhaps a hub name; loading the tokenizer, before any process starts, checks it
     if not (folder / "config.json").is_file():
         raise ConfigurationError(f"model={model!r} has no config.json: give a folder that save_pretrained() wrote")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -39,7 +35,7 @@ def check_model(model: str) -> None:
 
 
 def context_length(model: str) -> int | None:
-    """Most tokens that a model's config says it can see; ``None`` if it does not say or is not on this disk."""
+    """Maximum tokens of the context according to the model's config; ``None`` if that is silent or not on this disk."""
     path = Path(model) / "config.json"
     if not path.is_file():
         return None

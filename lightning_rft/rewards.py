@@ -1,7 +1,7 @@
-"""Ready reward functions, and the checks that every reward function passes.
+"""Reward functions, and the checks that every reward function must pass.
 
 A reward is any callable ``reward(completion: str, task: Task) -> float``; the ones here compare with
-:attr:`Task.answer`. None of them imports a tensor library: they run wherever an explorer runs.
+:attr:`Task.answer`. They need no tensor library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NUMBER = re.compile(
 
 
 def exact_match(completion: str, task: Task) -> float:
-    r"""1.0 if the completion is the answer, surrounding white space aside, else 0.0.
+    r"""1.0 if the completion equals the answer, surrounding white space aside, else 0.0.
 
     Raises:
         ConfigurationError: The task has no answer.
@@ -37,7 +37,7 @@ def exact_match(completion: str, task: Task) -> float:
 
 
 def contains_answer(completion: str, task: Task) -> float:
-    """1.0 if the answer stands anywhere in the completion (case counts), else 0.0.
+    """1.0 if the completion contains the answer (case-sensitive), else 0.0.
 
     Raises:
         ConfigurationError: The task has no answer.
@@ -52,8 +52,8 @@ def contains_answer(completion: str, task: Task) -> float:
 def last_number(completion: str, task: Task) -> float:
     """1.0 if the last number in the completion equals the last number in the answer, else 0.0.
 
-    Numbers are compared by value, exactly: ``1,000.50`` equals ``1000.5``. Taking the last number of the answer too
-    lets worked solutions that end in the result (GSM8K's ``#### 42``) serve as answers.
+    Numbers are compared by their exact value: ``1,000.50`` equals ``1000.5``. The last number of the answer counts too,
+    so worked solutions that end in the result (GSM8K's ``#### 42``) can serve as answers.
 
     Raises:
         ConfigurationError: The task has no answer, or its answer no number: no completion could earn the reward.
@@ -74,20 +74,20 @@ def last_number(completion: str, task: Task) -> float:
 
 
 def as_reward(value: object, task_id: str = "") -> float:
-    """Return what a reward function returned as a finite float.
+    """Converts what a reward function returned to a finite float.
 
     Args:
         value: A number: int, float, bool, or a scalar of an array library (0 dimensions).
         task_id: The task that was scored, for the error.
 
     Raises:
-        ConfigurationError: Anything else, NaN and infinities included.
+        ConfigurationError: ``value`` is anything else, NaN and infinities included.
 
     Example:
         >>> as_reward(True)
         1.0
     """
-    # Every number of every library has __float__, and so has numpy's string; of arrays only shape () is a scalar.
+    # Numbers of every library have __float__, but so has numpy's string; of arrays only shape () is a scalar.
     if hasattr(value, "__float__") and not isinstance(value, str | bytes) and getattr(value, "shape", ()) == ():
         try:
             reward = float(value)
@@ -99,7 +99,10 @@ def as_reward(value: object, task_id: str = "") -> float:
 
 
 def check_reward(reward: object) -> None:
-    """Check that a reward function can be called as the explorers will call it, before any of them starts.
+    """Checks, before any explorer starts, that a reward function can be called as explorers will call it.
+
+    Args:
+        reward: The reward function.
 
     Raises:
         ConfigurationError: It is not callable, or does not take two positional arguments.
@@ -109,7 +112,7 @@ def check_reward(reward: object) -> None:
         raise ConfigurationError(f"reward is {reward!r}, which cannot be called: {expected}")
     try:
         signature = inspect.signature(reward)
-    except (TypeError, ValueError):  # some callables written in C do not tell theirs; the first call will
+    except (TypeError, ValueError):  # some callables written in C have no signature; the first call shows
         return
     try:
         signature.bind(object(), object())

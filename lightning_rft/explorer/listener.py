@@ -1,4 +1,4 @@
-"""The thread that listens to the explorers, the lock that it shares with the trainer's thread, and waits for news."""
+"""The thread that listens to the explorers, the lock that it shares with the trainer's thread, and timed waits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,15 @@ from lightning_rft.explorer.roster import Roster
 
 __all__ = ["GRACE_S", "Listener"]
 
-#: Seconds that an explorer or the thread may take to end.
+#: Seconds that an explorer, or the thread, may take to end.
 GRACE_S = 30.0
 _POLL_S = 0.2
 
 
 class Listener:
-    """Hands every message of the explorers to one function, and ends explorers that hang.
+    """Passes every message of the explorers to ``handle``, under the lock, and ends explorers that hang.
 
-    An error on its thread reaches the trainer at its next call or wait.
-
-    Args:
-        pool: The explorers.
-        roster: Knows which of them have work and get nowhere with it.
-        handle: Called with explorer and message, under the lock.
-        check_interrupt: Called during every wait; raises to end it.
+    An error on its thread reaches the trainer at its next call or wait; ``check_interrupt`` raises to end a wait.
     """
 
     def __init__(
@@ -37,9 +31,9 @@ class Listener:
         handle: Callable[[int, Any], None],
         check_interrupt: Callable[[], None],
     ) -> None:
-        #: Held by whoever looks at what the other thread changes.
+        #: Held by a thread while it reads what the other one changes.
         self.lock = threading.Condition(threading.RLock())
-        #: When there last was news, in seconds of :func:`time.monotonic`.
+        #: When the last message came, in seconds of :func:`time.monotonic`.
         self.heard = time.monotonic()
         self._pool = pool
         self._roster = roster
@@ -50,7 +44,7 @@ class Listener:
         self._thread = threading.Thread(target=self._listen, name="coordinator", daemon=True)
 
     def start(self) -> None:
-        """Starts to listen."""
+        """Starts the thread."""
         self._thread.start()
 
     @property
@@ -65,13 +59,13 @@ class Listener:
             self._thread.join(GRACE_S)
 
     def raise_failures(self) -> None:
-        """Raises what ends the run, if something does."""
+        """Raises the error that ends the run, if there is one."""
         if self._error is not None:
             raise self._error
         self._check_interrupt()
 
     def failed(self, error: BaseException) -> None:
-        """Ends every wait with what went wrong; the first error counts."""
+        """Ends every wait with this error, unless another came first."""
         with self.lock:
             self._error = self._error or error
             self.lock.notify_all()
@@ -83,17 +77,10 @@ class Listener:
         timeout_s: float | None = None,
         show: Callable[[], None] = lambda: None,
     ) -> None:
-        """Waits until ``done``, which itself sees to it that this happens in time unless ``timeout_s`` is given.
+        """Waits until ``done``, which must have a deadline of its own if there is no ``timeout_s``.
 
-        Args:
-            done: Ends the wait; called under the lock, and so is ``show``.
-            what: What it is for, in the message of the error.
-            timeout_s: Seconds that it may take.
-            show: Called again and again, to show how far it is.
-
-        Raises:
-            DeadlineError: It did not happen within ``timeout_s``.
-            Exception: Whatever ends the run.
+        Both functions are called under the lock, ``show`` again and again to report progress. Raises
+        :class:`DeadlineError` after ``timeout_s``, and the error that ends the run.
         """
         began = time.monotonic()
         with self.lock:

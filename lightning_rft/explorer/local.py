@@ -1,4 +1,4 @@
-"""An explorer's process on this machine: how it is started, spoken to and ended."""
+"""An explorer's process on this machine: its start, its channel, its end."""
 
 from __future__ import annotations
 
@@ -15,18 +15,13 @@ from lightning_rft.channel import spawn
 
 __all__ = ["GRACE_S", "LocalProcess", "end_all"]
 
-#: Seconds that a process may take to end once it was told to, and then to be gone once it was killed.
+#: Seconds that a process may take to end when asked, and then to be gone when killed.
 GRACE_S = 3.0
 _LOG_LINES = 20
 
 
 class LocalProcess:
-    """Starts the process, in a session of its own so that everything it starts can be ended with it.
-
-    Args:
-        environment: Variables to add to this process's own.
-        log: File that takes its output.
-    """
+    """A process in a session of its own, so that all it starts can be ended with it; ``log`` takes its output."""
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self.log = log
@@ -36,31 +31,31 @@ class LocalProcess:
 
     @property
     def pid(self) -> int:
-        """Process id, which is that of its process group too."""
+        """Process id, which is also that of its process group."""
         return self._process.pid
 
     def send(self, message: Any) -> None:
-        """Sends a message; raises :class:`OSError` if nobody reads it."""
+        """Sends a message; raises ``OSError`` if the process does not read it."""
         self.channel.send(message)
 
     def kill(self) -> None:
-        """Kills the process and everything that it started."""
+        """Kills the process and everything it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def status(self, timeout_s: float) -> int | None:
-        """Its exit status, waiting for it; ``None`` if it still runs after ``timeout_s``."""
+        """Waits for the exit status; ``None`` if the process still runs after ``timeout_s``."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout_s)
         return self._process.returncode
 
     def log_tail(self) -> str:
-        """The last lines of the log."""
+        """Last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
 
 
 def end_all(processes: Collection[LocalProcess], grace_s: float = GRACE_S) -> None:
-    """Asks, waits, kills: every process and what it started is gone when this returns."""
+    """Asks, waits, kills: every process and everything it started is gone when this returns."""
     if grace_s > 0:
         for process in processes:
             with contextlib.suppress(OSError):

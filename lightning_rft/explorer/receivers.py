@@ -1,4 +1,4 @@
-"""The explorers as a weight transport sees them: members that can be told to connect, to load, and be waited for."""
+"""The explorers as a weight transport sees them: members that connect, load, and can be waited for."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ __all__ = ["Receivers"]
 
 
 class Receivers:
-    """What a weight transport asks of the explorers (``sync.transports.transport.Explorers``).
-
-    Args:
-        pool: The processes.
-        roster: What they have loaded.
-        listener: Holds the lock, and waits for news.
-        folder: The run's own folder.
-        changed: Called under the lock when an explorer begins to load.
-    """
+    """Implements ``sync.transports.transport.Explorers``; ``changed`` is called when an explorer begins to load."""
 
     def __init__(
         self, pool: ExplorerPool, roster: Roster, listener: Listener, folder: Path, changed: Callable[[], None]
@@ -38,7 +30,7 @@ class Receivers:
         self._changed = changed
 
     def members(self) -> dict[int, int]:
-        """Explorer -> number of its processes that hold weights."""
+        """Explorer index -> number of its processes that hold weights."""
         return self._roster.members
 
     @property
@@ -52,18 +44,14 @@ class Receivers:
         return self._pool.nccl
 
     def load(self, explorer: int, manifest: Sequence[TensorInfo], version: int) -> None:
-        """Tells an explorer to receive a version."""
+        """Asks an explorer to receive ``version``; returns at once."""
         with self._listener.lock:
             self._roster.begin_load(explorer, time.monotonic())
             self._changed()
         self._pool.load(explorer, manifest, version)
 
     def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float, setting: str) -> None:
-        """Returns when each of ``explorers`` that is alive computes with a version; ends one that is late.
-
-        Raises:
-            LinkError: The transport broke off for one that is alive.
-        """
+        """Waits until each live one of ``explorers`` computes with ``version``, and replaces those that are late."""
 
         def missing() -> list[int]:
             return self._roster.without(version, explorers)
@@ -80,13 +68,13 @@ class Receivers:
         self.end(missing(), f"did not load version {version} in time: raise {setting}, or see its log")
 
     def end(self, explorers: Sequence[int], blame: str) -> None:
-        """Ends explorers that are of no use, and returns when they are gone; others are started for them."""
+        """Ends explorers that cannot be used, and returns when they are gone; others are started for them."""
         for explorer in explorers:
             self._pool.kill(explorer, blame)
         self._listener.wait(lambda: not self.members().keys() & set(explorers), "explorers to end", GRACE_S)
 
     def settle(self, explorers: Sequence[int], timeout_s: float) -> None:
-        """Returns when none of ``explorers`` is in the middle of a load; ends one that is stuck in it."""
+        """Waits until none of ``explorers`` is loading; ends those that are stuck."""
 
         def stuck() -> list[int]:
             return [explorer for explorer in explorers if self._roster.is_loading(explorer)]

@@ -1,1 +1,1 @@
-"""What a run tells about itself."""
+"""Observation of a run: metrics, the status line, and the timeline."""

@@ -1,26 +1,28 @@
-"""What trainer and explorers are at: added up for the figures of a run, and told as spans to whoever looks."""
+"""What trainer and explorers do and wait for: totals for the figures of a run, and spans for its timeline."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from lightning_rft.monitor.idle import Idle
 from lightning_rft.monitor.spans import Span
 
-__all__ = ["Activity"]
+__all__ = ["Activity", "advice"]
+
+_NAMES = {"explore": "explore", "weights": "wait_weights", "room": "wait_room", "load": "load"}
 
 
 class Activity:
-    """Records who did what from when on, until now. Not thread-safe, but for :meth:`observe`.
-
-    Args:
-        observers: Called with every span of the timeline.
-    """
+    """Adds up what explorers and trainer do, and passes spans to the observers; only :meth:`observe` is thread-safe."""
 
     def __init__(self, observers: Sequence[Callable[[Span], None]]) -> None:
         self._observers = observers
-        self._idle = Idle()
+        self._began = self._counted = time.monotonic()
+        self._states: dict[int, tuple[str, float]] = {}  # explorer -> what it does, and since when
+        self._seconds: dict[str, float] = defaultdict(float)  # by state, of all explorers together, until _counted
+        self._reported: dict[str, float] = defaultdict(float)
+        self._waited: dict[str, float] = defaultdict(float)  # by cause, of the trainer
 
     def observe(
         self,
@@ -39,22 +41,74 @@ class Activity:
 
     def trainer_waited(self, cause: str, began: float, version: int | None = None, batch: int | None = None) -> None:
         """Records that the trainer waited, for ``"experience"`` or ``"push"``."""
-        self._idle.trainer(cause, time.monotonic() - began)
+        self._waited[cause] += time.monotonic() - began
         self.observe("trainer", "wait", began, version, batch, cause)
 
     def explorers(self, states: Mapping[int, str]) -> None:
-        """Notes what each explorer that is alive does: ``"explore"``, ``"load"``, or what it waits for."""
+        """Records what each live explorer does: ``"explore"``, ``"load"``, or what it waits for."""
         now = time.monotonic()
-        self._idle.keep(states, now)
+        for index, (before, since) in list(self._states.items()):
+            self._seconds[before] += now - self._counted
+            if index not in states:
+                del self._states[index]
+            elif states[index] != before:
+                self._states[index] = states[index], now
+                if before in ("weights", "room"):
+                    self.observe(f"explorer {index}", "wait", since, detail=before)
         for index, state in states.items():
-            ended = self._idle.explorer(index, state, now)
-            if ended is not None and ended[0] in ("weights", "room"):
-                self.observe(f"explorer {index}", "wait", ended[1], detail=ended[0])
+            self._states.setdefault(index, (state, now))
+        self._counted = now
 
     def metrics(self) -> dict[str, float]:
-        """What explorers did since the last call, in seconds, their mean."""
-        return self._idle.metrics()
+        """Seconds that explorers spent in each state since the last call, their mean."""
+        count = max(1, len(self._states))
+        values = {
+            f"rft/explorer_{name}_s": (self._seconds[state] - self._reported[state]) / count
+            for state, name in _NAMES.items()
+        }
+        self._reported = defaultdict(float, self._seconds)
+        return values
 
     def summary(self) -> str:
-        """One line about who waited for whom, and what to change."""
-        return self._idle.summary()
+        """One line: what each side did, which was the bottleneck, and what to change."""
+        total = max(time.monotonic() - self._began, 1e-9)
+        explorers = max(1e-9, sum(self._seconds.values()))
+        return advice(
+            experience=self._waited["experience"] / total,
+            push=self._waited["push"] / total,
+            weights=self._seconds["weights"] / explorers,
+            room=self._seconds["room"] / explorers,
+            load=self._seconds["load"] / explorers,
+        )
+
+
+def advice(*, experience: float, push: float, weights: float, room: float, load: float) -> str:
+    """Says which side was the bottleneck and what to change.
+
+    ``experience`` and ``push`` are the shares of its time that the trainer waited for experience, and for groups that
+    older weights must explore before a push. The others are the shares of their time that explorers waited for new
+    weights and for room in the buffer, and loaded weights.
+
+    Example:
+        >>> print(advice(experience=0.6, push=0.0, weights=0.05, room=0.0, load=0.05))
+        The trainer waited 60 % of the time (experience 60 %, pushes 0 %), explorers 5 % (weights 5 %, room 0 %) and \
+loaded weights for 5 %. Exploration is the bottleneck: add explorers, or lower max_new_tokens.
+    """
+    facts = (
+        f"The trainer waited {experience + push:.0%} of the time (experience {experience:.0%}, pushes {push:.0%}), "
+        f"explorers {weights + room:.0%} (weights {weights:.0%}, room {room:.0%}) and loaded weights for {load:.0%}."
+    ).replace("%", " %")
+    if max(experience + push, weights + room) < 0.1 and load < 0.2:
+        verdict = "Both sides were busy: only faster hardware, or less work, makes it faster."
+    elif load >= 0.2 and load >= max(experience, weights):
+        verdict = "Weight pushes are the bottleneck: raise sync_interval."
+    elif min(experience + push, weights + room) > 0.1:
+        verdict = (
+            "They wait for each other: let them overlap, with OneStepOffPolicy(), FullyAsynchronous() or a larger "
+            "max_staleness."
+        )
+    elif experience + push >= weights + room:
+        verdict = "Exploration is the bottleneck: add explorers, or lower max_new_tokens."
+    else:
+        verdict = "Training is the bottleneck: use fewer explorers, or give the trainer more of the hardware."
+    return f"{facts} {verdict}"

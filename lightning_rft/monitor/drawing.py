@@ -1,7 +1,4 @@
-"""Spans as a picture: who did what, in the colours of the four drawings of synchronisation.
-
-matplotlib is imported only when something is drawn.
-"""
+"""Spans as a picture, in the colours of the four drawings of synchronisation; only drawing imports matplotlib."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _KINDS = {
     "checkpoint": ("#F6B5AC", "#D2695C", "Sync. weight (Checkpoint: C write, c load)", "C"),
     "wait": ("#FAFAFA", "#D4D4D4", "Waiting", ""),
 }
-_NEAR = 0.002  # of the width of the picture: what is nearer is drawn as one
+_NEAR = 0.002  # share of the picture's width; nearer blocks are drawn as one
 
 _DPI = 160
 # inches
@@ -34,15 +31,7 @@ _INK, _FAINT = "#333333", "#777777"
 
 
 def draw(spans: Sequence[Span], path: str | Path, *, title: str = "", batches: int = 8, dropped: int = 0) -> None:
-    """Draws the last batches of a run.
-
-    Args:
-        spans: What was recorded, in any order; at least one.
-        path: The PNG file to write.
-        title: Name of the strategy.
-        batches: How many batches to show, counted back from the last that was trained.
-        dropped: How many spans are missing.
-    """
+    """Draws the last ``batches`` batches that were trained, from at least one span, as a PNG file."""
     import matplotlib.style
 
     zero = min(span.begin for span in spans)
@@ -54,12 +43,12 @@ def draw(spans: Sequence[Span], path: str | Path, *, title: str = "", batches: i
         track: layout([span for span in shown if span.track == track], (end - begin) * _NEAR)
         for track in sorted({span.track for span in spans}, key=position)
     }
-    with matplotlib.style.context(["default", {"hatch.linewidth": 0.6}]):  # whatever style the user has set
+    with matplotlib.style.context(["default", {"hatch.linewidth": 0.6}]):  # in place of the user's style
         _paint(rows, (begin, end), zero, title, note, Path(path))
 
 
 def _window(spans: Sequence[Span], batches: int) -> tuple[float, float, str]:
-    """The time to show, and in words what that is."""
+    """Begin and end of what to show, and a note that says what it is."""
     begin, end = min(span.begin for span in spans), max(span.end for span in spans)
     trained = sorted(span.end for span in spans if span.what == "train")
     if len(trained) > batches:
@@ -81,7 +70,7 @@ class _Canvas:
         self.axes.set_axis_off()
 
     def box(self, left: float, right: float, low: float, high: float, kind: str) -> None:
-        """A rectangle in the colours of a kind."""
+        """Draws a rectangle in the colours of a kind."""
         from matplotlib.patches import Rectangle
 
         fill, edge, *_ = _KINDS[kind]
@@ -89,7 +78,7 @@ class _Canvas:
         self.axes.add_patch(Rectangle((left, low), right - left, high - low, facecolor=fill, edgecolor=edge, **look))
 
     def line(self, x: Interval, y: Interval, color: str, order: float = 1.0) -> None:
-        """A thin line."""
+        """Draws a thin line."""
         self.axes.plot(x, y, color=color, linewidth=0.8, zorder=order, solid_capstyle="butt")
 
     def text(self, x: float, y: float, text: str, size: float = 9, color: str = _INK, **look: Any) -> float:
@@ -98,14 +87,14 @@ class _Canvas:
         return self.width(text, size, look.get("weight", "normal"))
 
     def width(self, text: str, size: float, weight: str = "normal") -> float:
-        """Inches that a text takes."""
+        """Width of a text in inches."""
         from matplotlib.font_manager import FontProperties
 
         font = FontProperties(size=size, weight=weight)
         return float(self.renderer.get_text_width_height_descent(text, font, False)[0]) / _DPI
 
     def label(self, left: float, right: float, low: float, high: float, labels: Sequence[str], kind: str) -> None:
-        """Writes the first of the labels that fits a rectangle, if one does."""
+        """Writes the first of the labels that fits a rectangle, if any."""
         for text in labels:
             for size in (9, 7):
                 fits = self.width(text, size) + 0.08 <= right - left and size * 1.15 / 72 <= high - low

@@ -1,4 +1,4 @@
-"""What is to be drawn of a run, as plain data: for every track blocks, and what may be written on them."""
+"""Layout of a timeline's picture as plain data: the blocks of each track, and the labels that they may carry."""
 
 from __future__ import annotations
 
@@ -13,41 +13,25 @@ __all__ = ["Block", "layout"]
 _KIND = {"put": "buffer", "load": "sync", "write checkpoint": "checkpoint", "load checkpoint": "checkpoint"}
 _TRANSFERS = {"sync": "S", "load": "S", "write checkpoint": "C", "load checkpoint": "c"}
 _LANES = 4
-_STRIP = 0.36  # of a row's height: what background work has, with the gap above it
+_STRIP = 0.36  # share of a row's height that background work gets, with the gap above it
 
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle in the row of a track.
-
-    Args:
-        kind: Which colour it has.
-        begin: Seconds.
-        end: Seconds.
-        labels: What may be written on it, best first.
-        low: Lower edge, as a share of the row's height.
-        high: Upper edge, likewise.
-        ticks: Moments to mark on it.
-        visible: The parts of it that nothing lies upon; left out, all of it.
-    """
+    """A rectangle in the row of a track: times in seconds, edges as shares of the row's height."""
 
     kind: str
     begin: float
     end: float
-    labels: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()  #: The best first; the first that fits is written.
     low: float = 0.0
     high: float = 1.0
     ticks: tuple[float, ...] = ()
-    visible: tuple[Interval, ...] | None = None
+    visible: tuple[Interval, ...] | None = None  #: The parts that no other block covers; ``None`` for all of it.
 
 
 def layout(spans: Sequence[Span], near: float) -> list[Block]:
-    """The blocks of one track, those on top last.
-
-    Args:
-        spans: Of this track.
-        near: Blocks that are nearer than these seconds count as touching.
-    """
+    """The blocks of one track, those on top last; blocks that are nearer than ``near`` seconds count as touching."""
     rollouts = _stack(_by_batch("rollout", spans, near), near)
     puts = _stack(_by_batch("put", spans, math.inf), near)
     trains = [Block("train", span.begin, span.end, _labels(span)) for span in spans if span.what == "train"]
@@ -58,12 +42,12 @@ def layout(spans: Sequence[Span], near: float) -> list[Block]:
     ]
     waits = [Block("wait", span.begin, span.end, (span.cause,)) for span in spans if span.what == "wait"]
     if any(_overlap(block, train) > near for block in weights for train in trains):
-        # another thread moves weights while training goes on: it has a strip of its own
+        # another thread moves weights during training: it gets a strip of its own
         weights = [replace(block, high=_STRIP - 0.08) for block in weights]
         trains = [replace(block, low=_STRIP) for block in trains]
         waits = [replace(block, low=_STRIP, visible=_uncovered(block, trains, near)) for block in waits]
     else:
-        # an engine that takes weights computes nothing else, though its rollouts go on afterwards
+        # an engine that loads weights computes nothing else, and continues its rollouts afterwards
         rollouts = [replace(block, visible=_uncovered(block, weights, 0.0)) for block in rollouts]
         busy = [*rollouts, *trains, *weights]
         waits = [replace(block, visible=_uncovered(block, busy, near)) for block in waits]
@@ -71,7 +55,7 @@ def layout(spans: Sequence[Span], near: float) -> list[Block]:
 
 
 def _by_batch(what: str, spans: Iterable[Span], near: float) -> list[Block]:
-    """What is done for groups, merged by batch where it touches."""
+    """Blocks of what is done for groups, merged by batch where they touch."""
     batches: dict[tuple[str, ...], list[Span]] = {}
     for span in sorted((span for span in spans if span.what == what), key=lambda span: span.batch or 0):
         batches.setdefault(_labels(span), []).append(span)
@@ -83,7 +67,7 @@ def _by_batch(what: str, spans: Iterable[Span], near: float) -> list[Block]:
 
 
 def _stack(blocks: Iterable[Block], near: float) -> list[Block]:
-    """Blocks that overlap in time, one above the other; what needs more lanes than there are joins the last one."""
+    """Puts blocks that overlap in time one above the other; beyond the last lane they join its last block."""
     stacks: list[list[list[Block]]] = []  # of lanes of blocks; stacks do not overlap in time
     reach = -math.inf
     for block in sorted(blocks, key=lambda block: block.begin):
@@ -114,7 +98,7 @@ def _overlap(one: Block, other: Block) -> float:
 
 
 def _uncovered(block: Block, others: Iterable[Block], shortest: float) -> tuple[Interval, ...]:
-    """The parts of a block on which no other one lies, but for the shortest."""
+    """The parts of a block that no other covers and that are longer than ``shortest``."""
     pieces, begin = [], block.begin
     for first, last in union((other.begin, other.end) for other in others if _overlap(block, other) > 0):
         pieces.append((begin, first))

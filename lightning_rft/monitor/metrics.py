@@ -1,4 +1,4 @@
-"""What is logged of every batch, accumulated over its micro-batches with torchmetrics."""
+"""The logged metrics of a batch, accumulated over its micro-batches with torchmetrics."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ _NOTHING: dict[type[Metric], tuple[float, ...]] = {MeanMetric: (0.0, 0.0), SumMe
 
 
 class BatchMetrics(nn.Module):
-    """Metrics of one batch, under ``rft/``.
+    """Metrics of one batch, under ``rft/``; on several ranks each adds its share, and all get those of the whole batch.
 
     ``loss`` (of the whole batch, however it was cut up), ``reward`` (mean over samples), ``reward_std`` (mean over
     groups of the standard deviation within the group), ``completion_length`` (tokens), ``staleness_mean`` and
-    ``staleness_max`` (batches, over tokens), and over the tokens that were trained ``entropy`` (nats) and whatever
-    statistics the objective gives: ``clip_fraction``, ``kl`` (from the sampling to the training policy, nats).
-    ``tokens_per_second`` counts sampled tokens over the whole time since the batch before. On several ranks each takes
-    in its share, and all get the values of the whole batch.
+    ``staleness_max`` (batches, over tokens), and over the tokens that were trained ``entropy`` (nats) and the
+    statistics of the objective: ``clip_fraction``, ``kl`` (from the sampling to the training policy, nats).
+    ``tokens_per_second`` counts sampled tokens over the whole time since the batch before.
     """
 
     def __init__(self) -> None:
@@ -45,12 +44,7 @@ class BatchMetrics(nn.Module):
         self._clear()
 
     def update_groups(self, groups: Sequence[Group], version: int) -> None:
-        """Takes in what was sampled.
-
-        Args:
-            groups: Groups of this micro-batch.
-            version: The version that is trained.
-        """
+        """Adds the groups of a micro-batch, trained as ``version``."""
         for group in groups:
             rewards = torch.tensor([experience.reward for experience in group.experiences], dtype=torch.float32)
             self.reward.update(rewards)
@@ -65,11 +59,11 @@ class BatchMetrics(nn.Module):
             self.tokens.update(float(len(staleness)))
 
     def update_loss(self, loss: Tensor) -> None:
-        """Takes in a share's part of the batch's loss."""
+        """Adds a share's part of the batch's loss."""
         self.loss.update(loss.detach())
 
     def update_tokens(self, entropy: Tensor, statistics: Mapping[str, Tensor], weight: float = 1.0) -> None:
-        """Takes in what the training step computed, one value per trained token; 0 for ``weight`` leaves them out."""
+        """Adds what the training step computed, one value per trained token [N]; a ``weight`` of 0 leaves them out."""
         self.trained_tokens.update(entropy.numel() * weight)
         self.entropy.update(entropy, weight)
         for name, values in statistics.items():
@@ -78,7 +72,7 @@ class BatchMetrics(nn.Module):
             self.get_submodule(name).update(values, weight)  # type: ignore[operator]
 
     def collect(self) -> dict[str, float]:
-        """The values of the batch, and a fresh start for the next."""
+        """Returns the values of the batch, and starts the next."""
         now = time.perf_counter()
         # in the same order on every rank, since each of these is a collective
         values = {name: float(metric.compute()) for name, metric in self._metrics()}
@@ -92,7 +86,7 @@ class BatchMetrics(nn.Module):
         return values
 
     def restart(self, now: float | None = None) -> None:
-        """Forgets what was taken in; the clock starts now."""
+        """Forgets what was added; the clock starts now."""
         self._began = time.perf_counter() if now is None else now
         self._clear()
 

@@ -1,4 +1,4 @@
-"""What the processes of a run did when: the record of it, and how the time was spent."""
+"""Spans: records of what the processes of a run did when."""
 
 from __future__ import annotations
 
@@ -12,25 +12,18 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Span:
-    """Something that a process did for a while.
+    """One thing that a process did, from ``begin`` to ``end`` in seconds of :func:`time.monotonic`."""
 
-    Args:
-        track: Who: ``"trainer"``, ``"buffer"``, ``"explorer 0"``, ``"explorer 1"``, ...
-        what: ``"rollout"`` (one group), ``"put"``, ``"train"``, ``"sync"`` (a collective), ``"load"`` (an explorer's
-            half of one), ``"write checkpoint"``, ``"load checkpoint"`` or ``"wait"``.
-        begin: Seconds of :func:`time.monotonic`.
-        end: Likewise.
-        batch: The batch that it is about, if it is about one.
-        version: The version of the weights, if it is about one.
-        detail: What a ``"wait"`` is for: ``"experience"``, ``"weights"``, ``"room"`` or ``"push"``.
-    """
-
+    #: ``"trainer"``, ``"buffer"``, ``"explorer 0"``, ``"explorer 1"``, ...
     track: str
+    #: ``"rollout"`` (one group), ``"put"``, ``"train"``, ``"sync"`` (a collective), ``"load"`` (an explorer's half of
+    #: one), ``"write checkpoint"``, ``"load checkpoint"`` or ``"wait"``.
     what: str
     begin: float
     end: float
     batch: int | None = None
     version: int | None = None
+    #: What a ``"wait"`` is for: ``"experience"``, ``"weights"``, ``"room"`` or ``"push"``.
     detail: str = ""
 
     @property
@@ -40,14 +33,14 @@ class Span:
 
     @property
     def name(self) -> str:
-        """What it is called in a trace: ``"train 3"``, ``"sync v4"``."""
+        """Name in a trace: ``"train 3"``, ``"sync v4"``."""
         if self.batch is not None:
             return f"{self.cause} {self.batch}"
         return self.cause if self.version is None else f"{self.cause} v{self.version}"
 
 
 def union(intervals: Iterable[Interval], gap: float = 0.0) -> list[Interval]:
-    """What intervals cover together, in order; holes up to ``gap`` are closed.
+    """The union of intervals, in order; holes up to ``gap`` are closed.
 
     Example:
         >>> union([(4.0, 5.0), (0.0, 2.0), (1.0, 3.0)])
@@ -63,6 +56,6 @@ def union(intervals: Iterable[Interval], gap: float = 0.0) -> list[Interval]:
 
 
 def position(track: str) -> tuple[int, str, int]:
-    """Sorts tracks from top to bottom: explorers by number, the buffer, the trainer."""
+    """Key that sorts tracks from top to bottom: explorers by number, the buffer, the trainer."""
     name, _, number = track.partition(" ")
     return {"buffer": 1, "trainer": 2}.get(name, 0), name, int(number) if number.isdigit() else 0

@@ -1,4 +1,4 @@
-"""The line in the terminal that says what a run is doing while its progress bar has nothing to show yet."""
+"""The terminal line that says what a run is doing while its progress bar has nothing to show yet."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class StatusLine:
     """Shows what the trainer waits for, in the one line that its progress bar then takes over.
 
     In a terminal the line is rewritten in place. Where a bar of TQDM or Rich is already on the screen, the text is part
-    of it. Anywhere else (a file, a notebook) each new stage is a line of its own. Without a progress bar it is silent.
+    of it. Anywhere else (a file, a notebook) each new stage is a line of its own. Without a progress bar, or with
+    ``None`` as trainer, it is silent.
 
-    A ``with`` block around the wait and nothing else leaves the terminal clean however the wait ends, before anybody
-    else writes to it::
+    A ``with`` block around only the wait leaves the terminal clean however the wait ends, before anything else is
+    written to it::
 
         with StatusLine(trainer) as status:
             while len(done) < 4:
@@ -31,13 +32,10 @@ class StatusLine:
                 ...
 
     Only the trainer's thread may use it.
-
-    Args:
-        trainer: Whose progress bar it is; ``None`` for silence.
     """
 
     def __init__(self, trainer: L.Trainer | None) -> None:
-        #: Whether it stays silent in a terminal without a bar of TQDM or Rich on the screen: for stages during which
+        #: Whether to stay silent in a terminal unless a bar of TQDM or Rich is on the screen: for stages during which
         #: others may write.
         self.bar_only = False
         self._trainer = trainer if trainer is not None and trainer.is_global_zero else None
@@ -47,25 +45,16 @@ class StatusLine:
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
-        """Starts the clock."""
         self._began = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Takes the text away."""
         self.clear()
 
     def say(self, stage: str, done: int = 0, total: int = 0, unit: str = "") -> None:
-        """Shows a stage, in place of what was shown before.
-
-        Args:
-            stage: What is done, such as ``"exploring batch 0"``.
-            done: How far it is; shown only where text can be rewritten.
-            total: Where it ends; 0 if that cannot be counted.
-            unit: What is counted, such as ``"groups"``.
-        """
+        """Shows a stage in place of the last one, and where text can be rewritten how much of ``total`` is done."""
         callback = None if self._trainer is None else self._trainer.progress_bar_callback
         if callback is None or not getattr(callback, "is_enabled", True):
             return
@@ -85,7 +74,7 @@ class StatusLine:
             self._place.show(now)
 
     def clear(self) -> None:
-        """Takes the text away, if any is shown."""
+        """Removes the text, if any is shown."""
         place, self._place, self._shown = self._place, None, None
         if place is not None:
             place.clear()
@@ -118,7 +107,7 @@ def _capital(text: str) -> str:
 
 
 class _Place(Protocol):
-    """Where a stage can be shown, and taken away again."""
+    """A place where a stage can be shown and removed again."""
 
     def show(self, stage: _Stage) -> None: ...
 
@@ -126,10 +115,7 @@ class _Place(Protocol):
 
 
 class _OwnLine:
-    """The line that the cursor is in.
-
-    The cursor waits at its beginning: what others print meanwhile, such as a warning, is not appended to our text.
-    """
+    """The cursor's line; the cursor waits at its beginning, so that a warning is not appended to our text."""
 
     def show(self, stage: _Stage) -> None:
         line = _capital(str(stage)) + (f" ({stage.seconds} s)" if stage.seconds else " ...")
@@ -144,7 +130,7 @@ class _OwnLine:
 
 
 class _InTqdm:
-    """The end of a bar of TQDM, where Lightning shows metrics."""
+    """The end of a TQDM bar, where Lightning shows metrics."""
 
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
@@ -162,7 +148,7 @@ class _InTqdm:
 
 
 class _InRich:
-    """A row of its own among the bars of Rich."""
+    """A row of its own among Rich's bars."""
 
     def __init__(self, callback: RichProgressBar) -> None:
         self._callback = callback

@@ -1,4 +1,4 @@
-"""What every process did when: a callback that writes it down as a trace and as a picture."""
+"""A callback that records what every process does when, and writes it as a trace and as a picture."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.monitor.drawing import draw
@@ -30,14 +31,14 @@ _log = logging.getLogger(__name__)
 class TimelineCallback(Callback):
     """Writes what explorers, buffer and trainer did, and what they waited for, at the end of ``fit``.
 
-    ``timeline.json`` has everything, in Chrome's trace event format: open it at https://ui.perfetto.dev.
+    ``timeline.json`` has all spans, in Chrome's trace event format: open it at https://ui.perfetto.dev.
     ``timeline.png`` shows the last few batches. Both are also written when ``fit`` ends with an exception; a later
     ``fit`` into the same folder replaces them.
 
     Args:
         dirpath: Folder to write to; left out, ``rft/`` in the trainer's log folder.
-        max_spans: Most spans to keep, about 200 bytes each; beyond it the oldest are dropped.
-        png_batches: The picture begins with the training of this many batches before the end.
+        max_spans: Maximum number of spans to keep, about 200 bytes each; the oldest are dropped.
+        png_batches: Batches in the picture, counted back from the last that was trained.
 
     Raises:
         ConfigurationError: ``max_spans`` or ``png_batches`` is below 1, or there is no ``RFTDataModule`` to record.
@@ -56,7 +57,7 @@ class TimelineCallback(Callback):
         self._spans: deque[Span] = deque(maxlen=max_spans)
         self._recorded = 0
         self._lock = threading.Lock()
-        self._observers: list[Callable[[Span], None]] | None = None  # where we listen, until all is written
+        self._observers: list[Callable[[Span], None]] | None = None  # the list that record is in, until all is written
         self._hooks: list[Any] = []
         self._folder = Path()
         self._title = ""
@@ -64,19 +65,19 @@ class TimelineCallback(Callback):
         self._stepped: float | None = None
 
     def record(self, span: Span) -> None:
-        """Takes in a span, from any thread."""
+        """Records a span, from any thread."""
         with self._lock:
             self._recorded += 1
             self._spans.append(span)
 
     @property
     def spans(self) -> list[Span]:
-        """What was recorded since ``fit`` began and not dropped, in the order in which it came."""
+        """The spans recorded since ``fit`` began and not dropped, in the order in which they came."""
         with self._lock:
             return list(self._spans)
 
+    @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begins to listen."""
         if stage != "fit":
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
@@ -98,18 +99,16 @@ class TimelineCallback(Callback):
         self._observers = datamodule.observers
         if self.record not in datamodule.observers:
             datamodule.observers.append(self.record)
-        if not _can_draw():  # said now, when something can still be done about it
+        if not _can_draw():  # warn now, when it can still be installed
             warnings.warn(
                 "matplotlib is not installed, so TimelineCallback will write timeline.json but no timeline.png: "
                 "pip install 'lightning-rft[timeline]'",
                 stacklevel=2,
             )
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Has the optimizer tell when it has stepped.
-
-        Training ends there: until our ``on_train_batch_end`` is called, other callbacks may have pushed weights.
-        """
+        # Training ends with the optimizer's step: until our on_train_batch_end, other callbacks may have pushed weights
         if self._observers is not None:
             for optimizer in trainer.optimizers:
                 if isinstance(optimizer, torch.optim.Optimizer):
@@ -117,32 +116,32 @@ class TimelineCallback(Callback):
 
     def _on_step(self, *_: Any) -> None:
         if torch.cuda.is_initialized():
-            # The step is only queued. What is waited for is this thread's stream: others may be sending weights.
+            # The step is only queued. Only this thread's stream is waited for: others may be sending weights.
             torch.cuda.current_stream().synchronize()
         self._stepped = time.monotonic()
 
+    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Notes when the first micro-batch of a batch begins."""
         if self._observers is not None and self._began is None:
             self._began, self._stepped = time.monotonic(), None
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Records the training of a batch after its last micro-batch."""
         if self._began is not None and batch.last:
-            end = time.monotonic() if self._stepped is None else self._stepped  # a skipped step tells nothing
+            end = time.monotonic() if self._stepped is None else self._stepped  # a skipped step calls no hook
             self.record(Span("trainer", "train", self._began, end, batch=batch.batch, version=batch.batch))
             self._began = None
 
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Writes what there is."""
         self._finish()
 
+    @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes what there is."""
         self._finish()
 
     def _finish(self) -> None:
@@ -155,7 +154,7 @@ class TimelineCallback(Callback):
             self._hooks.pop().remove()
         try:
             self._write()
-        except Exception:  # neither a good run nor the error that ended a bad one may be lost over this
+        except Exception:  # must hide neither a good run nor the error that ended a bad one
             _log.exception("the timeline could not be written to %s", self._folder)
 
     def _write(self) -> None:

@@ -1,7 +1,8 @@
-"""Spans as a trace that Perfetto and chrome://tracing open."""
+"""Spans as a trace for Perfetto and chrome://tracing."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,31 +10,25 @@ from lightning_rft.monitor.spans import Span, position
 
 __all__ = ["trace"]
 
-_THREADS = {"rollout": "rollout", "put": "put", "train": "train", "wait": "wait"}  # everything else: "weights"
+_THREADS = {"rollout", "put", "train", "wait"}  # everything else moves weights
 
 
 def trace(spans: Sequence[Span], *, title: str = "", dropped: int = 0) -> dict[str, Any]:
-    """The spans as a Chrome trace: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
+    """A Chrome trace, as JSON: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 
-    A track is a process there. Slices of one thread may not overlap, so what a track does at once gets several threads.
-
-    Args:
-        spans: What was recorded, in any order.
-        title: Name of the strategy.
-        dropped: How many spans are missing.
-
-    Returns:
-        What to write as JSON: names first, then slices in order of their beginning, in microseconds since the first.
+    Tracks become processes; times become microseconds since the first span. Slices of one thread may not overlap, so
+    what a track does concurrently gets several threads.
     """
     zero = min((span.begin for span in spans), default=0.0)
     names: list[dict[str, Any]] = []
     slices: list[dict[str, Any]] = []
     for pid, track in enumerate(sorted({span.track for span in spans}, key=position), start=1):
         names += _named("process", track, pid, 0, pid)
-        mine = [span for span in spans if span.track == track]
-        tid = 1000 * pid  # unique in the whole trace, which viewers like best
-        for kind in sorted({_THREADS.get(span.what, "weights") for span in mine}):
-            members = sorted((s for s in mine if _THREADS.get(s.what, "weights") == kind), key=lambda s: s.begin)
+        threads: dict[str, list[Span]] = defaultdict(list)
+        for span in sorted((span for span in spans if span.track == track), key=lambda span: span.begin):
+            threads[span.what if span.what in _THREADS else "weights"].append(span)
+        tid = 1000 * pid  # unique in the whole trace, as viewers expect
+        for kind, members in sorted(threads.items()):
             lanes = _lanes(members)
             count = max(lanes) + 1
             for lane in range(count):
@@ -57,7 +52,7 @@ def _named(what: str, name: str, pid: int, tid: int, order: int) -> list[dict[st
 
 
 def _slice(span: Span, zero: float, pid: int, tid: int) -> dict[str, Any]:
-    # Whole microseconds: with fractions, rounding would let neighbours overlap by a hair, which viewers refuse.
+    # Whole microseconds: with fractions, rounding would let neighbours overlap slightly, which viewers refuse.
     begin, end = (round((seconds - zero) * 1e6) for seconds in (span.begin, span.end))
     about = {"batch": span.batch, "version": span.version, "for": span.detail or None}
     return {
@@ -73,7 +68,7 @@ def _slice(span: Span, zero: float, pid: int, tid: int) -> dict[str, Any]:
 
 
 def _lanes(spans: Sequence[Span]) -> list[int]:
-    """For spans in order of their beginning: the lowest lane that is free then."""
+    """The lowest free lane of each span, for spans in order of their beginning."""
     ends: list[float] = []
     lanes = []
     for span in spans:

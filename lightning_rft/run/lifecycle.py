@@ -23,15 +23,14 @@ from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.placement import cpu_threads
-from lightning_rft.run.resume import begin_or_resume, buffer_path, progress_at
+from lightning_rft.run.resume import begin_or_resume, buffer_path, progress_at, restore_rng, rng_state
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
-from lightning_rft.sync.exploration import Exploration
+from lightning_rft.sync.rule import Exploration
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.sync.transports.transport import Weights
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
 from lightning_rft.trainer.limits import micro_batches, stop_batch
-from lightning_rft.trainer.rng import restore_rng, rng_state
 
 __all__ = ["Run"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_rft.buffer.ledger import Ledger
@@ -13,7 +15,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey, Progress
 from lightning_rft.tasks.plan import TaskCursor
 
-__all__ = ["begin_or_resume", "buffer_path", "progress_at", "run_state"]
+__all__ = ["begin_or_resume", "buffer_path", "progress_at", "restore_rng", "rng_state", "run_state"]
 
 
 def run_state(progress: Progress, cursor: TaskCursor, ledger: Ledger, incarnation: int) -> dict[str, Any]:
@@ -105,3 +107,31 @@ def begin_or_resume(
             "from another checkpoint since: what it held and was not trained is explored again"
         )
     return resumed or (ledger.begin(progress.version), {})
+
+
+def rng_state() -> dict[str, Any]:
+    """States of Python's and PyTorch's generators, the current device's included, for a checkpoint.
+
+    NumPy's global one is left out: nothing here draws from it.
+    """
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Restores what :func:`rng_state` returned, so that a resumed run draws what it would have drawn.
+
+    Example:
+        >>> before = rng_state()
+        >>> drawn = torch.rand(1), random.random()
+        >>> restore_rng(before)
+        >>> drawn == (torch.rand(1), random.random())
+        True
+    """
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -1,4 +1,4 @@
-"""Arithmetic of steps and the room that they have: which group is trained when, and whether that is in time."""
+"""Arithmetic of steps and their room: which step trains a group, and whether that is in time."""
 
 from __future__ import annotations
 
@@ -11,20 +11,11 @@ __all__ = ["best_groups", "moved_groups", "would_be_late"]
 
 
 def moved_groups(progress: Progress, size: Callable[[int], int]) -> dict[GroupKey, int]:
-    """The step by which each group has its turn, for those where that is not the step of its own batch.
+    """The step that trains each group, for the groups that another step trains than that of their own batch.
 
-    Steps take what is left in order, as many groups as their batch has. Groups that are left from earlier batches come
-    first and shift the others to later steps, until as many were passed that are trained already.
-
-    Args:
-        progress: What is part of the weights.
-        size: Number of groups of a batch.
-
-    Returns:
-        Group -> step, never earlier than the group's batch.
-
-    Raises:
-        ScheduleError: This cannot be what some steps have trained.
+    Each step takes the groups that are left in order, as many as its batch has (``size``). Groups left from earlier
+    batches come first and shift the others to later steps, until as many groups were passed that are trained already.
+    Raises :class:`ScheduleError` if no steps could have trained what ``progress`` says.
 
     Example:
         >>> progress = Progress(5, behind=frozenset({GroupKey(4, 0)}), ahead=frozenset({GroupKey(6, 1)}))
@@ -54,16 +45,11 @@ def would_be_late(
 ) -> bool:
     """Whether a step without these groups would leave them too little room to be trained before they are too old.
 
-    A group of version ``v`` is trained by step ``v + bound`` at the latest. Of all those that are due by step ``d``,
-    the steps after this one up to ``d`` have room for so many; the rest must be in this one. At most a batch of groups
-    is ever missed, because a group of batch ``b`` is never due before step ``b``.
-
-    Args:
-        waiting: Versions of the groups that have come back and are left out.
-        unfinished: Versions of those that have not come back; only they are worth a wait.
-        bound: Most batches that a token may lag behind.
-        step: The step.
-        room: Number of groups that a later step trains; 0 where there is none.
+    ``waiting`` are the versions of the groups that have come back and are left out, ``unfinished`` of those that have
+    not come back; only they are worth a wait. A group of version ``v`` is due by step ``v + bound``. Of all the groups
+    that are due by step ``d``, the steps after this one up to ``d`` train no more than they have room for; the rest
+    must be in this one. At most a batch of groups is ever missed, because a group of batch ``b`` is never due before
+    step ``b``.
 
     Example:
         >>> would_be_late([], [3, 3], bound=2, step=4, room=lambda step: 1)
@@ -87,23 +73,13 @@ def best_groups(
     step: int,
     room: Callable[[int], int],
 ) -> list[GroupKey]:
-    """The groups with the highest scores for a step, as far as it leaves none without room until it is too old.
+    """The ready groups (-> version) with the highest scores that a step can train without making any other too old.
 
-    Of all groups that are due by step ``d``, those that the steps after this one up to ``d`` have no room for must be
-    in this one, whatever their scores. Such demands are nested, so taking the best that every demand still permits
-    yields the highest scores there can be. Without scores these are the oldest groups, which meet every demand that
-    can be met; so a wait that suffices for them (see :func:`would_be_late`) suffices for any choice made here.
-
-    Args:
-        ready: Groups that have come back -> version; at least as many as the step trains.
-        unfinished: Versions of those that have not come back.
-        scores: Scores of the former; one that is not there is 0.
-        bound: Most batches that a token may lag behind.
-        step: The step.
-        room: Number of groups that a step trains; 0 where there is none.
-
-    Returns:
-        As many groups as the step trains, the oldest first.
+    Returns ``room(step)`` groups, the oldest first; a missing score is 0. Of all groups that are due by step ``d``,
+    those that the steps after this one up to ``d`` have no room for must be in this one, whatever their scores. Such
+    demands are nested, so taking the best that every demand still permits yields the highest scores there can be.
+    Without scores these are the oldest groups, which meet every demand that can be met; so a wait that suffices for
+    them (see :func:`would_be_late`) suffices for any choice made here.
 
     Example:
         >>> ready = {GroupKey(0, slot): slot for slot in range(3)}
@@ -131,7 +107,7 @@ def best_groups(
 
 
 def _places(dues: Iterable[int], step: int, room: Callable[[int], int]) -> Iterator[tuple[int, int]]:
-    """For each due step in order: how many groups the steps after ``step`` up to it train."""
+    """Yields each due step in order, and how many groups the steps after ``step`` up to it train."""
     places = 0
     for due in sorted(dues):
         while step < due and room(step + 1):

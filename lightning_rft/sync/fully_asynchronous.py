@@ -1,8 +1,10 @@
-"""(c) Fully asynchronous: nobody waits until the staleness bound is reached."""
+"""(c) Fully asynchronous: explorers and trainer wait only when the staleness bound is reached."""
 
 from __future__ import annotations
 
 from typing import Literal
+
+from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.sync.strategy import SyncStrategy
@@ -21,18 +23,18 @@ class FullyAsynchronous(SyncStrategy):
         trainer   ····[T0][T1]C[T2][T3]C[T4]      T train     C write one, in the background
 
     A group of batch ``b`` may be explored with version ``b - max_staleness`` or newer, and a step trains the groups
-    with the oldest weights first, so no token is staler than ``max_staleness`` batches when it is trained. Taking what
-    finishes first would throw long answers away; a step therefore waits for a group that would be too old after it.
+    with the oldest weights first, so no token is staler than ``max_staleness`` batches when it is trained. Taking the
+    groups that finish first would discard long answers, so a step waits for a group that would be too old after it.
 
     Args:
         sync_interval: Batches between two pushes, ``k``.
-        max_staleness: Most batches that a token may lag behind the version that is trained, at least ``k - 1``. The
-            larger, the less anyone waits, and the further off-policy training is.
+        max_staleness: Maximum batches that a token may lag behind the version that is trained, at least ``k - 1``. The
+            larger, the less explorers and trainer wait, and the further off-policy training is.
         overdue: What a step does about a group that is still explored and would be too old after it: ``"wait"``, or
-            ``"drop"``, which waits for nobody, and trains on fewer long answers than were asked for.
+            ``"drop"``, which never waits and trains on fewer long answers than were asked for.
         transport: How weights travel; left out, by checkpoint.
-        in_flight: Load new weights between two tokens, in mid-generation (each token has its own version); else an
-            explorer first finishes what it works on.
+        in_flight: Whether explorers load new weights between two tokens, in mid-generation (each token has its own
+            version); else an explorer finishes its groups first.
 
     Raises:
         ConfigurationError: ``sync_interval`` is below 1, or ``max_staleness`` below ``sync_interval - 1``.
@@ -66,10 +68,10 @@ class FullyAsynchronous(SyncStrategy):
         self.in_flight = in_flight
 
     @property
+    @override
     def max_staleness(self) -> int:
-        """Most batches that a token may lag behind the version that is trained."""
         return self._max_staleness
 
+    @override
     def admit(self, batch: int) -> int:
-        """Batch ``b`` needs weights that are not too old when it is trained."""
         return max(0, batch - self._max_staleness)

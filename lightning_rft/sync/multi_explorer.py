@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.sync.fully_asynchronous import FullyAsynchronous
 
@@ -9,7 +11,7 @@ __all__ = ["MultiExplorerAsynchronous"]
 
 
 class MultiExplorerAsynchronous(FullyAsynchronous):
-    """As :class:`FullyAsynchronous`, with two or more explorers that take new weights one after another.
+    """Like :class:`FullyAsynchronous`, with two or more explorers that load new weights one after another.
 
     With ``sync_interval=2``::
 
@@ -17,7 +19,7 @@ class MultiExplorerAsynchronous(FullyAsynchronous):
         explorer2 [R1][R3][R5]c[R7]
         trainer   ····[T0][T1]C[T2][T3]C         T train     C write one, in the background
 
-    Args, errors and bounds are those of :class:`FullyAsynchronous`.
+    Arguments, errors and bounds are those of :class:`FullyAsynchronous`.
 
     Example::
 
@@ -27,12 +29,8 @@ class MultiExplorerAsynchronous(FullyAsynchronous):
 
     staggered = True
 
+    @override
     def check(self, explorers: int) -> None:
-        """Checks that there are explorers to take turns.
-
-        Raises:
-            ConfigurationError: There is only one explorer.
-        """
         if explorers < 2:
             raise ConfigurationError(
                 f"MultiExplorerAsynchronous needs two or more explorers to take turns, but RFTDataModule(explorers="

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.sync.transports.transport import Transport
 
@@ -21,9 +23,10 @@ class OneStepOffPolicy(SyncStrategy):
 
     Args:
         sync_interval: Batches between two pushes, ``k`` above.
-        transport: How weights travel. Left out, by collective: NCCL on GPUs, Gloo on CPUs.
-        in_flight: Push as soon as it is due, in the middle of the next batch's generation, instead of waiting for its
-            end: no one waits for the longest answer, but versions no longer repeat from run to run.
+        transport: How weights travel; left out, by collective: NCCL on GPUs, Gloo on CPUs.
+        in_flight: Whether to push as soon as a push is due, in the middle of the next batch's generation, instead of
+            waiting for its end. The trainer then never waits for the longest answer, but versions no longer repeat from
+            run to run.
 
     Raises:
         ConfigurationError: ``sync_interval`` is below 1.
@@ -38,10 +41,11 @@ class OneStepOffPolicy(SyncStrategy):
         self.in_flight = in_flight
 
     @property
+    @override
     def max_staleness(self) -> int:
-        """Most batches that a token may lag behind the version that is trained."""
         return self.sync_interval
 
+    @override
     def admit(self, batch: int) -> int:
-        """Batch ``b`` may start with the weights that batch ``b - 1`` is trained from."""
+        # the weights that batch - 1 is trained from, or the last before them that were pushed
         return max(0, (batch - 1) // self.sync_interval * self.sync_interval)

@@ -1,19 +1,22 @@
-"""What makes one strategy differ from another: two answers, and whether they can work at all."""
+"""The rule of a strategy, which sets it apart from others: two answers, and a check that they can work at all."""
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from typing import Literal
 
+from typing_extensions import override
+
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["Rule", "check_rule"]
+__all__ = ["Exploration", "Rule", "check_rule"]
 
 _CHECKED_BATCHES = 1000
 
 
 class Rule(ABC):
-    """What makes one strategy differ from another: two answers, and how strict it is about order."""
+    """The part of a strategy that sets it apart from others: two answers, and how strict it is about order."""
 
     #: False: batches are trained in the order in which they were issued, and the trainer waits for every push.
     #: True: a step trains the groups with the oldest weights first, or with the highest scores of those that leave
@@ -31,7 +34,7 @@ class Rule(ABC):
     @property
     @abstractmethod
     def max_staleness(self) -> int:
-        """Most batches that a token may lag behind the version that is trained."""
+        """Maximum batches that a token may lag behind the version that is trained."""
 
     @abstractmethod
     def admit(self, batch: int) -> int:
@@ -43,6 +46,23 @@ class Rule(ABC):
     @abstractmethod
     def publishes_after(self, batch: int) -> bool:
         """Whether new weights are due once ``batch`` is trained."""
+
+
+class Exploration(Rule):
+    """The rule of exploring without training: every batch at once with the first weights, which are never replaced."""
+
+    @property
+    @override
+    def max_staleness(self) -> int:
+        return sys.maxsize  # nothing is trained
+
+    @override
+    def admit(self, batch: int) -> int:
+        return 0
+
+    @override
+    def publishes_after(self, batch: int) -> bool:
+        return False
 
 
 def check_rule(rule: Rule, first: int, stop: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The base of every sync strategy: a Lightning callback that says when explorers explore and when weights are pushed.
+"""Base class of the sync strategies: a Lightning callback that decides when explorers explore and weights are pushed.
 
 The base class owns *when hooks fire*; a strategy answers two questions, :meth:`SyncStrategy.admit` and
 :meth:`SyncStrategy.publishes_after`, from which the schedule follows.
@@ -23,7 +23,7 @@ __all__ = ["SyncStrategy"]
 class SyncStrategy(Callback, Rule):
     """Base class of the sync strategies.
 
-    A strategy of your own says when a batch may be explored, and how stale that makes its tokens at most::
+    A strategy of your own says which version a batch may be explored with, and bounds the staleness of its tokens::
 
         class EveryOther(SyncStrategy):
             max_staleness = 1
@@ -31,7 +31,7 @@ class SyncStrategy(Callback, Rule):
             def admit(self, batch):
                 return batch // 2 * 2
 
-    :func:`lightning_rft.testing.check_strategy` tries it against the rules that every strategy keeps.
+    :func:`lightning_rft.testing.check_strategy` checks it against the rules that every strategy keeps.
 
     Args:
         sync_interval: Batches between two pushes.
@@ -48,53 +48,29 @@ class SyncStrategy(Callback, Rule):
         self.transport = transport or CollectiveTransport()
 
     def check(self, explorers: int) -> None:
-        """Checks what a strategy needs of the data module, before anything is started; by default nothing.
+        """Raises :class:`ConfigurationError` if the strategy cannot work with this number of explorers."""
 
-        Raises:
-            ConfigurationError: It cannot work with so many explorers.
-        """
-
+    @override
     def publishes_after(self, batch: int) -> bool:
-        """Whether weights are pushed once ``batch`` is trained."""
         return (batch + 1) % self.sync_interval == 0
 
+    @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Checks that there is something to synchronise.
-
-        Raises:
-            ConfigurationError: The trainer was not given an ``RFTDataModule``.
-        """
         if not hasattr(_run_of(trainer), "begin"):
             raise ConfigurationError(
                 f"{type(self).__name__} needs an RFTDataModule: call trainer.fit(module, datamodule=RFTDataModule(...))"
             )
 
-    # The run begins, and the first version is pushed, with whichever of these comes first
-
-    @override
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _run_of(trainer).begin(self)
 
-    @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _run_of(trainer).begin(self)
+    # The run begins, and the first version is pushed, with the first of these that fires
+    on_sanity_check_start = on_validation_start = on_predict_start = on_train_start = _begin
 
     @override
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _run_of(trainer).begin(self)
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _run_of(trainer).begin(self)
-
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Checks that one batch is one optimizer step.
-
-        Raises:
-            ScheduleError: ``global_step`` and version have come apart.
-        """
         if trainer.global_step != batch.batch:
             raise ScheduleError(
                 f"batch {batch.batch} is about to be trained at global_step={trainer.global_step}: one optimizer step "
@@ -102,10 +78,10 @@ class SyncStrategy(Callback, Rule):
                 "use one optimizer"
             )
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the version up with a batch's last micro-batch and pushes if that is due."""
         if not batch.last:  # the hook fires for every micro-batch
             return
         logged = _run_of(trainer).trained(batch.batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.sync.transports.transport import Transport
 
@@ -21,7 +23,7 @@ class Synchronous(SyncStrategy):
 
     Args:
         sync_interval: Batches between two pushes, ``k`` above; 1 is strictly on-policy.
-        transport: How weights travel. Left out, by collective: NCCL on GPUs, Gloo on CPUs.
+        transport: How weights travel; left out, by collective: NCCL on GPUs, Gloo on CPUs.
 
     Raises:
         ConfigurationError: ``sync_interval`` is below 1.
@@ -37,10 +39,11 @@ class Synchronous(SyncStrategy):
         super().__init__(sync_interval=sync_interval, transport=transport)
 
     @property
+    @override
     def max_staleness(self) -> int:
-        """Most batches that a token may lag behind the version that is trained."""
         return self.sync_interval - 1
 
+    @override
     def admit(self, batch: int) -> int:
-        """Batch ``b`` waits for the push before its own block of ``sync_interval`` batches."""
+        # the push before this batch's own block of sync_interval batches
         return batch // self.sync_interval * self.sync_interval

@@ -1,1 +1,1 @@
-"""Tasks: where they come from, and in which order they are explored."""
+"""Tasks: their sources, and the order in which they are explored."""

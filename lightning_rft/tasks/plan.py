@@ -20,20 +20,8 @@ __all__ = ["TaskCursor", "TaskPlan"]
 class TaskPlan:
     """The order of the tasks, epoch after epoch, and how many of them each batch takes.
 
-    It is the same on every machine, in every process and after every resume.
-
-    Args:
-        tasks: Tasks with unique ids, as from :func:`as_tasks`.
-        tasks_per_step: Groups in a batch.
-        batches_per_epoch: Batches of each epoch that are used, at most :meth:`batches` of the tasks; limits leave out
-            the rest, which with ``shuffle`` is another rest in each epoch.
-        shuffle: Whether each epoch has its own order, drawn from ``seed`` and its number.
-        seed: The run's seed.
-        first_batch: Index of the first batch that this plan knows.
-        first_epoch: Number of the epoch that ``first_batch`` begins.
-
-    Raises:
-        ConfigurationError: There are no tasks, or a count is out of range.
+    It is the same on every machine, in every process and after every resume. A batch before ``first_batch``, which
+    begins ``first_epoch``, is a :class:`ScheduleError`.
 
     Example:
         >>> from lightning_rft.tasks.sources import as_tasks
@@ -47,7 +35,9 @@ class TaskPlan:
 
     tasks: Sequence[Task] = field(repr=False)
     tasks_per_step: int
+    #: Batches of each epoch that are used; limits leave out the rest, which with ``shuffle`` varies between epochs.
     batches_per_epoch: int
+    #: Whether each epoch has its own order, drawn from ``seed`` and its number.
     shuffle: bool
     seed: int
     first_batch: int = 0
@@ -59,11 +49,11 @@ class TaskPlan:
             raise ConfigurationError("tasks is empty: give at least one task")
         if self.tasks_per_step < 1:
             raise ConfigurationError(f"tasks_per_step is {self.tasks_per_step}: set at least 1")
-        most = self.batches(len(self.tasks), self.tasks_per_step)
-        if not 1 <= self.batches_per_epoch <= most:
+        whole = self.batches(len(self.tasks), self.tasks_per_step)
+        if not 1 <= self.batches_per_epoch <= whole:
             raise ConfigurationError(
                 f"batches_per_epoch is {self.batches_per_epoch}: {len(self.tasks)} tasks, {self.tasks_per_step} a "
-                f"step, make {most}; set 1 to {most}"
+                f"step, make {whole}; set 1 to {whole}"
             )
 
     @staticmethod
@@ -72,21 +62,14 @@ class TaskPlan:
         return -(-n_tasks // tasks_per_step)
 
     def size(self, batch: int) -> int:
-        """Groups in a batch: ``tasks_per_step``, or fewer in the last one of a whole epoch.
-
-        Raises:
-            ScheduleError: The batch lies before ``first_batch``.
-        """
+        """Groups in a batch: ``tasks_per_step``, or fewer in the last one of a whole epoch."""
         if batch < self.first_batch:
             raise ScheduleError(f"batch {batch} is not planned: the plan starts at batch {self.first_batch}")
         before = (batch - self.first_batch) % self.batches_per_epoch * self.tasks_per_step
         return min(self.tasks_per_step, len(self.tasks) - before)
 
     def at(self, position: int) -> tuple[int, Task]:
-        """Epoch and task at a place, counted from 0, of the stream that the epochs make laid end to end.
-
-        Each epoch contributes the tasks that its batches use.
-        """
+        """Epoch and task at a position, from 0, of the stream of all epochs' tasks, without those that limits drop."""
         used = min(self.batches_per_epoch * self.tasks_per_step, len(self.tasks))
         epochs, index = divmod(position, used)
         epoch = self.first_epoch + epochs
@@ -94,12 +77,12 @@ class TaskPlan:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What must not change for a resumed run to go on with the same tasks: setting -> value, JSON-able."""
+        """The settings that a resumed run may not change, as JSON values: name -> value."""
         digest = hashlib.blake2b(digest_size=8)
         for task in self.tasks:
             digest.update(json.dumps(task.id).encode())
         return {
-            # first, since other settings follow from how many tasks there are
+            # first, since other settings follow from the number of tasks
             "tasks": f"{len(self.tasks)} tasks with ids of digest {digest.hexdigest()}",
             "tasks_per_step": self.tasks_per_step,
             "batches_per_epoch": self.batches_per_epoch,
@@ -112,11 +95,11 @@ class TaskPlan:
             return range(len(self.tasks))
         order = self._orders.get(epoch)
         if order is None:
-            # Sorting by random() instead of shuffle(): Python promises to keep the former's sequence, not the latter's.
+            # Sorted by random() instead of shuffle(): Python promises to keep the former's sequence, not the latter's.
             draw = random.Random(_draw("order", self.seed, epoch)).random
             keys = [draw() for _ in self.tasks]
             order = sorted(range(len(keys)), key=keys.__getitem__)
-            # Issuing runs at most one epoch ahead of training: two orders are ever in use.
+            # Issuing runs at most one epoch ahead of training, so at most two orders are in use.
             for stale in list(self._orders)[:-1]:
                 self._orders.pop(stale, None)
             self._orders[epoch] = order
@@ -124,19 +107,12 @@ class TaskPlan:
 
 
 class TaskCursor:
-    """Which task each group answers, while tasks that failed for good are replaced by the next of the stream.
+    """Assigns a task to each group, and to a group whose task failed for good the next task of the stream.
 
     Groups take tasks from the stream of :meth:`TaskPlan.at` strictly by key. A replacement takes the next one too, so
-    all later groups shift by one, and still each task comes once an epoch.
-
-    Args:
-        plan: The order of the tasks.
-        state: What :meth:`state_dict` returned, to go on from there; ``first_batch`` and ``first_epoch`` of the plan
-            are then those of the state.
-
-    Raises:
-        ConfigurationError: Something is set otherwise than when ``state`` was made, so that tasks would be skipped or
-            repeated; the message names it.
+    all later groups shift by one, and still each task comes once an epoch. A group that is not planned or already done
+    is a :class:`ScheduleError`. A ``state`` from :meth:`state_dict` of other settings is a :class:`ConfigurationError`,
+    because tasks would be skipped or repeated.
 
     Example:
         >>> from lightning_rft.tasks.sources import as_tasks
@@ -152,7 +128,7 @@ class TaskCursor:
         #: The plan in use: with a state, its first batch and epoch are the state's.
         self.plan = plan
         self._next = GroupKey(plan.first_batch, 0)  # the first key that has no position yet
-        self._position = 0  # the first that no key has had yet
+        self._position = 0  # the first position that no key has had yet
         self._positions: dict[GroupKey, int] = {}  # of keys that are not done
         if state is not None:
             _check_unchanged(plan.fingerprint, state)
@@ -161,52 +137,33 @@ class TaskCursor:
             self._positions = {GroupKey(batch, slot): position for batch, slot, position in state["positions"]}
 
     def task(self, key: GroupKey) -> Task:
-        """The task that a group answers.
-
-        Raises:
-            ScheduleError: There is no such group, or it is done.
-        """
+        """The task that a group answers."""
         return self._at(key)[1]
 
     def epoch(self, key: GroupKey) -> int:
-        """The epoch that a group's task belongs to; after replacements it may be later than its batch's.
-
-        Raises:
-            ScheduleError: There is no such group, or it is done.
-        """
+        """The epoch of a group's task; after replacements it may be later than its batch's."""
         return self._at(key)[0]
 
     def sample_seed(self, key: GroupKey, sample: int) -> int:
         """Seed of one sample of a group, 0 to 2**31 - 1, drawn from run seed, epoch, task id and ``sample``.
 
-        The batch does not enter: a sample is repeated wherever the schedule puts its task in the epoch.
-
-        Raises:
-            ScheduleError: There is no such group, or it is done.
+        It does not depend on the batch: a sample is repeated wherever the schedule puts its task in the epoch.
         """
         epoch, task = self._at(key)
         return _draw("sample", self.plan.seed, epoch, task.id, sample) & 0x7FFFFFFF
 
     def replace(self, key: GroupKey) -> None:
-        """Gives a group the next task that no group has had, for good.
-
-        Raises:
-            ScheduleError: There is no such group, or it is done.
-        """
+        """Gives a group the next task of the stream for good."""
         self._assign(key)
         self._positions[key] = self._take()
 
     def done(self, key: GroupKey) -> None:
-        """Forgets a group, which is trained.
-
-        Raises:
-            ScheduleError: It has no task, or was done before.
-        """
+        """Forgets a group, which is trained."""
         if self._positions.pop(key, None) is None:
             raise ScheduleError(f"group {tuple(key)} is done, but it has no task (any more)")
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: JSON-able, and as small as the number of groups that are not done."""
+        """The state for a resumed run, as JSON values, with one entry for each group that is not done."""
         return {
             **self.plan.fingerprint,
             "first_batch": self.plan.first_batch,
@@ -221,7 +178,7 @@ class TaskCursor:
         return self.plan.at(self._positions[key])
 
     def _assign(self, key: GroupKey) -> None:
-        """Gives positions to all groups up to this one that have none yet."""
+        """Assigns positions to all groups up to this one that have none yet."""
         if key in self._positions:
             return
         size = self.plan.size(key.batch)
@@ -250,6 +207,6 @@ def _check_unchanged(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 def _draw(*parts: str | int) -> int:
-    """64 bits that depend on every part, alike in all processes (``hash`` is not)."""
+    """64 bits that depend on every part and are the same in all processes, unlike ``hash``."""
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")

@@ -21,12 +21,12 @@ Tasks = Iterable[Task | Mapping[str, Any] | str] | str | Path
 
 
 def as_tasks(tasks: Iterable[Task | Mapping[str, Any] | str], *, setting: str = "tasks") -> list[Task]:
-    """Turn what users write as tasks into tasks with unique ids.
+    """Turns what users write as tasks into tasks with unique ids.
 
     Args:
         tasks: Tasks; plain prompts; or mappings with ``prompt`` (or ``question``), ``answer``, ``id`` and ``metadata``,
             whose other keys join the metadata. An empty id becomes the position: ``"0"``, ``"1"``, ...
-        setting: What the user knows ``tasks`` as, for errors.
+        setting: The user's name for ``tasks``, for errors.
 
     Raises:
         ConfigurationError: There are no tasks, one has no usable prompt or a wrong type, or two share an id.
@@ -54,12 +54,12 @@ def as_tasks(tasks: Iterable[Task | Mapping[str, Any] | str], *, setting: str = 
 
 
 def read_tasks(tasks: Tasks, setting: str, at_most: int | None) -> list[Task]:
-    """Read what a user set as tasks: from a file or an iterable, which may be endless.
+    """Reads tasks from a file or an iterable, which may be endless.
 
     Args:
-        tasks: As :func:`as_tasks` takes them, or the path of a file as :func:`read_jsonl` takes it.
-        setting: What the user knows ``tasks`` as, for errors.
-        at_most: Read no more than so many; ``None`` for all.
+        tasks: As for :func:`as_tasks`, or the path of a file as for :func:`read_jsonl`.
+        setting: The user's name for ``tasks``, for errors.
+        at_most: Maximum number of tasks to read; ``None`` for all.
 
     Raises:
         ConfigurationError: As in :func:`as_tasks` and :func:`read_jsonl`, or ``tasks`` may have no end.
@@ -73,12 +73,12 @@ def read_tasks(tasks: Tasks, setting: str, at_most: int | None) -> list[Task]:
 
 
 def read_jsonl(path: str | Path) -> list[Task]:
-    """Read tasks from a file with one JSON value a line, each as :func:`as_tasks` takes it; blank lines are skipped.
+    """Reads tasks from a file with one JSON value per line, each as for :func:`as_tasks`; skips blank lines.
 
     Ids that the file leaves out stay empty, so that several lists can be joined.
 
     Raises:
-        ConfigurationError: The file cannot be read or is empty, or a line (its number is given) is no task.
+        ConfigurationError: The file cannot be read or is empty, or a line (named by its number) is no task.
     """
     tasks: list[Task] = []
     try:
@@ -90,7 +90,7 @@ def read_jsonl(path: str | Path) -> list[Task]:
                 try:
                     value = json.loads(line)
                 except ValueError as error:
-                    raise ConfigurationError(f"{where}: not JSON ({error}); write one JSON object a line") from error
+                    raise ConfigurationError(f"{where}: not JSON ({error}); write one JSON object per line") from error
                 tasks.append(_as_task(value, where))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"tasks cannot be read from {path} ({error}): give a JSONL file in UTF-8") from error
@@ -100,18 +100,18 @@ def read_jsonl(path: str | Path) -> list[Task]:
 
 
 def reasoning_gym_tasks(name: str, size: int, seed: int, *, template: str | None = None, **config: Any) -> list[Task]:
-    """Generate tasks with `reasoning-gym <https://github.com/open-thought/reasoning-gym>`_.
+    """Generates tasks with `reasoning-gym <https://github.com/open-thought/reasoning-gym>`_.
 
     Args:
         name: A dataset of reasoning-gym, such as ``"basic_arithmetic"``.
-        size: How many tasks.
+        size: Number of tasks.
         seed: Equal seeds give equal tasks; use another one for validation.
-        template: What the user says, with ``{question}`` where the question goes. Default: the question alone.
+        template: The user's message, with ``{question}`` in place of the question; left out, the question alone.
         config: Further settings of the dataset, such as ``max_digits=2``.
 
     Returns:
-        Tasks without ids whose prompt is one chat message of the user, and whose metadata is that of reasoning-gym
-        with the dataset's name as ``"dataset"``.
+        Tasks without ids, each with one chat message of the user as prompt, and with reasoning-gym's metadata plus the
+        dataset's name as ``"dataset"``.
 
     Raises:
         ConfigurationError: reasoning-gym is not installed, or does not accept ``name`` or ``config``.
@@ -143,7 +143,7 @@ def reasoning_gym_tasks(name: str, size: int, seed: int, *, template: str | None
 
 
 def _as_task(value: Any, where: str) -> Task:
-    """Return one task, checked, its id a string; ``where`` is what errors call it."""
+    """Checks one task and makes its id a string; errors call it ``where``."""
     if isinstance(value, str):
         task = Task(value)
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Public helpers for tests: of this package, of strategies and engines that others write, and of user code."""
+"""Public test helpers, for this package, for strategies and engines that others write, and for user code."""
 
 from lightning_rft.testing.conformance import check_events, check_strategy
 from lightning_rft.testing.driver import Crash, Event, drive

@@ -29,12 +29,12 @@ def tiny_model(
     """Writes a tiny random causal LM (fp32, about 0.1 million weights) and a character tokenizer to a folder.
 
     transformers and vLLM load it from there without a network. Every id of the vocabulary decodes, all printable
-    ASCII text encodes, one token a character, and there is a chat template. The global random state is untouched.
+    ASCII text encodes, one token per character, and there is a chat template. The global random state is untouched.
 
     Args:
-        path: Folder to write to; made where missing.
-        seed: Of the weights.
-        vocab_size: Of model and tokenizer, at least 102.
+        path: Folder to write to; created if missing.
+        seed: Seed of the weights.
+        vocab_size: Vocabulary of model and tokenizer, at least 102.
         tie_word_embeddings: Whether input and output embeddings are one tensor.
         architecture: ``"llama"``, ``"qwen2"`` or ``"qwen3"``.
 
@@ -42,7 +42,7 @@ def tiny_model(
         The folder.
 
     Raises:
-        ConfigurationError: Unknown architecture, or a vocabulary too small for ASCII.
+        ConfigurationError: The architecture is unknown, or the vocabulary too small for ASCII.
 
     Example::
 
@@ -66,7 +66,7 @@ def tiny_model(
         head_dim=32,  # vLLM's CPU attention takes only multiples of 32
         max_position_embeddings=512,
         tie_word_embeddings=tie_word_embeddings,
-        # The usual 0.02 at this width gives nearly uniform outputs, in which an error hides.
+        # At this width the usual 0.02 gives nearly uniform outputs, which hide errors.
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -93,8 +93,8 @@ def _character_tokenizer(vocab_size: int) -> Any:
         raise ConfigurationError(
             f"tiny_model(vocab_size={vocab_size}): needs at least {vocab_size - spare}, for ASCII and special tokens."
         )
-    # Spelled and split as byte-level BPE does it ("Ġ" is a space), since AutoTokenizer puts a class of its own, which
-    # assumes that, in the place of ours when the model is a qwen2.
+    # Spelled and split as in byte-level BPE ("Ġ" is a space), since for a qwen2 AutoTokenizer replaces this class by
+    # one of its own, which assumes that.
     letters = ["Ġ" if char == " " else "Ċ" if char == "\n" else char for char in ascii_text]
     tokens = [*special, *letters, *(chr(0x4E00 + index) for index in range(spare))]
     # Byte-pair encoding without merges is a character model.

@@ -1,4 +1,4 @@
-"""How far a trainer will go: its limits, counted in batches."""
+"""The trainer's limits, counted in batches."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ __all__ = ["micro_batches", "stop_batch", "validation_batches"]
 
 
 def micro_batches(trainer: L.Trainer, batches: int) -> int:
-    """Micro-batches of an epoch of so many batches, after ``limit_train_batches``."""
+    """Micro-batches of an epoch of ``batches`` batches, after ``limit_train_batches``."""
     whole = batches * trainer.accumulate_grad_batches
     limit = trainer.limit_train_batches  # type: ignore[attr-defined]
     return min(whole, limit) if isinstance(limit, int) else int(whole * limit)
 
 
 def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
-    """The batch at which the trainer will stop by its limits; ``None`` if it has none.
+    """The batch at which the limits stop the trainer, inside ``fit``, ``validate`` or ``predict``; ``None`` for never.
 
-    Args:
-        trainer: In a call of ``fit``, ``validate`` or ``predict``.
-        per_epoch: Batches of an epoch that are trained.
+    ``per_epoch`` counts the batches of an epoch that are trained.
     """
     if trainer.state.fn == TrainerFn.PREDICTING:
         return trainer.global_step + int(sum(trainer.num_predict_batches))
@@ -35,6 +33,6 @@ def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
 
 
 def validation_batches(trainer: L.Trainer) -> int:
-    """Batches of the validation that the trainer is at."""
+    """Batches of the current validation."""
     limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
     return int(limits[0])

@@ -1,4 +1,4 @@
-"""Log-probabilities of targets under a linear output head, without ever holding the logits of all tokens."""
+"""Log-probabilities of targets under a linear output head, without holding the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -18,21 +18,13 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under ``softmax((hidden @ weight.T + bias) / temperature)``, and its entropy.
 
-    Logits are made some hundred tokens at a time, forgotten, and made again in the backward pass, where the gradient
-    of a token's logits is ``(onehot(target) - softmax) / temperature`` times what arrives for its log-probability
-    (the fused linear cross entropy of `Liger <https://arxiv.org/abs/2410.10989>`_, for one number per token). Matrices
-    are multiplied in the dtype of ``torch.autocast`` where it is on; softmax, and the sum of the weight's gradient
-    over the chunks, are in float32.
-
-    Args:
-        hidden: What the head is given [N, H].
-        weight: Of the head [V, H].
-        bias: Of the head [V], if it has one.
-        target: Token ids [N], int64.
-        temperature: What the logits of each are divided by [N], float32; None for 1.
-
-    Returns:
-        Natural-log probabilities [N], differentiable once, and entropies in nats [N], detached; both float32.
+    ``hidden`` is [N, H], ``weight`` [V, H], ``bias`` [V], ``target`` [N] in int64, ``temperature`` [N], or ``None`` for
+    1. Both results are [N] in nats and float32; the log-probabilities are differentiable once, the entropies are
+    detached. Logits are computed some hundred tokens at a time, discarded, and computed again in the backward pass,
+    where the gradient of a token's logits is ``(onehot(target) - softmax) / temperature`` times the gradient of its
+    log-probability (the fused linear cross entropy of `Liger <https://arxiv.org/abs/2410.10989>`_, for one number per
+    token). Matrices are multiplied in the dtype of ``torch.autocast`` where it is on; softmax, and the sum of the
+    weight's gradient over the chunks, are in float32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -57,14 +49,14 @@ class _LinearLogprobs(torch.autograd.Function):
             head = weight.to(dtype)
             for part in _parts(len(hidden)):
                 logits = _logits(hidden[part].to(dtype), head, bias, _of(temperature, part))
-                # Few passes over the logits: on CPUs they would take as long as the multiplication.
+                # Few passes over the logits: on CPUs more would take as long as the multiplication.
                 largest, index = logits.max(-1, keepdim=True)
                 probabilities = logits.softmax(-1)
                 normaliser = (largest - probabilities.gather(-1, index).log())[:, 0]
                 logprobs[part] = logits.gather(-1, target[part, None])[:, 0] - normaliser
                 entropy[part] = normaliser - torch.linalg.vecdot(probabilities, logits)
         ctx.save_for_backward(hidden, weight, bias, target, temperature)
-        ctx.last = probabilities  # backward begins with this part, often the only one, so as not to make it twice
+        ctx.last = probabilities  # backward begins with this part, often the only one, and need not compute it again
         ctx.dtype = dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -88,7 +80,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 errors.scatter_add_(
                     -1, target[part, None], torch.full_like(target[part, None], -1, dtype=torch.float32)
                 )
-                # What arrives from above scales the small matrices, not the one that is as wide as the vocabulary.
+                # The upstream gradient scales the small matrices, not the one that is as wide as the vocabulary.
                 if to_bias is not None:
                     to_bias += scale[part] @ errors
                 errors = errors.to(ctx.dtype)

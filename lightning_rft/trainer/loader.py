@@ -1,6 +1,6 @@
-"""Feeds a Lightning loop with experience: a plain iterable with a length, so that nothing is fetched ahead of time.
+"""Loaders that feed Lightning's loops with experience: plain iterables with a length, so that nothing is prefetched.
 
-A loader without a length (and every ``DataLoader`` with workers) would have the batch after next fetched before the
+From a loader without a length (and from every ``DataLoader`` with workers) Lightning fetches a batch ahead, before the
 weights that must sample it exist: strictly on-policy training would be a step stale, or wait for ever.
 """
 
@@ -8,72 +8,49 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group
+from lightning_rft.trainer.ranks import Ranks
 
 __all__ = ["ExperienceLoader", "ExplorationLoader", "MicroBatch", "Source", "ValidationLoader", "split"]
 
-_T = TypeVar("_T")
-
 
 class Source(Protocol):
-    """Where batches come from."""
+    """Source of batches: the run, or a buffer of stored experience."""
 
     @property
     def version(self) -> int:
         """Batches trained so far, which is the batch that comes next."""
-        ...
 
     def wanted(self, batch: int) -> list[Group]:
         """Waits for a batch and leases it."""
-        ...
-
-
-class Ranks(Protocol):
-    """The trainer's ranks, as the loaders see them."""
-
-    @property
-    def rank(self) -> int:
-        """Which of them this is."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        ...
-
-    def agree(self, what: str, function: Callable[[], _T]) -> _T:
-        """Calls a function on rank 0, and returns its result on every rank."""
-        ...
 
 
 class MicroBatch:
-    """One item of the loader: a share of a batch, with what is needed to normalise over the whole of it.
+    """One item of the loader: a share of a batch, which may have no groups.
 
     Not a dataclass on purpose: Lightning would take it apart to move its fields to a device.
-
-    Args:
-        batch: Index of the batch, which is also the version that is trained.
-        groups: The groups of this share; there may be none.
-        last: Whether this share completes the batch, so that the optimizer steps after it.
-        batch_tokens: Sampled tokens of the whole batch.
-        wait_seconds: Seconds that the trainer waited for the batch.
     """
 
     def __init__(
         self, batch: int, groups: Sequence[Group], *, last: bool, batch_tokens: int, wait_seconds: float = 0.0
     ) -> None:
+        #: Index of the batch, which is also the version that is trained.
         self.batch = batch
         self.groups = list(groups)
+        #: Whether this share completes the batch, so that the optimizer steps after it.
         self.last = last
+        #: Sampled tokens of the whole batch, to normalise by.
         self.batch_tokens = batch_tokens
+        #: Seconds that the trainer waited for the batch.
         self.wait_seconds = wait_seconds
 
 
 def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
-    """Deals groups into ``parts`` shares of about equally many sampled tokens, the largest first.
+    """Deals groups, the largest first, into ``parts`` shares with about the same number of sampled tokens.
 
     Example:
         >>> from lightning_rft.experience import Experience, GroupKey, Turn
@@ -96,15 +73,15 @@ class ExperienceLoader:
     """One epoch of micro-batches.
 
     Each batch makes ``accumulate`` items on each rank, and the optimizer steps after the last. Where a limit ends the
-    epoch within a batch, that batch is made into as many items as are left, so that it is trained whole all the same.
+    epoch within a batch, that batch is made into as many items as are left, so that it is still trained whole.
 
     Args:
-        source: Called on rank 0 when an epoch begins, for the run that is on.
-        ranks: The trainer's ranks, among which each batch is shared out.
+        source: Returns the current source; called on rank 0.
+        ranks: The trainer's ranks, which share each batch.
         batches: Batches of an epoch before limits.
         accumulate: Micro-batches per optimizer step.
         items: Micro-batches of an epoch after limits.
-        max_staleness: No token may be older than this many batches; ``None`` for experience of another run.
+        max_staleness: Maximum staleness of a token, in batches; ``None`` for experience of another run.
     """
 
     def __init__(
@@ -127,19 +104,18 @@ class ExperienceLoader:
         self._resumed = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the epoch is."""
+        """Progress of the epoch, for a checkpoint."""
         return {"done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The next epoch that begins is the rest of one."""
+        """Makes the next epoch the rest of the one that was saved."""
         self._resumed = state_dict["done"]
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch before limits, which are Lightning's to apply."""
+        # before limits, which Lightning applies
         return self._batches * self._accumulate
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Waits for each batch only when it is asked for."""
         self._done, self._resumed = self._resumed % max(1, self._items), 0
         # Lightning asks for the first iterator before the run begins
         return self._batches_left()
@@ -166,7 +142,7 @@ class ExperienceLoader:
 
 
 def check_staleness(groups: Sequence[Group], batch: int, bound: int) -> None:
-    """Raises :class:`ScheduleError` unless every token is 0 to ``bound`` batches older than the version trained."""
+    """Raises :class:`ScheduleError` unless every token is 0 to ``bound`` batches older than the trained version."""
     for group in groups:
         for experience in group.experiences:
             for turn in experience.turns:
@@ -179,12 +155,9 @@ def check_staleness(groups: Sequence[Group], batch: int, bound: int) -> None:
 
 
 class ExplorationLoader:
-    """Batches that are explored and not trained, in order, shared out among the ranks.
+    """Batches that are explored and not trained, in order, shared among the ranks.
 
-    Args:
-        kept: Waits on rank 0 for the batch of that index; returns its number and its groups.
-        ranks: The trainer's ranks.
-        batches: Batches before limits.
+    ``kept`` waits on rank 0 for the batch of an index, and returns its number and its groups.
     """
 
     def __init__(self, kept: Callable[[int], tuple[int, list[Group]]], ranks: Ranks, batches: int) -> None:
@@ -193,24 +166,23 @@ class ExplorationLoader:
         self._batches = batches
 
     def __len__(self) -> int:
-        """Batches before limits, which are Lightning's to apply."""
+        # before limits, which Lightning applies
         return self._batches
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Waits for each batch only when it is asked for."""
         ranks = self._ranks
         for index in range(self._batches):
-            batch, groups = ranks.agree(f"explored batch {index}", lambda: self._kept(index))  # noqa: B023
+            batch, groups = ranks.agree(f"explored batch {index}", partial(self._kept, index))
             tokens = sum(group.num_tokens for group in groups)
             yield MicroBatch(batch, split(groups, ranks.count)[ranks.rank], last=True, batch_tokens=tokens)
 
 
 class ValidationLoader:
-    """Greedy answers to held-out tasks, explored when the loop begins and yielded in order.
+    """Greedy answers to held-out tasks, explored all together when the loop begins and yielded in order.
 
     Args:
-        begin: Called when the loop begins; returns how many groups will come.
-        explored: Waits for the group of that index.
+        begin: Starts the exploration; returns the number of groups.
+        explored: Waits for the group of an index.
         size: Groups before limits.
         chunk: Groups of one item.
     """
@@ -222,11 +194,9 @@ class ValidationLoader:
         self._chunk = chunk
 
     def __len__(self) -> int:
-        """Items before limits."""
         return -(-self._size // self._chunk)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Has every task explored at once, then waits for each chunk."""
         count = self._begin()
         for index, start in enumerate(range(0, count, self._chunk)):
             groups = [self._explored(task) for task in range(start, min(start + self._chunk, count))]

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of the trained tokens, from logits that are never all held if that can be helped."""
+"""Log-probabilities and entropies of the trained tokens, where possible without holding all logits."""
 
 from __future__ import annotations
 
@@ -19,21 +19,12 @@ _CHUNK = 256  # tokens; 256 x 150k vocabulary x 4 bytes is 150 MB
 
 
 def token_logprobs(model: nn.Module, packed: Packed, *, chunked_head: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probability of each trained token, at its temperature, and entropy of the distribution it was drawn from.
+    """Log-probability of each trained token and entropy of the distribution that it was drawn from, in nats.
 
-    The softmax is computed in fp32, some hundred tokens at a time, and recomputed in the backward pass. So are the
-    logits with ``chunked_head``; without it those of all tokens are held, in the dtype that the model returns them in.
-
-    Args:
-        model: A ``transformers`` causal language model, or a module that wraps one and is called like it. May run
-            under ``torch.autocast``.
-        packed: Rows on the model's device.
-        chunked_head: Whether the logits are computed in chunks too. Right only for models whose logits are those of
-            their output head, unchanged: see :func:`~lightning_rft.trainer.shortcuts.probe`.
-
-    Returns:
-        Natural-log probabilities [N], differentiable, and entropies in nats [N], detached; both float32, in the order
-        of ``packed.target``.
+    Both are [N] in float32 and in the order of ``packed.target``; the entropies are detached. The softmax is computed
+    in fp32, some hundred tokens at a time, and recomputed in the backward pass. So are the logits with
+    ``chunked_head``, which is right only for models whose logits are those of their output head, unchanged (see
+    :func:`~lightning_rft.trainer.shortcuts.probe`); without it those of all tokens are held, in the model's dtype.
     """
     if chunked_head:
         return _inside_head(model, packed)
@@ -47,7 +38,7 @@ def token_logprobs(model: nn.Module, packed: Packed, *, chunked_head: bool = Fal
 
 
 def kept_logits(model: nn.Module, packed: Packed) -> Tensor:
-    """What the model returns as logits of the kept columns, [R, K, V] unless its head was replaced."""
+    """The model's logits of the kept columns, [R, K, V] unless its head was replaced."""
     logits: Tensor = model(
         input_ids=packed.input_ids,
         attention_mask=_as_queries(packed.attention_mask),
@@ -60,7 +51,7 @@ def kept_logits(model: nn.Module, packed: Packed) -> Tensor:
 
 @contextmanager
 def replaced_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within this context the module computes something else when it is called; its hooks run as ever."""
+    """Replaces a module's forward within this context; its hooks still run."""
     before = head.__dict__.get("forward")
     head.__dict__["forward"] = forward
     try:
@@ -72,10 +63,10 @@ def replaced_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
 
 
 def _inside_head(model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
-    """Lets the head compute log-probs where it would have computed logits.
+    """Has the head compute log-probs instead of logits.
 
-    There, and not after the model's forward, because there a sharded model (FSDP2) has its weights gathered; and the
-    log-probs leave the model in the place of logits, because its hooks look for what has a gradient there.
+    Inside the model's forward, because only there a sharded model (FSDP2) has its weights gathered; and the log-probs
+    leave the model in place of the logits, because its hooks look for gradients there.
     """
     head = model.get_output_embeddings()
     entropies = []

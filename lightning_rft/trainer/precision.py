@@ -1,4 +1,4 @@
-"""Optimizers under every precision: scaled gradients, gradient norms, and weights in half precision."""
+"""Helpers for optimizers under every precision: scaled gradients, gradient norms, and weights in half precision."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = ["MasterWeights", "grad_norm", "leave_unscaling_to_the_plugin"]
 
@@ -15,20 +16,16 @@ __all__ = ["MasterWeights", "grad_norm", "leave_unscaling_to_the_plugin"]
 def leave_unscaling_to_the_plugin(optimizer: torch.optim.Optimizer) -> None:
     """Has the precision plugin, not a fused optimizer's own kernel, divide gradients by the scale of 16-mixed.
 
-    A fused optimizer offers to do so inside its step. Gradients are then still scaled when they are to be clipped, so
-    Lightning refuses ``gradient_clip_val`` with any of them, under bf16-mixed too, where nothing is scaled at all. With
-    the offer withdrawn the scaler unscales before the step, as for every other optimizer.
+    A fused optimizer offers to do so inside its step. Gradients are then still scaled when they are clipped, so
+    Lightning refuses ``gradient_clip_val`` with every fused optimizer, even under bf16-mixed, where nothing is scaled.
+    With the offer withdrawn the scaler unscales before the step, as for every other optimizer.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
 def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Norm of all gradients together, as one vector.
-
-    Returns:
-        [] in float32, 0 without any gradient; of a sharded model the norm over all ranks, which must call it together.
-    """
+    """Norm of all gradients as one vector, [] in float32; all ranks of a sharded model must call it together."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:  # a training step that returned no loss
         return torch.zeros(())
@@ -40,12 +37,9 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
 class MasterWeights(torch.optim.Optimizer):
     """Steps float32 copies of half-precision parameters, and rounds the copies to the parameters after each step.
 
-    A bfloat16 weight does not change by less than 1/256 of itself, so that the small steps of fine-tuning would all be
-    lost. The copies and the optimizer's state take the memory that they take when the model itself is in float32.
-
-    Args:
-        parameters: Of the model, in half precision or not.
-        optimizer: Makes the optimizer that is stepped, from the float32 copies.
+    A bfloat16 weight cannot change by less than 1/256 of itself, so the small steps of fine-tuning would be lost. The
+    copies and the optimizer's state take as much memory as for a model in float32. ``optimizer`` makes the optimizer
+    that steps the copies.
 
     Example::
 
@@ -62,14 +56,14 @@ class MasterWeights(torch.optim.Optimizer):
         ]
         super().__init__(groups, {})
 
+    @override
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Steps the copies with the parameters' gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._pass_on_settings()
+        _copy_settings(self, self.inner)
         for parameter, master in self._copied():
             master.grad = None if parameter.grad is None else parameter.grad.float()
         self.inner.step()
@@ -78,17 +72,16 @@ class MasterWeights(torch.optim.Optimizer):
             master.grad = None
         return loss
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """State of the optimizer, and the copies."""
-        self._pass_on_settings()
+        _copy_settings(self, self.inner)
         return {"optimizer": self.inner.state_dict(), "masters": [master.detach() for _, master in self._copied()]}
 
+    @override
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
         self.inner.load_state_dict(state_dict["optimizer"])
-        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            group.update({name: value for name, value in inner.items() if name != "params"})
+        _copy_settings(self.inner, self)
         for (parameter, master), saved in zip(self._copied(), state_dict["masters"], strict=True):
             master.copy_(saved)
             parameter.copy_(master)
@@ -102,7 +95,8 @@ class MasterWeights(torch.optim.Optimizer):
             if parameter is not master
         ]
 
-    def _pass_on_settings(self) -> None:
-        """Schedulers change the learning rate of the outer groups."""
-        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            inner.update({name: value for name, value in group.items() if name != "params"})
+
+def _copy_settings(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
+    """Copies learning rates and the like: a scheduler sets those of the outer optimizer, a checkpoint of the inner."""
+    for ours, theirs in zip(source.param_groups, target.param_groups, strict=True):
+        theirs.update({name: value for name, value in ours.items() if name != "params"})

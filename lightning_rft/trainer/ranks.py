@@ -1,8 +1,8 @@
-"""The trainer's ranks: what rank 0 finds out every rank is told, and what ends one of them ends all.
+"""The trainer's ranks: rank 0 shares its results with all of them, and an error that ends one ends all.
 
-Rank 0 alone owns explorers and buffer. Wherever it waits for them, the others wait for it: :meth:`Ranks.agree` is the
-one place where they meet. They talk over connections of their own and not over the trainer's process group, since a
-connection tells at once when the other end is gone, has no time limit that a long rollout could pass, and can be
+Rank 0 alone owns explorers and buffer. Where it waits for them, the others wait for it: :meth:`Ranks.agree` is the one
+place where they meet. They talk over connections of their own and not over the trainer's process group, since a
+connection shows at once that the other end is gone, has no time limit that a long rollout could exceed, and can be
 listened to while the main thread is inside a collective.
 """
 
@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum, auto
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -35,52 +36,38 @@ __all__ = ["SIGTERM_STATUS", "Ranks"]
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_MEET_S = 120.0  # for all ranks to come; they have just met in Lightning's own group
+_MEET_S = 120.0  # for all ranks to connect; they have just met in Lightning's own group
 _GREETING_S = 5.0
 _POLL_S = 0.2
 _SIGN_OF_LIFE_S = 2.0
-_SILENCE_S = 120.0  # without a sign of life, from a rank whose connection stands: it was stopped, or its host is gone
-_GRACE_S = 4.0  # for a rank to end by itself once another has, before it is ended inside a collective
-#: What a process exits with that SIGTERM ended.
+_SILENCE_S = 120.0  # of a rank whose connection is still open: it was stopped, or its host is gone
+_GRACE_S = 4.0  # for a rank to end by itself after another, before it is ended inside a collective
+#: Exit status of a process that SIGTERM ended.
 SIGTERM_STATUS = 143
 
 
 @dataclass(frozen=True)
-class _Told:
-    """To the others: what :meth:`Ranks.agree` came to."""
+class _Result:
+    """From rank 0: the result of :meth:`Ranks.agree`."""
 
     what: str
-    result: Any
+    value: Any
 
 
-@dataclass(frozen=True)
-class _Gather:
-    """To the others: take part in gathering the weights."""
+class _Signal(Enum):
+    """Messages without contents."""
 
-
-@dataclass(frozen=True)
-class _Alive:
-    """A sign of life."""
-
-
-@dataclass(frozen=True)
-class _Terminated:
-    """SIGTERM has come to the sender."""
-
-
-@dataclass(frozen=True)
-class _Bye:
-    """The sender ends as it should; the end of its connection says nothing more."""
+    GATHER = auto()  # from rank 0: take part in gathering the weights
+    ALIVE = auto()
+    TERMINATED = auto()  # the sender got SIGTERM
+    BYE = auto()  # the sender ends normally, and the end of its connection is no failure
 
 
 class Ranks:
-    """One of the trainer's ranks among the others. Alone, it does what it is asked and knows nobody.
+    """One of the trainer's ranks among the others; a single rank needs no connections.
 
-    Args:
-        rank: Of this process; 0 leads.
-        count: How many there are.
-        peers: Connections: of rank 0 one to every other rank, of the others one to rank 0.
-        weights: Called to gather the policy's weights, on all ranks together.
+    ``peers`` are the connections: of rank 0 one to every other rank, of the others one to rank 0. ``weights`` gathers
+    the policy's weights, on all ranks together.
     """
 
     def __init__(
@@ -95,11 +82,11 @@ class Ranks:
         self._peers = peers or {}
         self._weights = weights
         self._news = threading.Condition()
-        self._inbox: deque[_Told | _Gather] = deque()
+        self._inbox: deque[_Result | _Signal] = deque()
         self._failure: BaseException | None = None  # of another rank
-        self._why = ""  # what the first rank that failed had to tell
+        self._why = ""  # traceback of the first rank that failed
         self._terminated = False
-        self._noticed = False  # whether the main thread is on its way out
+        self._noticed = False  # whether the main thread is already ending
         self._closing = threading.Event()
         self._heard = dict.fromkeys(self._peers, time.monotonic())
         self._thread = threading.Thread(target=self._listen, name="ranks", daemon=True)
@@ -108,11 +95,7 @@ class Ranks:
 
     @classmethod
     def meet(cls, trainer: L.Trainer, weights: Callable[[], Iterable[Any]]) -> Ranks:
-        """Connects the ranks of a trainer; to be called on each.
-
-        Raises:
-            DeadlineError: Some did not come.
-        """
+        """Connects the ranks of a trainer, each of which calls this; raises :class:`DeadlineError` if some do not."""
         if trainer.world_size == 1:
             return cls(weights=weights)
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -138,18 +121,11 @@ class Ranks:
         return self.count == 1
 
     def agree(self, what: str, function: Callable[[], _T]) -> _T:
-        """Calls a function on rank 0, and returns its result on every rank.
+        """Calls a function on rank 0, and returns its result, or raises its error, on every rank.
 
-        The others serve meanwhile: whenever rank 0 gathers weights they take part.
-
-        Args:
-            what: What it is about, equal on all ranks.
-            function: Called on rank 0 only.
-
-        Raises:
-            ScheduleError: The ranks are not at the same place.
-            RankError: Another rank is gone, or failed with an exception that cannot be made again here.
-            Exception: What the function raised, or what ended another rank.
+        Whenever rank 0 gathers weights meanwhile, the others take part. ``what`` names the call and is the same on all
+        ranks, or :class:`ScheduleError` is raised. Raises the error that ended another rank, or :class:`RankError` if
+        that rank is gone or its exception cannot be rebuilt here.
         """
         self.check()
         if not self.leads:
@@ -159,16 +135,16 @@ class Ranks:
         except BaseException as error:
             self.fail(error)
             raise
-        self._send(_Told(what, result))
+        self._send(_Result(what, result))
         return result
 
     def gathered(self) -> list[Any]:
-        """The policy's weights, whole; on rank 0 inside :meth:`agree`. The others take part without keeping them."""
-        self._send(_Gather())
+        """The policy's whole weights, on rank 0 inside :meth:`agree`; the others take part without keeping them."""
+        self._send(_Signal.GATHER)
         return list(self._weights())
 
     def check(self) -> None:
-        """Raises what ended another rank, or ``SIGTERMException`` if any got SIGTERM."""
+        """Raises the error that ended another rank, or ``SIGTERMException`` if any rank got SIGTERM."""
         with self._news:
             if self._failure is not None:
                 raise self._failure
@@ -178,107 +154,105 @@ class Ranks:
             raise error
 
     def fail(self, error: BaseException) -> None:
-        """Tells the other ranks what ended this one; the first time counts."""
+        """Sends the other ranks the error that ends this one; only the first counts."""
         if self._noticed or self._alone:
             return
         self._noticed = True
         self._send(Failure.of(error))
         if isinstance(error, RuntimeError) and error is not self._failure:
-            # perhaps a collective that broke off: whoever left it tells why
+            # perhaps a collective that broke off: the rank that left it sends the reason
             with self._news:
                 self._news.wait_for(lambda: self._why, _SIGN_OF_LIFE_S)
             if self._why:
                 _log.error(self._why)
 
     def mind_sigterm(self) -> None:
-        """From now on, SIGTERM to any rank ends all of them, at the next :meth:`agree`.
+        """Has SIGTERM to any rank end all of them, at the next :meth:`agree`.
 
-        Lightning's handler would begin a collective wherever this rank happens to be: in the middle of another one it
-        never returns.
+        Lightning's handler would begin a collective at once, and in the middle of another one that never returns.
         """
         if not self._alone and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def close(self) -> None:
-        """Leaves; safe to call twice."""
+        """Leaves the group; safe to call twice."""
         if self._closing.is_set() or self._alone:
             return
         self._noticed = True
-        self._send(_Bye())
+        self._send(_Signal.BYE)
         self._closing.set()
         self._thread.join(_GRACE_S)  # it may be in the middle of a message that never ends
         for channel in list(self._peers.values()):
             channel.close()
 
-    # How
-
     def _attend(self, what: str) -> Any:
+        """Waits for rank 0's result, and takes part in what it gathers."""
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._inbox or self._failure or self._terminated, _POLL_S)
                 message = self._inbox.popleft() if self._inbox else None
-            if isinstance(message, _Gather):
+            if message is _Signal.GATHER:
                 deque(self._weights(), maxlen=0)
-            elif isinstance(message, _Told):
+            elif isinstance(message, _Result):
                 if message.what != what:
                     raise ScheduleError(
-                        f"rank 0 is at {message.what}, but rank {self.rank} at {what}: the ranks run different code, "
-                        "or a callback acts on some of them only"
+                        f"rank 0 has reached {message.what}, but rank {self.rank} has reached {what}: the ranks run "
+                        "different code, or a callback acts only on some of them"
                     )
-                return message.result
+                return message.value
             else:
                 self.check()
                 if not self._peers:
                     raise ScheduleError(
-                        f"rank {self.rank} waits at {what}, but rank 0 has ended: the ranks run different code"
+                        f"rank {self.rank} waits for {what}, but rank 0 has ended: the ranks run different code"
                     )
 
     def _send(self, message: Any) -> None:
         for channel in list(self._peers.values()):
             try:
                 channel.send(message)
-            except OSError:  # gone: the thread that listens notices, too
+            except OSError:  # gone, which the listening thread notices too
                 continue
 
     def _on_sigterm(self, signum: int, frame: Any) -> None:
-        # nothing that takes a lock: the main thread may hold it just now
+        # takes no lock, since the main thread may hold it
         self._terminated = True
 
     def _listen(self) -> None:
-        """Hears the others, and gives them signs of life. Ends this process if it does not follow another one's end."""
-        told = 0.0
+        """Receives from the others and sends them signs of life."""
+        signed = 0.0  # when it sent the last sign of life
         passed_on = False
         while not self._closing.is_set():
             now = time.monotonic()
-            if now - told > _SIGN_OF_LIFE_S:
-                told = now
-                self._send(_Alive())
+            if now - signed > _SIGN_OF_LIFE_S:
+                signed = now
+                self._send(_Signal.ALIVE)
             if self._terminated and not passed_on:
                 passed_on = True
-                self._send(_Terminated())
-            lines: list[Any] = list(self._peers.values())
-            ready: list[Any] = wait(lines, _POLL_S)
+                self._send(_Signal.TERMINATED)
+            channels: list[Any] = list(self._peers.values())
+            ready: list[Any] = wait(channels, _POLL_S)
             for rank, channel in list(self._peers.items()):
                 if channel in ready:
-                    self._hear(rank, channel)
+                    self._receive(rank, channel)
                 elif now - self._heard[rank] > _SILENCE_S:
                     self._lost(rank, RankError(f"rank {rank} has given no sign of life for {_SILENCE_S:.0f} seconds"))
 
-    def _hear(self, rank: int, channel: Channel) -> None:
+    def _receive(self, rank: int, channel: Channel) -> None:
         try:
             message = channel.receive(0)
         except (EOFError, OSError):
-            self._lost(rank, RankError(f"rank {rank} is gone, without a word: it was killed; see its output"))
+            self._lost(rank, RankError(f"rank {rank} is gone without an error: it was killed; see its output"))
             return
         self._heard[rank] = time.monotonic()
         if isinstance(message, Failure):
             self._why = self._why or f"rank {rank} failed:\n{message.text}"
             self._lost(rank, message.unpack(f"rank {rank}", RankError))
-        elif isinstance(message, _Terminated):
+        elif message is _Signal.TERMINATED:
             self._terminated = True
-        elif isinstance(message, _Bye):
+        elif message is _Signal.BYE:
             self._peers.pop(rank).close()
-        elif not isinstance(message, _Alive):
+        elif message is not _Signal.ALIVE:
             with self._news:
                 self._inbox.append(message)
                 self._news.notify_all()
@@ -291,18 +265,18 @@ class Ranks:
         threading.Thread(target=self._end_if_stuck, args=(rank, error), name="ranks-end", daemon=True).start()
 
     def _end_if_stuck(self, rank: int, error: BaseException) -> None:
-        """Ends this process, if its main thread is inside a collective with the one that is gone."""
+        """Ends this process if its main thread stays inside a collective with the lost rank."""
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline:
             if self._noticed or self._closing.wait(_POLL_S):
                 return
-        sys.stderr.write(f"rank {self.rank} is ended, since it waits for rank {rank}: {error}\n{self._why}\n")
+        sys.stderr.write(f"rank {self.rank} ends because it waits for rank {rank}: {error}\n{self._why}\n")
         sys.stderr.flush()
         os._exit(1)  # no hook can run: the main thread is in a collective that will not return
 
 
 def _welcome(server: socket.socket, token: bytes, world_size: int) -> dict[int, Channel]:
-    """Takes in every other rank that knows the token."""
+    """Accepts every other rank that knows the token."""
     deadline = time.monotonic() + _MEET_S
     peers: dict[int, Channel] = {}
     while len(peers) < world_size - 1:
@@ -312,7 +286,7 @@ def _welcome(server: socket.socket, token: bytes, world_size: int) -> dict[int, 
         except TimeoutError:
             missing = sorted(set(range(1, world_size)) - peers.keys())
             raise DeadlineError(f"ranks {missing} did not connect to rank 0 within {_MEET_S:.0f} s") from None
-        with line, contextlib.suppress(OSError):  # a stranger that says nothing, or hangs up, is none of ours
+        with line, contextlib.suppress(OSError):  # a stranger that is silent or hangs up is not a rank
             line.settimeout(_GREETING_S)
             greeting = line.recv(len(token) + 4, socket.MSG_WAITALL)
             rank = int.from_bytes(greeting[-4:], "big")
@@ -328,7 +302,7 @@ def _join(host: str, port: int, token: bytes, rank: int) -> Channel:
 
 
 def _channel(line: socket.socket) -> Channel:
-    """Takes a connection over, which has no limit of its own from here on and sends at once."""
+    """A channel over a connection, which from here on has no timeout of its own and sends without delay."""
     line.settimeout(None)
     line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Channel(line.detach())

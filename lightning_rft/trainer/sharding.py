@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimizer state spread over the trainer's ranks: PyTorch's FSDP2."""
+"""Sharding of parameters, gradients and optimizer state over the trainer's ranks, with PyTorch's FSDP2."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ __all__ = ["shard"]
 
 
 def shard(policy: nn.Module, mesh: DeviceMesh) -> None:
-    """Shards a model of transformers over the data-parallel ranks, each of its layers by itself.
+    """Shards a transformers model, the same on every rank, over the data-parallel ranks, layer by layer.
 
-    Args:
-        policy: The whole model, the same on every rank. Its parameters become ``DTensor``.
-        mesh: The mesh of Lightning's ``ModelParallelStrategy``.
-
-    Raises:
-        ConfigurationError: The mesh asks for tensor parallelism.
+    Its parameters become ``DTensor``. The mesh is that of Lightning's ``ModelParallelStrategy``; raises
+    :class:`ConfigurationError` if it asks for tensor parallelism.
     """
     if mesh["tensor_parallel"].size() > 1:
         raise ConfigurationError(
@@ -31,7 +27,7 @@ def shard(policy: nn.Module, mesh: DeviceMesh) -> None:
         )
     from torch.distributed.fsdp import fully_shard
 
-    # what transformers itself would not split over devices: the decoder's layers
+    # the modules that transformers would not split over devices: the decoder's layers
     whole = set(getattr(policy, "_no_split_modules", None) or ())
     for module in policy.modules():
         if type(module).__name__ in whole:

@@ -1,4 +1,4 @@
-"""Which shortcuts of the training step compute what the plain model computes, found by trying them once."""
+"""Shortcuts of the training step, each tried once against what the plain model computes."""
 
 from __future__ import annotations
 
@@ -17,50 +17,41 @@ from lightning_rft.trainer.packing import Packed, pack, shares_prompts
 
 __all__ = ["FastPath", "probe"]
 
-# Times the hidden size. By operations it is 6 where a layer has the usual 12 weights per hidden unit squared, and
-# measured on a CPU 5 to 7.
+# Times the hidden size: 6 by the count of operations, where a layer has the usual 12 weights per hidden unit squared,
+# and 5 to 7 as measured on a CPU.
 _BALANCE = 5.0
-_SHORTEST_BALANCE = 500.0  # models that are so small that other things take the time
-_SHORT = 8, 8, 2  # tokens of prompt and completion, and completions, of what the head is tried with
-# Mean difference, in nats, between log-probs that were computed in rows of different layouts. Rounding gives about
-# 1e-5 in float32 and 0.03 in bfloat16 (of random tokens, which are improbable); an ignored mask gives far more.
+_SHORTEST_BALANCE = 500.0  # of small models, where overhead dominates
+_SHORT = 8, 8, 2  # tokens of prompt and completion, and completions, to try the head with
+# Mean difference, in nats, between log-probs computed in rows of different layouts. Rounding gives about 1e-5 in
+# float32 and 0.03 in bfloat16 (of random tokens, which are improbable); an ignored mask gives far more.
 _TOLERANCE = {torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class FastPath:
-    """What may be done with a model.
+    """The shortcuts that are exact for a model."""
 
-    Args:
-        chunked_head: Whether log-probs may be computed chunk by chunk from what the output head is given; for
-            :func:`~lightning_rft.trainer.logprobs.token_logprobs`.
-        shared: Whether the samples of a group may share rows.
-        balance: Length of a shared row at which attention takes as long as the rest of the model.
-        mask_dtype: What attention computes in, autocast aside.
-    """
-
+    #: Whether log-probs may be computed chunk by chunk from the output head's input.
     chunked_head: bool
+    #: Whether the samples of a group may share rows.
     shared: bool
+    #: Length of a shared row, in tokens, at which attention takes as long as the rest of the model.
     balance: float
+    #: Dtype that attention computes in, autocast aside.
     mask_dtype: torch.dtype
 
     def pack(self, turns: Sequence[Sequence[Turn]]) -> Packed:
-        """Lays turns out for the model; see :func:`~lightning_rft.trainer.packing.pack`."""
+        """Packs turns into rows; see :func:`~lightning_rft.trainer.packing.pack`."""
         return pack(turns, shared=self.shared, mask_dtype=self.mask_dtype, balance=self.balance)
 
 
 def probe(model: Any, turns: Sequence[Sequence[Turn]], *, attn_implementation: str) -> FastPath:
-    """Tries a model, without a gradient and on made-up rows, and says on rank zero what will be done without.
+    """Tries the shortcuts on made-up rows, without a gradient, and reports on rank zero those that fail.
 
-    Of the ranks of one training all must call it together, since a sharded model's forward is a collective. How many
-    forwards it runs follows from the model's kind alone, never from ``turns`` or from what was found.
-
-    Args:
-        model: A ``transformers`` causal language model on its device, under ``torch.autocast`` if it is trained so.
-        turns: Groups of turns, or nothing. The texts and the shared row that are tried are as long as the longest of
-            these, because what makes the difference may be a window.
-        attn_implementation: What the model's attention runs on.
+    All ranks must call it together, since a sharded model's forward is a collective; the number of forwards follows
+    from the model's kind alone, never from ``turns`` or from a result. The texts and the shared row are as long as the
+    longest of ``turns`` (groups of turns, perhaps none), because a model's window may make the difference.
     """
     path = FastPath(
         chunked_head=True,
@@ -75,20 +66,20 @@ def probe(model: Any, turns: Sequence[Sequence[Turn]], *, attn_implementation: s
             rank_zero_info(f"Log-probs are computed from all logits at once, which takes more memory: {trouble}.")
         if path.shared:
             difference, tolerance = _row_difference(model, path, turns)
-            if not difference <= tolerance:  # NaN, too
+            if not difference <= tolerance:  # or NaN
                 path = replace(path, shared=False)
                 rank_zero_info(
                     f"Samples of a group are trained in rows of their own: in shared rows their log-probs differ by "
                     f"{difference:.2g} nats on average, and rounding explains no more than {tolerance:g}."
                 )
-    # Autocast keeps the weights that it cast, and these have no gradient.
+    # Autocast keeps the weights that it cast, and those that it cast here have no gradient.
     torch.clear_autocast_cache()
     return path
 
 
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """Without dropout, which makes rows differ, and without drawing random numbers, which a resumed run repeats."""
+    """Turns off dropout, which makes rows differ, and restores the random state, which a resumed run must repeat."""
     trains = {module: module.training for module in model.modules()}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -101,10 +92,10 @@ def _undisturbed(model: Any) -> Iterator[None]:
 
 
 def _head_trouble(model: Any) -> str | None:
-    """Why the model's logits are not what its head makes of its input, if they are not.
+    """Why the model's logits are not simply its head's output, if they are not.
 
-    The head is made to return known numbers, which must leave the model as they are. They are as large as logits get,
-    so that softcapping shows whatever the weights are; and whole, so that no dtype rounds them.
+    The head is made to return known numbers, which must leave the model unchanged. They are as large as logits get, so
+    that softcapping shows whatever the weights are; and integers, so that no dtype rounds them.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
@@ -131,7 +122,7 @@ def _head_trouble(model: Any) -> str | None:
 
 
 def _row_difference(model: Any, path: FastPath, turns: Sequence[Sequence[Turn]]) -> tuple[float, float]:
-    """Mean difference between log-probs in a shared row and in ordinary ones, and how large rounding makes it."""
+    """Mean difference in nats between log-probs in a shared row and in ordinary ones, and the tolerance for it."""
     made_up = _made_up(model, *_measures(path, turns))
     dtypes: list[torch.dtype] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
@@ -139,7 +130,7 @@ def _row_difference(model: Any, path: FastPath, turns: Sequence[Sequence[Turn]])
         shared, ordinary = (
             token_logprobs(model, packed.to(model.device), chunked_head=path.chunked_head)[0]
             for packed in (
-                # Whatever attention costs: what is made up shares its row.
+                # whatever attention costs, so that the made-up samples do share a row
                 replace(path, balance=1e12).pack(made_up),
                 replace(path, shared=False).pack(made_up),
             )
@@ -152,7 +143,7 @@ def _row_difference(model: Any, path: FastPath, turns: Sequence[Sequence[Turn]])
 
 
 def _measures(path: FastPath, turns: Sequence[Sequence[Turn]]) -> tuple[int, int, int]:
-    """Tokens of a prompt, tokens of a completion, and completions: as long as the longest text, and a row as wide."""
+    """Prompt tokens, completion tokens and completions: as long as the longest text, in a row as wide as the widest."""
     texts = [turn for group in turns for turn in group if turn.num_tokens]
     if not texts:
         return _SHORT

@@ -1,7 +1,7 @@
-"""Where rewards are computed: coroutines beside the workflows, plain functions in a process that can be killed.
+"""The scorer, which computes rewards: coroutines on the event loop, plain functions in a process that can be killed.
 
 A plain function may hang, or hold the interpreter lock while it computes; in a process of its own neither stops the
-engine. Run as ``python -m lightning_rft.explorer.worker.scorer FD`` it is that process.
+engine. ``python -m lightning_rft.explorer.worker.scorer FD`` is that process.
 """
 
 from __future__ import annotations
@@ -33,12 +33,7 @@ class _Call:
 
 
 class Scorer:
-    """Calls a user's reward, plain or ``async``.
-
-    Args:
-        reward: ``reward(completion, task)``, returning a finite number or awaiting one.
-        timeout_s: Seconds that one call may take; a plain function that takes longer is killed.
-    """
+    """Calls a user's ``reward(completion, task)``, plain or ``async``, and kills a plain one after ``timeout_s``."""
 
     def __init__(self, reward: Callable[..., Any], timeout_s: float) -> None:
         self._reward = reward
@@ -46,20 +41,17 @@ class Scorer:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._waiting: list[_Call] = []
-        self._answers: set[asyncio.Future[float]] = set()  # that are yet to come
+        self._answers: set[asyncio.Future[float]] = set()  # that have not come yet
         self._work: asyncio.Task[None] | None = None
-        self._asked = False  # whether the process has all of the calls that are worked on
+        self._asked = False  # whether the process has all of the current calls
         self._stopped = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
 
     async def __call__(self, completion: str, task: Task) -> float:
-        """The reward of a completion.
+        """The reward of a completion, or what the reward function raised.
 
-        Raises:
-            DeadlineError: The call took longer than ``timeout_s``.
-            CancelledError: The scorer was stopped.
-            ConfigurationError: What it returned is not a finite number.
-            Exception: Whatever the reward raised.
+        Raises :class:`DeadlineError` if the call took too long, :class:`ConfigurationError` if the result is not a
+        finite number, and ``CancelledError`` if the scorer was stopped.
         """
         if inspect.iscoroutinefunction(self._reward) or inspect.iscoroutinefunction(type(self._reward).__call__):
             try:
@@ -77,7 +69,7 @@ class Scorer:
         return await call.answer
 
     def stop(self) -> None:
-        """Ends the process and the thread, and cancels the calls that are not answered; on the event loop's thread."""
+        """Ends process and thread, and cancels the calls without an answer; on the event loop's thread."""
         self._stopped = True
         for answer in list(self._answers):
             answer.cancel()
@@ -85,7 +77,7 @@ class Scorer:
         self._thread.shutdown(wait=False)
 
     async def _ask_waiting(self) -> None:
-        # All that wait are sent at once: samples often end together, and a round trip takes longer than most rewards.
+        # All waiting calls are sent together: samples often end together, and a round trip outlasts most rewards
         loop = asyncio.get_running_loop()
         while self._waiting and not self._stopped:
             calls, self._waiting = [call for call in self._waiting if not call.answer.done()], []
@@ -98,23 +90,23 @@ class Scorer:
             answer: float | Exception
             try:
                 answer = self._first_answer(calls[index:])
-            except Exception as error:  # whatever it is, it is raised where the reward was asked for
+            except Exception as error:  # raised where the reward was asked for
                 answer = error
             loop.call_soon_threadsafe(_settle, call.answer, answer)
         self._asked = False
 
     def _first_answer(self, calls: list[_Call]) -> float:
-        """The reward of the first of the calls that are left."""
+        """The reward of the first of these calls; sends them all if the process does not have them."""
         task = calls[0].task
         try:
             channel = self._channel
             if channel is None:
                 process, channel = spawn(__name__)
                 self._process, self._channel = process, channel
-                if self._stopped:  # meanwhile, and what was just started was not known there
+                if self._stopped:  # meanwhile, when the new process was not known yet
                     raise EOFError
                 channel.send(self._reward)
-                channel.receive(max(_START_S, self._timeout_s))  # its imports are not the reward's time
+                channel.receive(max(_START_S, self._timeout_s))  # its imports do not count as the reward's time
             if not self._asked:
                 channel.send([(call.completion, call.task) for call in calls])
                 self._asked = True
@@ -163,11 +155,11 @@ def main(fd: int) -> None:
             for completion, task in channel.receive():
                 try:
                     answer: float | Failure = as_reward(reward(completion, task), task.id)
-                except Exception as error:  # everything a user's function raises is reported where the call was made
+                except Exception as error:  # raised again where the call was made
                     answer = Failure.of(error)
                 channel.send(answer)
     except (EOFError, OSError):
-        pass  # the explorer is gone, and with it the need for rewards
+        pass  # the explorer is gone and needs no more rewards
 
 
 if __name__ == "__main__":

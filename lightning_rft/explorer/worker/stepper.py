@@ -1,4 +1,4 @@
-"""The engine's thread: it alone calls the engine, and steps it as long as there is work."""
+"""The engine's thread, which alone calls the engine and steps it while there is work."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ _T = TypeVar("_T")
 
 
 class Stepper:
-    """Lets coroutines use an engine: :meth:`sample` a request, or :meth:`call` something between two steps.
+    """Lets coroutines of one event loop use an engine: :meth:`sample` a request, or :meth:`call` between two steps.
 
-    Args:
-        engine: A description; :meth:`call` its ``start`` first.
-        loop: The event loop whose coroutines are served.
+    The engine's ``start`` must be the first call.
     """
 
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
@@ -29,7 +27,7 @@ class Stepper:
         self._loop = loop
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[str, asyncio.Future[Completion]] = {}
-        self._requests: list[Request] = []  # to be given to the engine together
+        self._requests: list[Request] = []  # that go to the engine together
         self._error: BaseException | None = None
         self._halted = False
         #: Steps made so far.
@@ -39,14 +37,13 @@ class Stepper:
 
     @property
     def error(self) -> BaseException | None:
-        """What the engine failed with; it is not used any more then."""
+        """The error that the engine failed with, after which it is not used any more."""
         return self._error
 
     async def load(self, manifest: Sequence[TensorInfo], version: int) -> None:
-        """Has the engine receive weights. If the transport breaks off it makes no step until a load succeeds.
+        """Has the engine receive weights; after a :class:`LinkError`, which may leave half of them new, it halts.
 
-        Raises:
-            LinkError: The transport broke off, and the weights may be half old and half new.
+        It steps again when a load succeeds.
         """
 
         def job() -> None:
@@ -57,11 +54,7 @@ class Stepper:
         await self.call(job)
 
     async def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """Runs a function on the engine's thread, between two steps.
-
-        Raises:
-            Exception: What the function raised, or what a step raised before.
-        """
+        """Runs a function on the engine's thread, between two steps; raises its error, or that of an earlier step."""
         future: asyncio.Future[_T] = self._loop.create_future()
 
         def job() -> None:
@@ -78,10 +71,10 @@ class Stepper:
         return await future
 
     async def sample(self, request: Request) -> Completion:
-        """Runs one request; a coroutine that is cancelled takes its request along.
+        """Runs one request; cancelling the coroutine aborts the request.
 
-        Requests of coroutines that run one after another begin with the same step of the engine: of a step with the
-        first alone the others would have nothing.
+        Requests of coroutines that run one after another begin with the same step of the engine, because a step for
+        only the first would delay the others.
         """
         future: asyncio.Future[Completion] = self._loop.create_future()
         self._waiting[request.id] = future
@@ -130,37 +123,38 @@ class Stepper:
                 job()
                 busy = not self._halted and bool(self._waiting) and self._engine.has_work
             except BaseException as error:
-                # an engine that fails once is not to be trusted: whoever waits, or comes later, is told
+                # an engine that failed once is not to be trusted: current and later requests get the error
                 self._error, busy = error, False
             if self._error is not None:
-                self._tell_all(self._error)
+                self._fail_all(self._error)
 
     def _step(self) -> None:
         completions = self._engine.step()
         self.steps += 1
         done = [(self._waiting.pop(completion.request_id, None), completion) for completion in completions]
-        if done:
+        if done:  # one wake-up of the loop for all of them
             self._loop.call_soon_threadsafe(_complete, done)
 
-    def _tell_all(self, error: BaseException) -> None:
+    def _fail_all(self, error: BaseException) -> None:
         for request_id in list(self._waiting):
             future = self._waiting.pop(request_id, None)  # a cancelled coroutine may have taken it meanwhile
             if future is not None:
                 self._resolve(future, None, error)
 
     def _resolve(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-        def settle() -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
+        self._loop.call_soon_threadsafe(_settle, future, result, error)
 
-        self._loop.call_soon_threadsafe(settle)
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():  # its coroutine was cancelled
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 def _complete(done: Sequence[tuple[asyncio.Future[Completion] | None, Completion]]) -> None:
     for future, completion in done:
-        if future is not None and not future.done():  # else it was cancelled meanwhile
-            future.set_result(completion)
+        if future is not None:  # else its coroutine was cancelled
+            _settle(future, completion, None)

@@ -1,4 +1,4 @@
-"""Weights by checkpoint: safetensors in a folder that both sides see."""
+"""Weight transport by checkpoint: safetensors in a folder that trainer and explorers see."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
@@ -24,15 +25,16 @@ _SETTING = "CheckpointTransport(timeout_s=...)"
 class CheckpointTransport(Transport):
     """Writes a checkpoint and has explorers read it: they need not meet, only see the same folder.
 
-    A checkpoint is written beside its place, synced to disk, and renamed into it, so that whoever finds one finds a
-    whole one; only then is it announced. It names the run that wrote it, and an explorer refuses any other.
+    A checkpoint is written to a temporary folder, synced to disk, and renamed, so that a reader finds all of it or
+    nothing; only then is it announced. It names the run that wrote it, and an explorer refuses any other.
 
     Args:
         dirpath: Folder for checkpoints, on a disk that every explorer sees; each run makes a folder of its own in it,
             ``<run>/version-<n>/model.safetensors``, and leaves the last ones there. Left out: ``weights`` in the run's
             own folder, removed at the end.
-        keep: Most checkpoints to keep, at least 1; an older one goes when no explorer can be reading it.
-        timeout_s: Seconds within which explorers must have loaded one.
+        keep: Maximum number of checkpoints to keep, at least 1; an older one is removed when no explorer can be
+            reading it.
+        timeout_s: Seconds that explorers may take to load one.
 
     Raises:
         ConfigurationError: ``keep`` is below 1.
@@ -47,59 +49,50 @@ class CheckpointTransport(Transport):
         self.dirpath = dirpath
         self.keep = keep
         self.timeout_s = timeout_s
-        self._run = ""
-        self._folder: Path | None = None
+        self._folder: Path | None = None  # of this run, whose id is its name
         self._written: dict[int, tuple[Path, list[TensorInfo]]] = {}  # by version, the oldest first
 
+    @override
     def prepare(self, weights: Weights, version: int, explorers: Explorers) -> bool:
-        """Writes ``version``, unless it is there.
-
-        Raises:
-            TransportError: It cannot be written; the message says why.
-        """
         if version in self._written:
             return False
-        folder = self._opened(explorers.folder) / f"version-{version:08d}"
+        if self._folder is None:
+            self._folder = Path(self.dirpath or explorers.folder / "weights").absolute() / uuid.uuid4().hex
+        folder = self._folder / f"version-{version:08d}"
         manifest = announce(weights, explorers.dtype)
         try:
-            _write(folder, weights, manifest, {"run": self._run, "version": str(version)})
+            _write(folder, weights, manifest, {"run": self._folder.name, "version": str(version)})
         except OSError as error:
             raise TransportError(
                 f"checkpoint {folder} cannot be written ({error}): free some space, or set "
                 "CheckpointTransport(dirpath=...) to another disk"
             ) from error
         self._written[version] = folder, manifest
-        # whoever reads, reads the newest: pushes come one after another, and only then is the next one written
+        # every reader reads the newest: the next one is written only when the push of this one has ended
         for old in list(self._written)[: -self.keep]:
             shutil.rmtree(self._written.pop(old)[0], ignore_errors=True)
         return True
 
+    @override
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
-        """Writes ``version`` if need be and has explorers load it; see :meth:`Transport.push`."""
         self.prepare(weights, version, explorers)
         folder, manifest = self._written[version]
         members = [explorer for explorer in explorers.members() if to is None or explorer in to]
         for explorer in members:
-            explorers.connect(explorer, CheckpointLink(str(folder / _FILE), self._run, version))
+            explorers.connect(explorer, CheckpointLink(str(folder / _FILE), folder.parent.name, version))
             explorers.load(explorer, manifest, version)
         explorers.wait_loaded(version, members, self.timeout_s, _SETTING)
 
+    @override
     def close(self) -> None:
-        """Removes the checkpoints, unless they were to be in a folder of the user's."""
         folder, self._folder = self._folder, None
         self._written.clear()
-        if folder is not None and self.dirpath is None:
+        if folder is not None and self.dirpath is None:  # a folder of the user's keeps what it has
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _opened(self, run_folder: Path) -> Path:
-        if self._folder is None:
-            self._run = uuid.uuid4().hex
-            self._folder = Path(self.dirpath or run_folder / "weights").absolute() / self._run
-        return self._folder
 
 
 def _write(folder: Path, weights: Weights, manifest: Sequence[TensorInfo], metadata: dict[str, str]) -> None:
-    """Writes beside, syncs, renames: the folder is there whole or not at all, whatever happens."""
+    """Writes to a temporary folder, syncs and renames it, so that ``folder`` exists completely or not at all."""
     from safetensors.torch import save_file
 
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -111,7 +104,7 @@ def _write(folder: Path, weights: Weights, manifest: Sequence[TensorInfo], metad
             for info, (_, tensor) in zip(manifest, weights, strict=True)
             if info.same_as is None
         }
-        # what shares memory otherwise is written each by itself: the file format knows no sharing
+        # tensors that share memory but are no aliases are copied: the file format knows no sharing
         seen: set[int] = set()
         for name, tensor in tensors.items():
             if tensor.data_ptr() in seen:
@@ -137,13 +130,7 @@ def _sync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class CheckpointLink:
-    """An invitation to read one checkpoint.
-
-    Args:
-        path: The file.
-        run: The run that must have written it.
-        version: The version that it must be.
-    """
+    """An invitation to read a checkpoint, which must be this version and written by this run."""
 
     path: str
     run: str
@@ -155,18 +142,13 @@ class CheckpointLink:
 
 
 class CheckpointReceiver:
-    """An explorer's end: reads the file, after checking that it is the right one and whole."""
+    """An explorer's end: reads the file, after checking that it is the right one and complete."""
 
     def __init__(self, link: CheckpointLink) -> None:
         self._link = link
 
     def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the tensors of the checkpoint, mapped into memory.
-
-        Raises:
-            TransportError: The file is torn, of another run or version, or does not hold what was announced. Nothing
-                was yielded then.
-        """
+        """Yields the tensors, mapped into memory; raises :class:`TransportError` before the first if any is wrong."""
         from safetensors import SafetensorError, safe_open
 
         link = self._link

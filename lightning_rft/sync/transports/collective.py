@@ -1,4 +1,4 @@
-"""Weights by collective: one broadcast group over rank 0 and every explorer, bucket by bucket."""
+"""Weight transport by collective: one broadcast group over rank 0 and every explorer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
+
+from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError, LinkError, RFTError, TransportError
 from lightning_rft.sync.transports.gloo import GlooSender
@@ -17,28 +20,27 @@ __all__ = ["CollectiveTransport"]
 
 _WATCH_S = 0.05
 _ATTEMPTS = 3
-_SETTLE_S = 5.0  # for those that are left to notice that their group is no more
+_SETTLE_S = 5.0  # for the members that are left to notice that their group has broken off
 _SETTING = "CollectiveTransport(timeout_s=...)"
 
 
 class CollectiveTransport(Transport):
     """Broadcasts the weights from the trainer to every explorer.
 
-    Gloo is ours and runs everywhere; NCCL is vLLM's own weight transfer (see
-    :mod:`lightning_rft.sync.transports.nccl`) and needs the trainer and every vLLM engine on GPUs of their own. The
-    group is made at the first push and made again when the explorers change; its port is chosen by the operating
-    system. When a member dies or does not come in time, the push is repeated with the others.
+    Gloo is ours and runs everywhere; NCCL is vLLM's own weight transfer and needs the trainer and every vLLM engine on
+    GPUs of their own. The group is made at the first push and again when the explorers change; the operating system
+    chooses its port. When a member dies or does not come in time, the push is repeated with the others.
 
     Args:
-        backend: ``"gloo"``, ``"nccl"``, or ``"auto"`` for NCCL where both sides can, else Gloo.
-        timeout_s: Deadline of one push, the making of the group included.
-        bucket_mib: MiB that travel at a time.
+        backend: ``"gloo"``, ``"nccl"``, or ``"auto"`` for NCCL where both sides can use it, else Gloo.
+        timeout_s: Seconds that one push may take, the making of the group included.
+        bucket_mib: MiB per broadcast.
 
     Raises:
         ConfigurationError: ``backend`` is none of the three.
     """
 
-    one_by_one = True  # a group of two for each: whoever is slow holds up no one
+    one_by_one = True  # in a group of two each, a slow explorer holds up no other
 
     def __init__(
         self, backend: Literal["auto", "nccl", "gloo"] = "auto", timeout_s: float = 120.0, bucket_mib: int = 64
@@ -48,10 +50,10 @@ class CollectiveTransport(Transport):
         self.backend = backend
         self.timeout_s = timeout_s
         self.bucket_mib = bucket_mib
-        self._senders: dict[tuple[int, ...], tuple[dict[int, int], Sender]] = {}
+        self._senders: dict[tuple[tuple[int, int], ...], Sender] = {}  # by members, as in Explorers.members()
 
+    @override
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
-        """Broadcasts ``version``; see :meth:`Transport.push`."""
         tensors = [(name, tensor.detach()) for name, tensor in weights]
         manifest = announce(tensors, explorers.dtype)
         todo = set(explorers.members() if to is None else to)
@@ -61,15 +63,15 @@ class CollectiveTransport(Transport):
             sender = self._sender(members, tensors, explorers)
             try:
                 if not sender.joined:
-                    _watched(lambda: sender.join(explorers, members), members, explorers, deadline)  # noqa: B023
+                    _watched(partial(sender.join, explorers, members), members, explorers, deadline)
                 for explorer in members:
                     explorers.load(explorer, manifest, version)
-                _watched(lambda: sender.send(tensors, manifest), members, explorers, deadline)  # noqa: B023
+                _watched(partial(sender.send, tensors, manifest), members, explorers, deadline)
                 explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
                 break
             except LinkError as error:
                 absent = sender.absent()
-                self.close()  # a group in which one member broke off is of no use to the others
+                self.close()  # the others cannot use a group in which one member broke off
                 explorers.end(absent, f"did not join the weight transport in time: raise {_SETTING}, or see its log")
                 explorers.settle(list(members), _SETTLE_S)
                 if members.keys() <= explorers.members().keys():  # no death explains it
@@ -80,23 +82,23 @@ class CollectiveTransport(Transport):
                 self.close()
                 raise
 
+    @override
     def close(self) -> None:
-        """Leaves every group."""
-        for _, sender in self._senders.values():
+        for sender in self._senders.values():
             sender.close()
         self._senders.clear()
 
     def _sender(self, members: dict[int, int], tensors: Weights, explorers: Explorers) -> Sender:
-        """The group of these explorers; an explorer that was in another one has left that."""
-        key = tuple(members)
-        known, sender = self._senders.get(key, ({}, None))
-        if sender is None or known != members:
+        """The group of exactly these explorers; closes other groups that share one with it or have lost one."""
+        key = tuple(members.items())
+        if key not in self._senders:
             alive = explorers.members().keys()
-            for other in [other for other in self._senders if set(other) & set(key) or not set(other) <= alive]:
-                self._senders.pop(other)[1].close()
-            sender = self._make_sender(tensors, explorers)
-            self._senders[key] = dict(members), sender
-        return sender
+            for other in list(self._senders):
+                theirs = dict(other).keys()
+                if theirs & members.keys() or not theirs <= alive:
+                    self._senders.pop(other).close()
+            self._senders[key] = self._make_sender(tensors, explorers)
+        return self._senders[key]
 
     def _make_sender(self, tensors: Weights, explorers: Explorers) -> Sender:
         on_gpu = all(tensor.is_cuda for _, tensor in tensors)
@@ -111,24 +113,17 @@ class CollectiveTransport(Transport):
 
 
 def _watched(function: Callable[[], None], members: Mapping[int, int], explorers: Explorers, deadline: float) -> None:
-    """Runs a blocking collective on a thread, so that the death of a member ends it at once.
-
-    Raises:
-        LinkError: A member is gone or the deadline has passed: the group is of no use any more.
-        Exception: What ends the run.
-    """
-    outcome: list[BaseException | None] = []
+    """Runs a blocking collective on a thread; raises :class:`LinkError` if a member dies or the deadline passes."""
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
             function()
         except BaseException as error:
-            # These frames hold the group: while they do, it keeps its connections, and whoever waits for the rest of
-            # this push would not learn that it broke off.
+            # These frames hold the group: while they do, it keeps its connections, and a member that waits for the
+            # rest of this push would not learn that it broke off.
             traceback.clear_frames(error.__traceback__)
-            outcome.append(error)
-        else:
-            outcome.append(None)
+            errors.append(error)
 
     thread = threading.Thread(target=run, name="weight-push", daemon=True)
     thread.start()
@@ -139,8 +134,7 @@ def _watched(function: Callable[[], None], members: Mapping[int, int], explorers
             raise LinkError(f"explorers {sorted(gone)} are gone")
         if time.monotonic() > deadline:
             raise LinkError(f"a weight push passed its deadline: raise {_SETTING}")
-    error = outcome[0]
-    if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RFTError):
-        raise LinkError(f"a weight push broke off: {error}") from error
-    if error is not None:
+    for error in errors:
+        if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RFTError):
+            raise LinkError(f"a weight push broke off: {error}") from error
         raise error

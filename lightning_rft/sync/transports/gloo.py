@@ -1,4 +1,4 @@
-"""Weights by Gloo: a broadcast group of our own over rank 0 and the explorers, on any hardware."""
+"""Weight transport by Gloo: a broadcast group of our own over rank 0 and the explorers, on any hardware."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
+from typing_extensions import override
 
 from lightning_rft.errors import LinkError, TransportError
 from lightning_rft.experience import TensorInfo
@@ -20,14 +21,10 @@ from lightning_rft.sync.transports.transport import Explorers, Sender, Weights, 
 
 __all__ = ["GlooLink", "GlooReceiver", "GlooSender"]
 
-
 _MEET_S = 0.001
-
-
 _GO = "go"
 
-
-_Arriving = tuple[Sequence[TensorInfo], torch.Tensor, Any]  # a bucket, its bytes, and what is to be waited for
+_Arriving = tuple[Sequence[TensorInfo], torch.Tensor, Any]  # a bucket, its bytes, and the broadcast to wait for
 
 
 class GlooSender(Sender):
@@ -40,15 +37,15 @@ class GlooSender(Sender):
         self._group: ProcessGroupGloo | None = None
         self._store: TCPStore | None = None
         self._closed = False
-        self._invited: dict[str, int] = {}  # what an explorer's process writes into the store when it comes
+        self._invited: dict[str, int] = {}  # key that an explorer's process sets in the store when it comes -> explorer
 
     @property
+    @override
     def joined(self) -> bool:
-        """Whether the group is made."""
         return self._group is not None
 
+    @override
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
-        """Opens a store on a free port, invites every explorer, and meets them."""
         world = 1 + sum(members.values())
         timeout = timedelta(seconds=self._timeout_s)
         store = self._store = TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
@@ -58,8 +55,8 @@ class GlooSender(Sender):
             self._invited |= {f"here/{member}": explorer for member in range(rank, rank + size)}
             explorers.connect(explorer, link)
             rank += size
-        # Making the group cannot be broken off, so it begins when everyone has come; who waits in vain for another
-        # member is freed by the end of the store.
+        # Making the group cannot be broken off, so it begins when everyone has come; the end of the store frees a
+        # member that waits in vain for another.
         while not store.check(list(self._invited)):
             if self._closed:
                 return
@@ -67,13 +64,14 @@ class GlooSender(Sender):
         store.set(_GO, "")
         self._group = _gloo(store, 0, world, timeout)
 
+    @override
     def absent(self) -> list[int]:
-        """Those without whom the group cannot be made."""
         store = self._store
         return [] if store is None else [who for key, who in self._invited.items() if not store.check([key])]
 
+    @override
     def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
-        """Packs each bucket's bytes (Gloo cannot broadcast bfloat16) and broadcasts them."""
+        # buckets of bytes, since Gloo cannot broadcast bfloat16
         group = self._group
         assert group is not None, "send before join"
         by_name = dict(tensors)
@@ -90,31 +88,22 @@ class GlooSender(Sender):
         if before is not None:
             before.wait()
 
+    @override
     def close(self) -> None:
-        """Drops group and store: with the last reference to the group its connections close."""
         self._closed = True
-        self._group = None
+        self._group = None  # with the last reference its connections close
         self._store = None
 
 
 @dataclass(frozen=True)
 class GlooLink:
-    """An invitation to a Gloo group.
-
-    Args:
-        host: Where rank 0's store listens.
-        port: Its port.
-        rank: Rank of the engine's first weight-holding process; the others follow.
-        world_size: Members of the group, rank 0 included.
-        timeout_s: Deadline of the meeting and of each broadcast.
-        bucket_bytes: Bytes that travel at a time.
-    """
+    """An invitation to a Gloo group, whose store listens at ``host`` and ``port`` of rank 0."""
 
     host: str
     port: int
-    rank: int
+    rank: int  #: Of the engine's first weight-holding process; the others follow.
     world_size: int
-    timeout_s: float
+    timeout_s: float  #: Of the meeting and of each broadcast.
     bucket_bytes: int
 
     def open(self, member: int) -> GlooReceiver:
@@ -136,11 +125,7 @@ class GlooReceiver:
             self._group: ProcessGroupGloo | None = _gloo(self._store, link.rank + member, link.world_size, timeout)
 
     def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the tensors of one push; the next bucket travels while the engine loads one.
-
-        Raises:
-            LinkError: The group broke off in the middle.
-        """
+        """Yields the tensors of one push; the next bucket travels while the engine loads one."""
         group = self._group
         if group is None:
             raise TransportError("weights were announced on a link that was closed")
@@ -154,7 +139,7 @@ class GlooReceiver:
             yield info.name, tensor
 
     def _arriving(self, group: ProcessGroupGloo, manifest: Sequence[TensorInfo]) -> Iterator[torch.Tensor]:
-        """All but aliases, in order."""
+        """Yields all tensors but aliases, in order."""
         broadcasts = (self._begin(group, bucket) for bucket in buckets(manifest, self._bucket_bytes))
         arriving = next(broadcasts, None)
         while arriving is not None:
@@ -177,7 +162,7 @@ class GlooReceiver:
 
 @contextmanager
 def _link_errors() -> Iterator[None]:
-    """What torch raises when a member of a group is gone, in our terms."""
+    """Turns what torch raises when a member of a group is gone into a :class:`LinkError`."""
     try:
         yield
     except RuntimeError as error:
@@ -193,7 +178,7 @@ def _gloo(store: Store, rank: int, world_size: int, timeout: timedelta) -> Proce
 
 
 def _broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:
-    """Begins a broadcast; what it returns is to be waited for."""
+    """Begins a broadcast, and returns the work to wait for."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0

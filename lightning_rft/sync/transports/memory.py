@@ -1,4 +1,4 @@
-"""Memory for one bucket after another: to touch fresh memory for the first time costs several times a copy."""
+"""Memory that is lent for one bucket after another: touching fresh memory for the first time costs several copies."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import torch
 
 __all__ = ["ReusedMemory"]
 
-_KEPT = 4  # filled, read, of a layer that was not whole at its end, of a tied weight that comes once more
+_KEPT = 4  # one being filled, one being read, one of a layer still incomplete, one of a tied weight needed again
 
 
 class ReusedMemory:
-    """Lends memory, and lends it again when no tensor refers to it any more.
+    """Lends memory in pieces of at least ``least`` bytes, and lends a piece again when no tensor refers to it any more.
 
-    An engine may keep what it was given: vLLM copies a layer's tensors when all of them have come, which may be some
-    buckets later.
-
-    Args:
-        least: Bytes of the smallest piece, so that one that was made for a small bucket fits others.
+    An engine may keep a bucket: vLLM copies a layer's tensors when all of them have come, some buckets later.
     """
 
     def __init__(self, least: int) -> None:
@@ -28,7 +24,7 @@ class ReusedMemory:
         self._pieces: list[tuple[np.ndarray[Any, Any], weakref.ref[np.ndarray[Any, Any]]]] = []
 
     def take(self, size: int) -> torch.Tensor:
-        """Bytes with any contents, which are the caller's for as long as this tensor, or any view of it, lives.
+        """Uninitialised bytes, which are the caller's for as long as this tensor, or any view of it, lives.
 
         Example:
             >>> memory = ReusedMemory(least=16)

@@ -1,7 +1,7 @@
-"""Weights by NCCL, with both halves of vLLM's own weight transfer (``vllm>=0.30``).
+"""Weight transport by NCCL, with both halves of vLLM's own weight transfer (``vllm>=0.30``).
 
-Not run yet: no GPU was at hand when it was written. It follows vLLM's documented handshake; what is ours, the client
-that carries it to the explorers and the source of the tensors, is small.
+Not run yet: it was written without a GPU. It follows vLLM's documented handshake; ours are only the client that carries
+it to the explorers, and the source of the tensors.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from lightning_rft.errors import TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.sync.transports.transport import Explorers, Sender
+from lightning_rft.sync.transports.transport import Explorers, Sender, Weights
 
 __all__ = ["NCCLLink", "NCCLSender"]
 
@@ -28,7 +29,7 @@ class NCCLLink:
     nccl: dict[str, Any]
 
     def open(self, member: int) -> Any:
-        """Raises: only vLLM can join."""
+        """Refuses: only vLLM can join."""
         raise TransportError("this engine cannot receive by NCCL: set CollectiveTransport(backend='gloo')")
 
 
@@ -41,12 +42,12 @@ class NCCLSender(Sender):
         self._source: Any = None
 
     @property
+    @override
     def joined(self) -> bool:
-        """Whether the group is made."""
         return self._engine is not None
 
+    @override
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
-        """Makes the group with every worker of every explorer."""
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -61,13 +62,13 @@ class NCCLSender(Sender):
             source=self._source,
         )
 
-    def send(self, tensors: Sequence[tuple[str, torch.Tensor]], manifest: Sequence[TensorInfo]) -> None:
-        """Broadcasts every tensor, cast to its announced dtype."""
+    @override
+    def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
         self._source.tensors, self._source.manifest = tensors, manifest
         self._engine.send_weights()
 
+    @override
     def close(self) -> None:
-        """Ends the communicator."""
         if self._engine is not None:
             # an aborted collective can hold the communicator: never wait for it here
             threading.Thread(target=self._engine.shutdown, name="nccl-shutdown", daemon=True).start()
@@ -75,7 +76,7 @@ class NCCLSender(Sender):
 
 
 class _Client:
-    """vLLM's control plane, spoken over our own lines; loads are announced by the transport itself."""
+    """vLLM's control plane over our own channels; the transport itself announces loads."""
 
     def __init__(self, explorers: Explorers, members: Mapping[int, int]) -> None:
         self._explorers = explorers
@@ -98,11 +99,11 @@ class _Client:
 
 
 def _source() -> Any:
-    """A vLLM ``WeightSource`` of what the transport is about to send (a subclass, so it is made when vLLM is there)."""
+    """A vLLM ``WeightSource`` of what the transport is about to send; its base class is there only with vLLM."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class Source(WeightSource):
-        tensors: Sequence[tuple[str, torch.Tensor]] = ()
+        tensors: Weights = ()
         manifest: Sequence[TensorInfo] = ()
 
         def metadata(self) -> list[ParamMeta]:

@@ -1,4 +1,4 @@
-"""What every weight transport is: the trainer's half pushes, a link invites the explorers' half."""
+"""Base class of weight transports: the trainer's half pushes, and a link invites the explorers' half."""
 
 from __future__ import annotations
 
@@ -16,98 +16,74 @@ __all__ = ["Explorers", "Sender", "Transport", "Weights", "announce", "buckets",
 
 
 class Explorers(Protocol):
-    """What a transport may ask of the explorers."""
+    """What a transport may ask of the explorers, whose processes it does not know."""
 
     def members(self) -> dict[int, int]:
-        """Explorer index -> number of processes inside it that hold weights."""
-        ...
+        """Explorer index -> number of its processes that hold weights."""
 
     @property
     def folder(self) -> Path:
         """The run's own folder, which explorers see too."""
-        ...
 
     @property
     def dtype(self) -> str:
         """Dtype of the engines' weights, such as ``"bfloat16"``."""
-        ...
 
     @property
     def nccl(self) -> bool:
         """Whether every engine can receive by NCCL."""
-        ...
 
     def connect(self, explorer: int, link: Any) -> None:
         """Asks an explorer to join through ``link``; returns at once."""
-        ...
 
     def load(self, explorer: int, manifest: Sequence[TensorInfo], version: int) -> None:
         """Asks an explorer to receive ``version``; returns at once."""
-        ...
 
     def raise_failures(self) -> None:
-        """Raises what ends the run, if something does."""
-        ...
+        """Raises the error that ends the run, if there is one."""
 
     def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float, setting: str) -> None:
-        """Returns when each of ``explorers`` that is alive computes with ``version``.
+        """Waits until each live one of ``explorers`` computes with ``version``, and replaces those that are late.
 
-        One that did not get it within ``timeout_s`` is ended, and another started for it.
-
-        Raises:
-            LinkError: The transport broke off for one that is alive.
+        Raises :class:`LinkError` if the transport broke off for a live one.
         """
-        ...
 
     def end(self, explorers: Sequence[int], blame: str) -> None:
-        """Ends explorers that are of no use; others are started for them. Returns when they are gone."""
-        ...
+        """Ends explorers that cannot be used, and returns when they are gone; others are started for them."""
 
     def settle(self, explorers: Sequence[int], timeout_s: float) -> None:
-        """Returns when none of ``explorers`` is in the middle of a load; one that is stuck in it is ended."""
-        ...
+        """Waits until none of ``explorers`` is loading; ends those that are stuck."""
 
 
 Weights = Sequence[tuple[str, torch.Tensor]]
 
 
 class Transport(ABC):
-    """Carries weights from the trainer to the explorers. Starts nothing until the first push."""
+    """Carries weights from the trainer to the explorers; starts nothing until the first push."""
 
-    #: What the trainer's half of a push, and an explorer's, are called in the timeline.
+    #: Names of the trainer's and an explorer's half of a push in the timeline.
     push_label: str = "sync"
     load_label: str = "load"
     #: Whether pushes in the background go to one explorer at a time.
     one_by_one: bool = False
-    #: Seconds that one push may take; whoever has not loaded it then is ended.
+    #: Seconds that one push may take; an explorer that has not loaded by then is ended.
     timeout_s: float = 120.0
 
     def prepare(self, weights: Weights, version: int, explorers: Explorers) -> bool:
-        """Does what can be done before anyone loads ``version``, such as writing a file; by default nothing.
+        """Does what can be done before anyone loads ``version``, such as writing a file; whether there was anything.
 
-        A push in the background calls it first, and :meth:`push` later, for one explorer after another.
-
-        Returns:
-            Whether there was anything to do.
+        A background push calls it first, and :meth:`push` later, for one explorer after another.
         """
         return False
 
     @abstractmethod
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
-        """Brings ``version`` to explorers and returns when each computes with it.
+        """Brings ``version`` to explorers (``to``, or all) and returns when each computes with it.
 
-        Args:
-            weights: Name and tensor of every entry of the policy's ``state_dict``, aliases included: an engine may
-                keep its own copy of a tied weight.
-            version: The version that these weights are.
-            explorers: How to reach them.
-            to: Which of them; left out, all.
-
-        Explorers that die meanwhile are left out, and so are those that do not take it within ``timeout_s``, which are
-        ended.
-
-        Raises:
-            TransportError: The weights cannot be sent, or an engine did not take every tensor.
+        ``weights`` are the name and tensor of every entry of the policy's ``state_dict``, aliases included, since an
+        engine may keep its own copy of a tied weight. Explorers that die meanwhile are left out; those that take longer
+        than ``timeout_s`` are ended. Raises :class:`TransportError` if the weights cannot be sent, or an engine did not
+        take every tensor.
         """
 
     def close(self) -> None:
@@ -126,31 +102,31 @@ def nbytes(info: TensorInfo) -> int:
 
 
 def buckets(manifest: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
-    """Cuts a manifest into runs of at most ``limit`` bytes (a larger tensor is a run of its own), without aliases.
+    """Cuts a manifest, without its aliases, into runs of at most ``limit`` bytes; a larger tensor is a run of its own.
 
-    Both halves compute it from the same manifest, so nothing about it needs to travel.
+    Both halves compute it from the same manifest, so the cuts need not travel.
 
     Example:
-        >>> specs = [TensorInfo(name, "float32", (4,)) for name in "abc"]
-        >>> [[spec.name for spec in bucket] for bucket in buckets(specs, limit=32)]
+        >>> manifest = [TensorInfo(name, "float32", (4,)) for name in "abc"]
+        >>> [[info.name for info in bucket] for bucket in buckets(manifest, limit=32)]
         [['a', 'b'], ['c']]
     """
     cut: list[list[TensorInfo]] = []
     room = 0
-    for spec in manifest:
-        if spec.same_as is not None:
+    for info in manifest:
+        if info.same_as is not None:
             continue
-        size = nbytes(spec)
+        size = nbytes(info)
         if size > room or not cut:
             cut.append([])
             room = limit
-        cut[-1].append(spec)
+        cut[-1].append(info)
         room -= size
     return cut
 
 
 def announce(weights: Weights, dtype: str) -> list[TensorInfo]:
-    """What will arrive: floating-point tensors in the engines' dtype, others in their own.
+    """The manifest of what will arrive: floating-point tensors in the engines' dtype, others in their own.
 
     Example:
         >>> tied = torch.ones(2, 3)
@@ -166,7 +142,7 @@ def announce(weights: Weights, dtype: str) -> list[TensorInfo]:
         kind = dtype if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
         place: Any = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         if not tensor.numel():
-            place = name  # an empty tensor is nowhere
+            place = name  # an empty tensor has no address
         same_as = first.get(place)
         first.setdefault(place, name)
         manifest.append(TensorInfo(name, kind, tuple(tensor.shape), same_as))
@@ -185,11 +161,11 @@ class Sender:
         """Invites the members (explorer -> processes that hold weights) and meets them."""
 
     def absent(self) -> list[int]:
-        """Who was invited and has not come."""
+        """Explorers that were invited and have not come."""
         return []
 
     def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
-        """Sends what was announced."""
+        """Sends the announced tensors."""
 
     def close(self) -> None:
-        """Leaves."""
+        """Leaves the group."""

@@ -1,1 +1,1 @@
-"""Objectives: advantages, losses, and how they are put together."""
+"""Objectives: advantages, losses, and their combinations."""

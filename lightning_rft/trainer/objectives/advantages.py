@@ -1,4 +1,4 @@
-"""Advantages: how much better a sample is than was to be expected."""
+"""Advantages: how much better a sample is than expected."""
 
 from __future__ import annotations
 
@@ -9,20 +9,12 @@ __all__ = ["group_relative"]
 
 
 def group_relative(rewards: Tensor, groups: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
-    """Reward relative to the other samples of the same task.
+    """The reward of each sample [S] relative to its group, given as int64 ids [S] in any order; detached.
 
     The reward minus the mean of its group, divided by the group's standard deviation (unbiased) plus ``eps`` if
     ``scale``: GRPO, `Shao et al. 2024 <https://arxiv.org/abs/2402.03300>`_. The group stands in for a learned value
-    function. A group whose rewards are all equal, one of a single sample too, gets exactly zero.
-
-    Args:
-        rewards: Score of each sample [S], finite.
-        groups: Which group each sample belongs to [S], int64; any numbers, in any order, groups of any sizes.
-        scale: Whether to divide by the standard deviation.
-        eps: Added to the standard deviation, in units of reward.
-
-    Returns:
-        Advantages [S] in the dtype of ``rewards`` (float32 if they are integers), detached.
+    function. A group whose rewards are all equal, or that has one sample, gets exactly zero. Integer rewards give
+    float32, others keep their dtype.
 
     Example:
         >>> group_relative(torch.tensor([1.0, 0.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1]), scale=False)

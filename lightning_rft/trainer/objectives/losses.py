@@ -16,33 +16,16 @@ def _log_ratio(logprobs: Tensor, sampling_logprobs: Tensor) -> Tensor:
 
 
 def importance_ratio(logprobs: Tensor, sampling_logprobs: Tensor) -> Tensor:
-    """Probability of each token under the trained policy over that under the policy that sampled it.
-
-    Args:
-        logprobs: Natural-log probabilities under the trained policy [N].
-        sampling_logprobs: The same under the sampling policy [N].
-
-    Returns:
-        Ratios [N], from exp(-20) to exp(20), differentiable in ``logprobs``.
-    """
+    """Probability of each token [N] under the trained policy over that under the sampling one, clamped to exp(±20)."""
     return _log_ratio(logprobs, sampling_logprobs).exp()
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate, as a loss.
+    """PPO's clipped surrogate as a loss of each token [N], and whether clipping removed its gradient [N], bool.
 
     ``-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)``: `Schulman et al. 2017
     <https://arxiv.org/abs/1707.06347>`_, with a range that need not be symmetric (clip-higher), `DAPO, Yu et al. 2025
     <https://arxiv.org/abs/2503.14476>`_.
-
-    Args:
-        ratio: Importance ratios [N].
-        advantages: Advantage of each token [N].
-        clip_low: How far below 1 the ratio still gives a gradient where the advantage is negative.
-        clip_high: How far above 1 the ratio still gives a gradient where the advantage is positive.
-
-    Returns:
-        Loss of each token [N], and whether clipping took its gradient [N], bool.
 
     Example:
         >>> clipped_surrogate(torch.tensor([1.5, 1.5]), torch.tensor([1.0, -1.0]), 0.2, 0.25)
@@ -55,17 +38,10 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_h
 
 
 def kl_k3(logprobs: Tensor, sampling_logprobs: Tensor) -> Tensor:
-    """Estimate KL(sampling policy || trained policy) from tokens that the sampling policy drew.
+    """Estimates KL(sampling policy || trained policy) in nats [N] from tokens that the sampling policy drew.
 
     ``ratio - 1 - log(ratio)``, the estimator k3 of `Schulman 2020 <http://joschu.net/blog/kl-approx.html>`_:
     unbiased, and never negative.
-
-    Args:
-        logprobs: Natural-log probabilities under the trained policy [N].
-        sampling_logprobs: The same under the sampling policy [N].
-
-    Returns:
-        Estimates in nats [N], differentiable in ``logprobs``.
     """
     log_ratio = _log_ratio(logprobs, sampling_logprobs)
     # expm1: near a ratio of 1, exp(x) - 1 loses what is left after subtracting x.

@@ -1,4 +1,4 @@
-"""Base class of objectives, which turn rewards into advantages and advantages into a loss per token."""
+"""Base class of objectives, which turn rewards into advantages, and advantages into a loss per token."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Objective"]
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """Base of every objective: subclass it as a frozen dataclass whose fields are its settings.
+    """Base class of objectives: subclass it as a frozen dataclass whose fields are its settings.
 
     The caller sums the token losses and divides by the number of trained tokens of the whole batch, over all
-    micro-batches and ranks: every token weighs the same, however the batch was cut up.
+    micro-batches and ranks: every token has the same weight, however the batch is cut up.
     """
 
     @property
@@ -30,7 +30,7 @@ class Objective(ABC):
 
     @abstractmethod
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """Compute the advantage of each sample; all of its tokens get it.
+        """Computes the advantage of each sample, which all of its tokens get.
 
         Args:
             rewards: Score of each sample [S].
@@ -44,7 +44,7 @@ class Objective(ABC):
     def token_loss(
         self, logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of each token, not yet summed or divided.
+        """Computes the loss of each token, not yet summed or divided.
 
         Args:
             logprobs: Natural-log probabilities under the policy in training [N], differentiable.
@@ -52,7 +52,7 @@ class Objective(ABC):
             advantages: Advantage of each token [N].
 
         Returns:
-            Loss of each token [N], and detached float statistics of each token [N] by name: ``"clip_fraction"``
-            (1 where clipping took the gradient, else 0), ``"kl"`` (estimated KL(sampling || training) in nats), and
-            whatever else the objective wants averaged over tokens and logged.
+            Loss of each token [N], and detached float statistics of each token [N] by name, which are averaged over
+            tokens and logged, such as ``"clip_fraction"`` (1 where clipping removed the gradient, else 0) and ``"kl"``
+            (estimated KL(sampling || training) in nats).
         """
