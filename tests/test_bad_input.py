@@ -29,7 +29,7 @@ def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def spawn(*_: Any, **__: Any) -> None:
         pytest.fail("an explorer process was started")
 
-    monkeypatch.setattr("lightning_rft.explorer.pool.spawn", spawn)
+    monkeypatch.setattr("lightning_rft.explorer.local.spawn", spawn)
 
 
 def reward(completion: str, task: rft.Task) -> float:
