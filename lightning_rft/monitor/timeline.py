@@ -90,7 +90,7 @@ class TimelineCallback(Callback):
             return
         folder = Path(log_dir or trainer.default_root_dir) / "rft"
         self._folder = folder if self.dirpath is None else Path(self.dirpath)
-        strategies = [callback for callback in trainer.callbacks if hasattr(callback, "publishes_after")]  # type: ignore[attr-defined]
+        strategies = [callback for callback in trainer.callbacks if hasattr(callback, "pushes_after")]  # type: ignore[attr-defined]
         self._title = " ".join(type(strategy).__name__ for strategy in strategies)
         with self._lock:
             self._recorded = 0

@@ -38,7 +38,7 @@ from lightning_rft.run.groups import Groups
 from lightning_rft.run.pusher import Pusher
 from lightning_rft.run.validation import Validation
 from lightning_rft.settings import Sampling, Timeouts
-from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Schedule
+from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Push, Schedule
 from lightning_rft.sync.transports.transport import Transport, Weights
 
 __all__ = ["Coordinator"]
@@ -96,7 +96,7 @@ class Coordinator:
             roster=self._roster,
             receivers=Receivers(pool, self._roster, self._listener, folder, self._look),
             gathered=gathered,
-            pushed=lambda version: self._tell(lambda: self._schedule.published(version)),
+            pushed=lambda version: self._tell(lambda: self._schedule.pushed(version)),
             failed=self._listener.failed,
             observe=self._activity.observe,
         )
@@ -292,7 +292,7 @@ class Coordinator:
         for action in actions:
             if isinstance(action, Lease):
                 self._groups.lease(action.groups)
-            elif isinstance(action, Publish):
+            elif isinstance(action, Push):
                 self._due = True
             elif isinstance(action, Load):
                 self.pusher.load(action.explorer)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning_rft.experience import GroupKey
 
-__all__ = ["Action", "Drop", "Issue", "Lease", "Load", "Publish"]
+__all__ = ["Action", "Drop", "Issue", "Lease", "Load", "Push"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Publish:
+class Push:
     """Version ``version`` is due, and nothing that older weights must explore is still open: push it now."""
 
     version: int
@@ -34,7 +34,7 @@ class Publish:
 
 @dataclass(frozen=True)
 class Load:
-    """Have ``explorer`` load ``version``, or a newer one: what is published by then or, alone, what the trainer has.
+    """Have ``explorer`` load ``version``, or a newer one: what is pushed by then or, alone, what the trainer has.
 
     Where pushes happen in the background, that is at once. Where the trainer waits for every push, the explorer has
     come after one, and gets weights alone: as soon as the trainer waits, for experience or to push, or is between two
@@ -53,4 +53,4 @@ class Drop:
     explorer: int | None
 
 
-Action = Issue | Lease | Publish | Load | Drop
+Action = Issue | Lease | Push | Load | Drop

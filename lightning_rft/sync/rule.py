@@ -44,7 +44,7 @@ class Rule(ABC):
         """
 
     @abstractmethod
-    def publishes_after(self, batch: int) -> bool:
+    def pushes_after(self, batch: int) -> bool:
         """Whether new weights are due once ``batch`` is trained."""
 
 
@@ -61,7 +61,7 @@ class Exploration(Rule):
         return 0
 
     @override
-    def publishes_after(self, batch: int) -> bool:
+    def pushes_after(self, batch: int) -> bool:
         return False
 
 
@@ -94,5 +94,5 @@ def check_rule(rule: Rule, first: int, stop: int | None) -> None:
                 f" that is pushed before batch {batch} is trained is {pushed}. Push more often or admit earlier"
             )
         before = admitted
-        if rule.publishes_after(batch):
+        if rule.pushes_after(batch):
             pushed = batch + 1

@@ -1,12 +1,12 @@
-"""Which group is explored when, by whom, and when weights are published: one pure state machine.
+"""Which group is explored when, by whom, and when weights are pushed: one pure state machine.
 
 Events go in as method calls, actions come out as values. It knows no clock, process or tensor: callback, pool and
 loader only drive it, and so do the tests, with a clock of their own.
 
 Batches are numbered 0, 1, ...; a batch has ``size(b)`` groups; version ``v`` of the policy has been trained on ``v``
 batches. Two answers of a strategy decide nearly everything (see :class:`Rule`): an explorer may start a group of batch
-``b`` once it has itself loaded a version >= ``admit(b)``, and the trainer publishes after the batches for which
-``publishes_after`` says so.
+``b`` once it has itself loaded a version >= ``admit(b)``, and the trainer pushes after the batches for which
+``pushes_after`` says so.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from math import inf
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Progress
-from lightning_rft.sync.actions import Action, Drop, Issue, Lease, Load, Publish
+from lightning_rft.sync.actions import Action, Drop, Issue, Lease, Load, Push
 from lightning_rft.sync.feasibility import best_groups, moved_groups, would_be_late
 from lightning_rft.sync.member import Member
 from lightning_rft.sync.rule import Rule, check_rule
 
-__all__ = ["Action", "Drop", "Issue", "Lease", "Load", "Publish", "Rule", "Schedule"]
+__all__ = ["Action", "Drop", "Issue", "Lease", "Load", "Push", "Rule", "Schedule"]
 
 _CHECKED_BATCHES = 1000
 
@@ -51,16 +51,16 @@ class Schedule:
         >>> class OnPolicy(Rule):
         ...     max_staleness = 0
         ...     def admit(self, batch): return batch
-        ...     def publishes_after(self, batch): return True
+        ...     def pushes_after(self, batch): return True
         >>> schedule = Schedule(OnPolicy(), size=lambda batch: 1)
         >>> schedule.joined(0) + schedule.wanted(0)
         []
-        >>> schedule.loaded(0, 0) + schedule.published(0)
+        >>> schedule.loaded(0, 0) + schedule.pushed(0)
         [Issue(group=GroupKey(batch=0, slot=0), explorer=0)]
         >>> schedule.ready(GroupKey(0, 0))
         [Lease(batch=0, groups=(GroupKey(batch=0, slot=0),))]
         >>> schedule.trained(0)
-        [Publish(version=1)]
+        [Push(version=1)]
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Schedule:
         progress = progress or Progress(first)
         self.rule = rule
         self.version = progress.version  # batches trained so far
-        self.published_version = -1
+        self.pushed_version = -1
         self.push_pending = False  # from the batch that makes a push due until the push
         self._size = size
         self._samples = samples
@@ -134,7 +134,7 @@ class Schedule:
             explorer: The explorer.
             version: What it loaded.
             alone: Whether it loaded by itself where the others load together, as one that comes between two pushes
-                does. Then the version counts at once, though it may never be published.
+                does. Then the version counts at once, though it may never be pushed.
         """
         member = self._explorers[explorer]
         if version < member.loaded:
@@ -202,19 +202,19 @@ class Schedule:
             self._scores.pop(group, None)
         self.version += 1
         self._leased = {}
-        if self.rule.publishes_after(batch):
+        if self.rule.pushes_after(batch):
             self._due = self.version
             self.push_pending = not self.rule.asynchronous
         return self._actions()
 
-    def published(self, version: int) -> list[Action]:
+    def pushed(self, version: int) -> list[Action]:
         """``version`` was pushed: to every explorer, or if that happens in the background so that it can be loaded."""
         newest = version <= self.version if self.rule.asynchronous else version == self.version
-        if not newest or version <= self.published_version:
+        if not newest or version <= self.pushed_version:
             raise ScheduleError(
-                f"version {version} was published after {self.published_version}, with the trainer at {self.version}"
+                f"version {version} was pushed after {self.pushed_version}, with the trainer at {self.version}"
             )
-        self.published_version = version
+        self.pushed_version = version
         if self._due is not None and self._due <= version:
             self._due = None
         self.push_pending = False
@@ -344,7 +344,7 @@ class Schedule:
     def _actions(self) -> list[Action]:
         unusable, self._unusable = self._unusable, []
         lease = self._lease()
-        return [*unusable, *lease, *self._loads(), *self._issues(), *self._publishes()]
+        return [*unusable, *lease, *self._loads(), *self._issues(), *self._pushes()]
 
     # Who works on what
 
@@ -380,8 +380,8 @@ class Schedule:
         are admitted only by it.
         """
         if member.alone:
-            return min(member.loaded, self.published_version)
-        return member.loaded if member.loaded <= self.published_version else -1
+            return min(member.loaded, self.pushed_version)
+        return member.loaded if member.loaded <= self.pushed_version else -1
 
     def _candidates(self) -> Iterable[tuple[GroupKey, int]]:
         """Groups that could be issued, with the oldest version that may explore each; first those to be repeated."""
@@ -407,9 +407,9 @@ class Schedule:
     # Who loads when
 
     def _turns(self) -> list[int]:
-        """Explorers whose turn it is to load what is published."""
+        """Explorers whose turn it is to load what is pushed."""
         members = self._explorers
-        lagging = [index for index, member in members.items() if member.loaded < self.published_version]
+        lagging = [index for index, member in members.items() if member.loaded < self.pushed_version]
         if not self.rule.staggered:
             return lagging
         loading = [index for index in lagging if members[index].loading]
@@ -421,7 +421,7 @@ class Schedule:
             member = self._explorers[index]
             if not member.loading and (self.rule.in_flight or not member.groups):
                 member.loading = True
-                loads.append(Load(index, self.published_version))
+                loads.append(Load(index, self.pushed_version))
         return loads
 
     def _busy(self, explorer: int) -> tuple[float, int]:
@@ -437,10 +437,7 @@ class Schedule:
             index
             for index, member in self._explorers.items()
             if member.room > 0
-            and (
-                member.loading
-                or (member.loaded < self.published_version and (self.rule.in_flight or not member.groups))
-            )
+            and (member.loading or (member.loaded < self.pushed_version and (self.rule.in_flight or not member.groups)))
         }
 
     def _resting(self) -> set[int]:
@@ -519,7 +516,7 @@ class Schedule:
 
     # When weights go back
 
-    def _publishes(self) -> list[Action]:
+    def _pushes(self) -> list[Action]:
         """A due version is held back until no group that belongs to older weights is open.
 
         Otherwise a replacement of a failed group would be explored with newer weights than its batch, and the order
@@ -535,4 +532,4 @@ class Schedule:
             if any(self.rule.admit(step) < self._due for step in steps):
                 return []
         version, self._due = self._due, None
-        return [Publish(version)]
+        return [Push(version)]

@@ -1,7 +1,7 @@
 """Base class of the sync strategies: a Lightning callback that decides when explorers explore and weights are pushed.
 
 The base class owns *when hooks fire*; a strategy answers two questions, :meth:`SyncStrategy.admit` and
-:meth:`SyncStrategy.publishes_after`, from which the schedule follows.
+:meth:`SyncStrategy.pushes_after`, from which the schedule follows.
 """
 
 from __future__ import annotations
@@ -47,11 +47,16 @@ class SyncStrategy(Callback, Rule):
         self.sync_interval = sync_interval
         self.transport = transport or CollectiveTransport()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "publishes_after" in vars(cls):
+            raise ConfigurationError(f"{cls.__name__}.publishes_after is called pushes_after now: rename it")
+
     def check(self, explorers: int) -> None:
         """Raises :class:`ConfigurationError` if the strategy cannot work with this number of explorers."""
 
     @override
-    def publishes_after(self, batch: int) -> bool:
+    def pushes_after(self, batch: int) -> bool:
         return (batch + 1) % self.sync_interval == 0
 
     @override

@@ -12,7 +12,7 @@ from math import inf
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import GroupKey, Progress
-from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Rule, Schedule
+from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Push, Rule, Schedule
 
 __all__ = ["Crash", "Event", "drive"]
 
@@ -214,17 +214,17 @@ class _Driver:
             self.at(when, partial(self.die, explorer))
         for when, explorer in self.joins:
             self.at(when, partial(self.join, explorer))
-        self.publish(progress.version)
+        self.push(progress.version)
         if self.rule.asynchronous:
             self.go_on()
 
     def run(self, until: float = inf) -> bool:
         """Lets everything happen that does before ``until``; returns whether all batches are trained."""
-        while self.schedule.published_version < self.batches:
+        while self.schedule.pushed_version < self.batches:
             if not self.agenda:
                 raise ScheduleError(
                     f"deadlock: {self.schedule.version} of {self.batches} batches are trained, version "
-                    f"{self.schedule.published_version} was pushed last, and nothing can happen any more; explorers "
+                    f"{self.schedule.pushed_version} was pushed last, and nothing can happen any more; explorers "
                     f"have loaded {self.loaded}"
                 )
             if self.agenda[0][0] >= until:
@@ -270,8 +270,8 @@ class _Driver:
                 self.issue(action.group, action.explorer)
             elif isinstance(action, Lease):
                 self.job = partial(self.train, action)
-            elif isinstance(action, Publish):
-                self.publish(action.version)
+            elif isinstance(action, Push):
+                self.push(action.version)
             elif isinstance(action, Load) and self.rule.asynchronous:
                 self.note("loading", action.version, explorer=action.explorer)
                 self.after(self.push_time, partial(self.load_newest, action.explorer))
@@ -358,7 +358,7 @@ class _Driver:
             self.carry_out(self.schedule.loaded(explorer, version, alone))
 
     def load_newest(self, explorer: int) -> None:
-        self.load(explorer, self.schedule.published_version)
+        self.load(explorer, self.schedule.pushed_version)
 
     # The trainer
 
@@ -400,29 +400,29 @@ class _Driver:
         self.checkpoints[self.schedule.version] = self.schedule.progress
         if self.schedule.version < self.batches:
             self.carry_out(self.schedule.wanted(self.schedule.version))
-        elif max([self.schedule.published_version, *self.background]) < self.batches:
-            self.publish(self.batches)
+        elif max([self.schedule.pushed_version, *self.background]) < self.batches:
+            self.push(self.batches)
 
-    def publish(self, version: int) -> None:
+    def push(self, version: int) -> None:
         if self.rule.asynchronous:
             self.background.append(version)
             self.after(self.push_time, partial(self.pushed, version))
         else:
-            self.job = partial(self.push, version)
+            self.job = partial(self.push_now, version)
             self.turn()
 
     def pushed(self, version: int) -> None:
         self.background.remove(version)
-        if version > self.schedule.published_version:
+        if version > self.schedule.pushed_version:
             self.note("pushed", version)
-            self.carry_out(self.schedule.published(version))
+            self.carry_out(self.schedule.pushed(version))
 
-    def push(self, version: int) -> None:
+    def push_now(self, version: int) -> None:
         self.work(self.push_time, partial(self.push_to, sorted(self.loaded), version))
 
     def push_to(self, explorers: Sequence[int], version: int) -> None:
         for explorer in explorers:
             self.load(explorer, version)
         self.note("pushed", version)
-        self.carry_out(self.schedule.published(version))
+        self.carry_out(self.schedule.pushed(version))
         self.go_on()

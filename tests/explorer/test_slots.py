@@ -75,7 +75,7 @@ class Rank0:
             for actions in (
                 self.schedule.joined(0, message.room),
                 self.schedule.loaded(0, 0),
-                self.schedule.published(0),
+                self.schedule.pushed(0),
                 self.schedule.wanted(0),
             ):
                 self.carry_out(actions, self.engine.steps)

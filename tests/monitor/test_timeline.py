@@ -274,7 +274,7 @@ class Module(L.LightningModule):
 class SlowPush(Callback):
     """Stands for a strategy: after every batch it blocks for longer than the batch takes."""
 
-    def publishes_after(self, batch: int) -> bool:
+    def pushes_after(self, batch: int) -> bool:
         return True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

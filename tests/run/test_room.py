@@ -67,7 +67,7 @@ def run(tmp_path: Path) -> tuple[Coordinator, Pool]:
     for explorer in (0, 1):
         coordinator._handle(explorer, Started("float32", 1, False, max_num_seqs=4))
         schedule.loaded(explorer, 0)
-    coordinator._carry_out(schedule.published(0))
+    coordinator._carry_out(schedule.pushed(0))
     assert pool.asked == [(0, FIRST, 1), (1, SECOND, 1)]
     return coordinator, pool
 

@@ -17,7 +17,7 @@ import lightning_rft as rft
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Progress
 from lightning_rft.sync.feasibility import best_groups, moved_groups
-from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Publish, Rule, Schedule
+from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Push, Rule, Schedule
 from lightning_rft.sync.synchronous import Synchronous
 from lightning_rft.testing import Crash, Event, check_events, check_strategy, drive
 
@@ -35,7 +35,7 @@ class OneStepOff(Rule):
     def admit(self, batch: int) -> int:
         return max(0, (batch - 1) // self.k * self.k)
 
-    def publishes_after(self, batch: int) -> bool:
+    def pushes_after(self, batch: int) -> bool:
         return (batch + 1) % self.k == 0
 
 
@@ -52,7 +52,7 @@ class Ahead(Rule):
     def admit(self, batch: int) -> int:
         return batch - self.lead
 
-    def publishes_after(self, batch: int) -> bool:
+    def pushes_after(self, batch: int) -> bool:
         return True
 
 
@@ -64,7 +64,7 @@ def started(
     version = schedule.version
     actions = [action for explorer in range(explorers) for action in schedule.joined(explorer, room)]
     actions += [action for explorer in range(explorers) for action in schedule.loaded(explorer, version)]
-    return schedule, actions + schedule.published(version)
+    return schedule, actions + schedule.pushed(version)
 
 
 def issue(batch: int, slot: int, explorer: int = 0) -> Issue:
@@ -86,7 +86,7 @@ def test_no_work_before_weights():
     schedule = Schedule(Ahead(2), size=lambda batch: 1)
     assert schedule.joined(0) + schedule.wanted(0) == []
     assert schedule.idle
-    assert schedule.loaded(0, 0) + schedule.published(0) == [issue(0, 0), issue(1, 0), issue(2, 0)]
+    assert schedule.loaded(0, 0) + schedule.pushed(0) == [issue(0, 0), issue(1, 0), issue(2, 0)]
     assert not schedule.idle
 
 
@@ -171,9 +171,9 @@ def test_synchronous_publishes_every_k_and_explores_only_then():
     assert schedule.trained(0) == []
     assert not schedule.push_pending
     schedule.wanted(1)
-    assert schedule.trained(1) == [Publish(2)]
+    assert schedule.trained(1) == [Push(2)]
     assert schedule.push_pending
-    assert schedule.loaded(0, 2) + schedule.published(2) == [issue(2, 0), issue(3, 0)]
+    assert schedule.loaded(0, 2) + schedule.pushed(2) == [issue(2, 0), issue(3, 0)]
     assert not schedule.push_pending
 
 
@@ -186,8 +186,8 @@ def test_due_push_waits_for_groups_that_belong_to_older_weights():
     assert schedule.push_pending
     assert schedule.ready(GroupKey(1, 0)) == []
     assert schedule.failed(GroupKey(1, 1)) == [issue(1, 1)]  # the replacement too
-    assert schedule.ready(GroupKey(1, 1)) == [Publish(1)]
-    assert schedule.loaded(0, 1) + schedule.published(1) == [issue(2, 0), issue(2, 1)]
+    assert schedule.ready(GroupKey(1, 1)) == [Push(1)]
+    assert schedule.loaded(0, 1) + schedule.pushed(1) == [issue(2, 0), issue(2, 1)]
 
 
 def test_due_push_does_not_wait_for_what_has_no_room():
@@ -197,7 +197,7 @@ def test_due_push_does_not_wait_for_what_has_no_room():
     schedule.wanted(0)
     assert schedule.trained(0) == [issue(1, 1), issue(2, 0)]
     assert all_ready(schedule, 1) == []
-    assert schedule.ready(GroupKey(2, 0)) == [Publish(1)]  # 2.1 and 3.* are admitted, but only training makes room
+    assert schedule.ready(GroupKey(2, 0)) == [Push(1)]  # 2.1 and 3.* are admitted, but only training makes room
 
 
 def test_due_push_waits_for_groups_that_nobody_could_be_given():
@@ -208,7 +208,7 @@ def test_due_push_waits_for_groups_that_nobody_could_be_given():
     assert schedule.trained(0) == []
     schedule.joined(1)
     assert schedule.loaded(1, 0) == [issue(1, 0, 1), issue(1, 1, 1)]
-    assert all_ready(schedule, 1) == [Publish(1)]
+    assert all_ready(schedule, 1) == [Push(1)]
 
 
 def test_groups_of_a_dead_explorer_go_to_another_before_new_ones():
@@ -237,10 +237,10 @@ def test_first_stop_and_capacity_limit_issuing():
 def test_short_batches_are_complete_when_they_are():
     schedule = Schedule(Synchronous(), size=lambda batch: 1 + batch % 2)
     schedule.joined(0)
-    assert schedule.loaded(0, 0) + schedule.published(0) == [issue(0, 0)]
+    assert schedule.loaded(0, 0) + schedule.pushed(0) == [issue(0, 0)]
     assert all_ready(schedule, 0, 1) + schedule.wanted(0) == [lease(0, 1)]
-    assert schedule.trained(0) == [Publish(1)]
-    assert schedule.loaded(0, 1) + schedule.published(1) == [issue(1, 0), issue(1, 1)]
+    assert schedule.trained(0) == [Push(1)]
+    assert schedule.loaded(0, 1) + schedule.pushed(1) == [issue(1, 0), issue(1, 1)]
 
 
 def test_who_comes_between_two_pushes_loads_alone_and_explores_with_newer_weights():
@@ -250,13 +250,13 @@ def test_who_comes_between_two_pushes_loads_alone_and_explores_with_newer_weight
     schedule.trained(0)
     assert schedule.died(0) == []
     assert schedule.joined(1) == [Load(1, 0)]
-    assert schedule.loaded(1, 1, alone=True) == [issue(1, 0, 1)]  # version 1 is never published
+    assert schedule.loaded(1, 1, alone=True) == [issue(1, 0, 1)]  # version 1 is never pushed
     assert schedule.died(1) == []
     schedule.joined(2)
     assert schedule.loaded(2, 1, alone=True) == [issue(1, 0, 2)]
     assert schedule.ready(GroupKey(1, 0)) + schedule.wanted(1) == [lease(1, 1)]
-    assert schedule.trained(1) == [Publish(2)]
-    assert schedule.loaded(2, 2) + schedule.published(2) == [issue(2, 0, 2), issue(3, 0, 2)]
+    assert schedule.trained(1) == [Push(2)]
+    assert schedule.loaded(2, 2) + schedule.pushed(2) == [issue(2, 0, 2), issue(3, 0, 2)]
 
 
 def test_others_do_not_wait_for_who_waits_for_the_trainer():
@@ -276,8 +276,8 @@ def test_who_comes_while_a_push_is_held_back_explores_what_it_waits_for_and_no_m
     assert schedule.died(0) == []
     schedule.joined(1)
     assert schedule.loaded(1, 1, alone=True) == [issue(1, 0, 1), issue(1, 1, 1)]
-    assert all_ready(schedule, 1) == [Publish(1)]  # and batch 2 waits for it, though its weights are there
-    assert schedule.loaded(1, 1) + schedule.published(1) == [issue(2, 0, 1), issue(2, 1, 1)]
+    assert all_ready(schedule, 1) == [Push(1)]  # and batch 2 waits for it, though its weights are there
+    assert schedule.loaded(1, 1) + schedule.pushed(1) == [issue(2, 0, 1), issue(2, 1, 1)]
 
 
 def test_a_lost_group_needs_no_weights_that_only_the_dead_had():
@@ -293,7 +293,7 @@ def test_a_lost_group_needs_no_weights_that_only_the_dead_had():
     assert schedule.failed(GroupKey(1, 0)) == [issue(1, 0, 1)]
     assert schedule.died(1) == [issue(1, 0, 3)]
     schedule.joined(4)
-    schedule.loaded(4, 1)  # not alone: it counts once it is published
+    schedule.loaded(4, 1)  # not alone: it counts once it is pushed
     assert schedule.died(3) == []
 
 
@@ -301,10 +301,10 @@ def test_explorers_that_die_while_a_push_goes_on_are_not_waited_for():
     schedule, _ = started(Synchronous(), size=1, explorers=3)
     all_ready(schedule, 0, 1)
     schedule.wanted(0)
-    assert schedule.trained(0) == [Publish(1)]
+    assert schedule.trained(0) == [Push(1)]
     assert schedule.died(0) + schedule.loaded(1, 1) + schedule.died(2) == []
     assert schedule.joined(3) == [Load(3, 0)]
-    assert schedule.published(1) == [issue(1, 0, 1)]
+    assert schedule.pushed(1) == [issue(1, 0, 1)]
     assert schedule.loaded(3, 1, alone=True) == []
     assert schedule.died(1) == [issue(1, 0, 3)]
 
@@ -318,7 +318,7 @@ def test_the_best_come_first_unless_others_would_be_too_old():
     ready_with_scores(schedule, {(0, 0): 0.0, (0, 1): -1.0, (1, 0): 3.0, (1, 1): 0.0, (2, 0): 2.0, (2, 1): 0.0})
     assert schedule.wanted(0) == [Lease(0, (GroupKey(1, 0), GroupKey(2, 0)))]
     schedule.trained(0)
-    schedule.published(1)
+    schedule.pushed(1)
     schedule.loaded(0, 1)
     ready_with_scores(schedule, {(3, 0): 9.0, (3, 1): 9.0})  # of version 1
     # four are due by step 2, which has room for two
@@ -419,7 +419,7 @@ def test_an_asynchronous_run_goes_on_with_what_is_left():
     assert actions == [issue(3, 1), issue(4, 0), issue(6, 0)]  # 6.1 has its turn in step 7, and needs version 6
     assert schedule.wanted(5) == []
     assert schedule.ready(GroupKey(3, 1)) == [Lease(5, (GroupKey(5, 0), GroupKey(3, 1)))]
-    assert schedule.trained(5) == [Publish(6)]
+    assert schedule.trained(5) == [Push(6)]
     assert schedule.progress == Progress(6, frozenset({GroupKey(4, 0)}), frozenset({GroupKey(7, 0)}))
 
 
@@ -430,7 +430,7 @@ def test_what_was_left_and_has_its_turn_later_is_explored_with_newer_weights():
     schedule.wanted(5)
     assert schedule.ready(GroupKey(3, 0)) == [Lease(5, (GroupKey(3, 0),))]
     schedule.trained(5)
-    assert schedule.published(6) == [Load(0, 6)]
+    assert schedule.pushed(6) == [Load(0, 6)]
     assert schedule.loaded(0, 6) == [issue(4, 0)]
 
 
@@ -441,9 +441,9 @@ def test_what_was_kept_is_trained_before_what_is_new():
     assert schedule.wanted(5) == [Lease(5, (GroupKey(6, 0),))]
     schedule.joined(0)
     assert schedule.loaded(0, 5) == []  # 5.0 has its turn in step 6 now
-    assert schedule.trained(5) == [Publish(6)]
+    assert schedule.trained(5) == [Push(6)]
     assert schedule.progress == Progress(6, frozenset({GroupKey(5, 0)}), frozenset({GroupKey(6, 0)}))
-    schedule.published(6)
+    schedule.pushed(6)
     assert schedule.loaded(0, 6) == [issue(5, 0)]
 
 
@@ -454,9 +454,9 @@ def test_a_synchronous_run_goes_on_with_what_an_asynchronous_one_left():
     assert actions == [Drop(GroupKey(5, 0), None), issue(3, 1)]
     assert schedule.wanted(5) == []
     assert schedule.ready(GroupKey(3, 1)) == [Lease(5, (GroupKey(3, 1), GroupKey(4, 0)))]
-    assert schedule.trained(5) == [Publish(6)]
+    assert schedule.trained(5) == [Push(6)]
     assert schedule.progress == Progress(6, frozenset({GroupKey(5, 0)}), frozenset({GroupKey(7, 0)}))
-    assert schedule.loaded(0, 6) + schedule.published(6) == [issue(5, 0), issue(6, 0)]
+    assert schedule.loaded(0, 6) + schedule.pushed(6) == [issue(5, 0), issue(6, 0)]
 
 
 def test_what_a_rule_cannot_train_in_time_is_dropped():
@@ -504,7 +504,7 @@ def test_a_resume_that_cannot_be_is_refused(progress: Progress, ready: dict[Grou
     [
         (lambda schedule: schedule.wanted(1), "batch 1 was asked for with version 0"),
         (lambda schedule: schedule.trained(1), "batch 1 was trained by version 0"),
-        (lambda schedule: schedule.published(1), "version 1 was published after 0, with the trainer at 0"),
+        (lambda schedule: schedule.pushed(1), "version 1 was pushed after 0, with the trainer at 0"),
         (lambda schedule: schedule.loaded(0, -1), "explorer 0 went back from version 0 to -1"),
         (lambda schedule: schedule.loaded(0, 1), "explorer 0 loaded version 1, but only 0 exists"),
         (lambda schedule: schedule.ready(GroupKey(3, 0)), "no explorer was asked for it"),
@@ -543,7 +543,7 @@ def test_a_second_explorer_does_not_idle():
 
 def test_driver_reports_a_deadlock():
     class Never(OneStepOff):
-        def publishes_after(self, batch: int) -> bool:
+        def pushes_after(self, batch: int) -> bool:
             return False
 
     with pytest.raises(ConfigurationError, match=r"Never could never train batch 2: admit\(2\) asks for version 1"):
@@ -855,7 +855,7 @@ def check(
     """Retells a run from its events alone and holds it to what the strategy promises."""
     every_group = {GroupKey(batch, slot) for batch in range(batches) for slot in range(size(batch))}
     version = pushed = -1
-    trained, pushes = count(), [0, *(batch + 1 for batch in range(batches) if rule.publishes_after(batch))]
+    trained, pushes = count(), [0, *(batch + 1 for batch in range(batches) if rule.pushes_after(batch))]
     if pushes[-1] != batches:
         pushes.append(batches)  # the end of the run
     loaded: dict[int, int] = {}
@@ -964,3 +964,11 @@ def check(
     assert version == batches
     assert ready.keys() == every_group
     assert not waiting_again
+
+
+def test_a_strategy_with_the_old_name_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"Mine\.publishes_after is called pushes_after now"):
+
+        class Mine(rft.SyncStrategy):
+            def publishes_after(self, batch: int) -> bool:
+                return True
