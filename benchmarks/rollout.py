@@ -273,13 +273,14 @@ def main() -> None:
             rates[f"{case}ours_tokens_per_s"] = [ours for ours, _ in both]
             rates[f"{case}{'engine' if case else 'vllm'}_tokens_per_s"] = [theirs for _, theirs in both]
     results: dict[str, Any] = {name: round(statistics.median(values), 3) for name, values in rates.items()}
+    results |= {f"{case}dtype": dtype for case in chosen}
     for name, values in rates.items():
         print(f"{name:26} {results[name]:8}   of", *(f"{value:.3f}" for value in values))
     if not arguments.tiny:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / "rollout.json"
         before = json.loads(path.read_text()) if path.exists() and arguments.only else {}
-        path.write_text(json.dumps(before | results | {"dtype": dtype}, indent=1) + "\n")
+        path.write_text(json.dumps(before | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
