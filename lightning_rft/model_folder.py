@@ -73,9 +73,11 @@ def end_ids(model: str) -> frozenset[int]:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(model)
-    named = [config.get_text_config().eos_token_id, AutoTokenizer.from_pretrained(model).eos_token_id]
+    named = [config.get_text_config().eos_token_id]
     with contextlib.suppress(OSError):  # there need not be one
         named.append(GenerationConfig.from_pretrained(model).eos_token_id)
+    with contextlib.suppress(OSError, ValueError):  # nor a tokenizer, for an engine alone
+        named.append(AutoTokenizer.from_pretrained(model).eos_token_id)
     ids: set[int] = set()
     for one in named:
         ids.update(one if isinstance(one, list) else [] if one is None else [one])

@@ -6,7 +6,7 @@ Each step of these runs moves log-probs by far more than the two may differ, so 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,15 @@ def test_stored_experience_is_trained_at_the_temperatures_it_was_sampled_at(
             enable_model_summary=False,
         )
 
-    monkeypatch.setattr(data, "buffer", tmp_path / "explored.sqlite")
+    path = tmp_path / "explored.sqlite"
+    monkeypatch.setattr(data, "buffer", rft.Buffer(path))
     for temperature in (0.5, 1.3):
-        monkeypatch.setattr(data, "temperature", temperature)
+        monkeypatch.setattr(data, "sampling", replace(data.sampling, temperature=temperature))
         make_trainer(rft.Synchronous()).predict(rft.RFTModule(tiny_model_path), data)
     objective = Watched()
     module = rft.RFTModule(
         tiny_model_path, objective=objective, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0)
     )
-    make_trainer().fit(module, rft.RFTDataModule(explorers=0, buffer=data.buffer, tasks_per_step=6))
+    make_trainer().fit(module, rft.RFTDataModule(explorers=0, buffer=path, tasks_per_step=6))
     assert len(objective.differences) == STEPS  # 24 groups of two runs, 6 in each batch
     assert max(objective.differences) < SAME

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_rft.experience import TensorInfo
 from tests.explorer.in_process import in_process
+from tests.explorer.links import Link
 
 torch = pytest.importorskip("torch")
 
@@ -33,23 +32,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 OFTEN = ["granite", "mixtral", "gemma2", "gpt2"]
 PROMPT = [10 + index * 7 % 90 for index in range(100)]
-
-
-class Link:
-    """Weights that are already in this process, or travel to an engine's own processes with the link."""
-
-    def __init__(self, tensors: dict[str, Any]) -> None:
-        self.tensors = tensors
-
-    def open(self, member: int) -> Link:
-        return self
-
-    def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, Any]]:
-        for info in manifest:
-            yield info.name, self.tensors[info.name]
-
-    def close(self) -> None:
-        pass
 
 
 def write(kind: str, folder: Path, seed: int) -> Path:

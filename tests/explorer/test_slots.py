@@ -21,6 +21,7 @@ from lightning_rft.explorer.messages import Ended, Explore, Explored, Several, S
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.main import Explorer
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
+from lightning_rft.settings import Sampling, Timeouts, Tolerance
 from lightning_rft.sync.schedule import Action, Issue, Lease, Schedule
 from lightning_rft.sync.synchronous import Synchronous
 
@@ -89,7 +90,9 @@ class Rank0:
 
     def carry_out(self, actions: Sequence[Action], when: int) -> None:
         issued = [action.group for action in actions if isinstance(action, Issue)]
-        asked = [Explore(1, key, 1, Task("1 =", id="t"), tuple(range(self.samples)), 1.0) for key in issued]
+        asked = [
+            Explore(1, key, 1, Task("1 =", id="t"), tuple(range(self.samples)), Sampling(8, 1.0)) for key in issued
+        ]
         if asked and self.engine.has_work:
             self.engine.answers.append((when, Several(tuple(asked))))
         elif asked:  # nothing moves the clock
@@ -121,12 +124,10 @@ def makespan(model: Path, lengths: dict[GroupKey, list[int]], delay: int) -> int
             model=str(model),
             workflow=SingleTurn(),
             reward=score,
-            max_new_tokens=8,
             max_model_len=10_000,
             seed=0,
-            retries=0,
-            reward_timeout_s=60.0,
-            sample_timeout_s=600.0,
+            tolerance=Tolerance(retries=0),
+            timeouts=Timeouts(),
         )
         rank0 = Rank0(engine, len(lengths[GroupKey(0, 0)]))
         explorer = Explorer(rank0, spec)  # type: ignore[arg-type]

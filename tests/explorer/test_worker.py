@@ -153,14 +153,14 @@ def test_every_sample_ends_once_and_before_its_group(tiny_model_path: Path, fail
             raise LookupError("not yet")
         return 1.0
 
-    other = Explore(run=5, key=GroupKey(3, 2), attempt=4, task=Task("2", id="u"), seeds=(1, 2, 3), temperature=1.0)
+    other = Explore(run=5, key=GroupKey(3, 2), attempt=4, task=Task("2", id="u"), seeds=(1, 2, 3), sampling=SAMPLING)
     ended: list[Ended] = []
     answers(tiny_model_path, Several((GROUP, other)), reward=reward, replies=2, ended=ended)
     assert count(ended) == {(5, GroupKey(3, 1), 1): 2, (5, GroupKey(3, 2), 4): 3}
 
 
 def test_samples_that_end_in_the_same_step_of_the_engine_are_told_of_together(tiny_model_path: Path) -> None:
-    other = Explore(run=5, key=GroupKey(3, 2), attempt=1, task=Task("2", id="u"), seeds=(1, 2, 3), temperature=1.0)
+    other = Explore(run=5, key=GroupKey(3, 2), attempt=1, task=Task("2", id="u"), seeds=(1, 2, 3), sampling=SAMPLING)
     ended: list[Ended] = []
     alike = FakeEngine(mean_tokens=1)
     answers(tiny_model_path, Several((GROUP, other)), engine=alike, replies=2, ended=ended)
@@ -172,7 +172,7 @@ def test_samples_end_before_their_rewards_but_for_a_backlog(tiny_model_path: Pat
         await asyncio.sleep(0.3)
         return 1.0
 
-    group = Explore(run=5, key=GroupKey(3, 1), attempt=1, task=Task("2", id="u"), seeds=(1, 2, 3, 4), temperature=1.0)
+    group = Explore(run=5, key=GroupKey(3, 1), attempt=1, task=Task("2", id="u"), seeds=(1, 2, 3, 4), sampling=SAMPLING)
     ended: list[Ended] = []
     alike = FakeEngine(mean_tokens=1, max_num_seqs=3)
     answers(tiny_model_path, group, engine=alike, reward=reward, ended=ended)

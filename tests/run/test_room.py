@@ -7,7 +7,6 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from lightning_rft.run.tolerance import Tolerance
 
 import lightning_rft as rft
 from lightning_rft.errors import ExplorerError
@@ -15,8 +14,10 @@ from lightning_rft.experience import GroupKey
 from lightning_rft.explorer.messages import Ended, Explore, Several, Started
 from lightning_rft.explorer.pool import Died
 from lightning_rft.run.coordinator import Coordinator
+from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.validation import Validation
+from lightning_rft.settings import Sampling, Timeouts
 from lightning_rft.sync.schedule import Schedule
 
 FIRST, SECOND, THIRD = (GroupKey(0, slot) for slot in range(3))
@@ -47,15 +48,15 @@ def run(tmp_path: Path) -> tuple[Coordinator, Pool]:
             incarnation=7,
             samples_per_task=4,
             min_samples=1,
-            temperature=1.0,
+            sampling=Sampling(8, 1.0),
             max_staleness=0,
             group_filter=MagicMock(),
             score=None,
             replay=MagicMock(),
         ),
         pool=pool,
-        tolerance=Tolerance(0.1, 100),
-        progress_timeout_s=60.0,
+        error_rate=ErrorRate(0.1, 100),
+        timeouts=Timeouts(progress_s=60.0),
         check_interrupt=lambda: None,
         folder=tmp_path,
         transport=MagicMock(),
@@ -87,7 +88,7 @@ def test_samples_of_another_run_of_validation_or_of_what_was_given_up_make_none(
     assert pool.asked[2:] == [(0, FIRST, 2)]
     coordinator._handle(0, Ended(7, {(FIRST, 1): 4}))  # of the attempt before
     assert pool.asked[3:] == []
-    coordinator._validation = Validation([MagicMock()], run=7, samples=2, temperature=0.0)
+    coordinator._validation = Validation([MagicMock()], run=7, samples=2, sampling=Sampling(8, 0.0))
     question = coordinator._validation.open(set())[0]
     coordinator._send([(question, 1)])
     coordinator._handle(1, Ended(7, {(question.key, 0): 2}))
