@@ -30,7 +30,7 @@ from lightning_rft.monitor.status import StatusLine
 from lightning_rft.renamed import refuses_old_names
 from lightning_rft.run.checks import check_counts, check_source, check_together, sync_strategy
 from lightning_rft.run.coordinator import Coordinator
-from lightning_rft.run.lifecycle import Run
+from lightning_rft.run.lifecycle import Run, RunSettings
 from lightning_rft.run.placement import cpu_threads, explorer_gpus
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
@@ -249,20 +249,22 @@ class RFTDataModule(L.LightningDataModule):
             self._trainer,
             strategy,
             self._pool,
-            tasks=self.tasks,
-            steps_per_epoch=self.steps_per_epoch,
-            shuffle=self.task_set.shuffle,
-            tasks_per_step=self.tasks_per_step,
-            samples_per_task=self.samples_per_task,
-            sampling=self.sampling,
-            tolerance=self.tolerance,
-            timeouts=self.timeouts,
-            buffer=self.buffer,
-            observers=self.observers,
+            RunSettings(
+                tasks=self.tasks,
+                steps_per_epoch=self.steps_per_epoch,
+                shuffle=self.task_set.shuffle,
+                tasks_per_step=self.tasks_per_step,
+                samples_per_task=self.samples_per_task,
+                sampling=self.sampling,
+                tolerance=self.tolerance,
+                timeouts=self.timeouts,
+                buffer=self.buffer,
+            ),
             folder=self._folder,
             saved=saved,
             check_interrupt=self._check_interrupt,
             gathered=self.ranks.gathered,
+            observers=self.observers,
         )
         self._active.push_first()
 

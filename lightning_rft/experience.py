@@ -123,6 +123,10 @@ class Group:
         """The newest policy version that any token was sampled with."""
         return max(experience.newest_version for experience in self.experiences)
 
+    def is_fresh(self, batch: int, max_staleness: int) -> bool:
+        """Whether every token is 0 to ``max_staleness`` batches older than ``batch``."""
+        return self.newest_version <= batch <= self.oldest_version + max_staleness
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -139,6 +139,8 @@ class Buffer:
         group_filter: ``group_filter(group)``, called once for every complete group; where it returns false, the group's
             task has ended and the next one takes its place. :func:`~lightning_rft.has_signal` is one. It runs in the
             trainer's process, while explorers are listened to: it should be quick.
+        max_refused: Samples of groups that ``group_filter`` may refuse in a row; more end the run, which might
+            otherwise explore for ever. ``rft/filtered_share`` tells how many it refuses.
         shuffle: Whether every epoch over stored experience (``explorers=0``) has an order of its own.
 
     Raises:
@@ -154,6 +156,7 @@ class Buffer:
     selection: Priority | None = None
     replay: Replay | None = None
     group_filter: Callable[[Group], object] | None = None
+    max_refused: int = 4096
     shuffle: bool = True
 
     def __post_init__(self) -> None:
@@ -161,6 +164,8 @@ class Buffer:
             raise ConfigurationError(f"buffer={self.path!r} is no path, and has a setting that Buffer does not take")
         if self.capacity is not None and self.capacity < 1:
             raise ConfigurationError(f"Buffer(capacity={self.capacity}) must be at least 1")
+        if self.max_refused < 1:
+            raise ConfigurationError(f"Buffer(max_refused={self.max_refused}) must be at least 1")
         if self.group_filter is not None and not callable(self.group_filter):
             raise ConfigurationError(
                 f"group_filter is {self.group_filter!r}, which cannot be called: give a function "

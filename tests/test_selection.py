@@ -158,9 +158,24 @@ def test_an_exception_in_the_filter_ends_the_run_as_itself(
 def test_a_filter_that_keeps_nothing_ends_the_run(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    data.buffer = rft.Buffer(group_filter=lambda group: False)
-    with pytest.raises(rft.ConfigurationError, match="group_filter refused 16 groups in a row, 8 batches' worth"):
+    data.buffer = rft.Buffer(group_filter=lambda group: False, max_refused=30)
+    with pytest.raises(rft.ConfigurationError, match=r"refused 32 samples in a row, more than Buffer\(max_refused=30"):
         fit(data, tiny_model_path, tmp_path, rft.FullyAsynchronous())
+
+
+def test_a_filter_that_hangs_ends_the_run_and_shows_its_line(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def group_filter(group: rft.Group) -> bool:
+        return ended.wait(60)  # the line that hangs
+
+    data.buffer = rft.Buffer(group_filter=group_filter)
+    monkeypatch.setattr(data, "timeouts", rft.Timeouts(progress_s=1))
+    with pytest.raises(rft.DeadlineError, match=r"(?s)rank 0 was busy for .*progress_s=1.*# the line that hangs"):
+        fit(data, tiny_model_path, tmp_path, rft.Synchronous())
+    ended.set()
 
 
 class Patience(L.Callback):

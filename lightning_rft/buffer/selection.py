@@ -12,8 +12,6 @@ from lightning_rft.experience import Group, GroupKey
 
 __all__ = ["Filter", "Priority", "Replay", "ReplayMemory", "has_signal", "recency", "reward_variance"]
 
-_BATCHES = 8  # that may be refused in a row: by then hardly a task is worth anything
-
 
 def has_signal(group: Group) -> bool:
     """Whether the rewards of a group differ; where they do not, group-relative advantages are all zero.
@@ -41,27 +39,37 @@ def has_signal(group: Group) -> bool:
 class Filter:
     """Applies a ``group_filter`` (None keeps everything), and ends a run that would explore for ever."""
 
-    def __init__(self, keep: Callable[[Group], object] | None, tasks_per_step: int) -> None:
+    def __init__(self, keep: Callable[[Group], object] | None, max_refused: int) -> None:
         #: Groups refused so far.
         self.refused = 0
         self._keep = keep
-        self._limit = _BATCHES * tasks_per_step
-        self._in_a_row = 0
+        self._max_refused = max_refused
+        self._in_a_row = 0  # samples that were refused
+        self._judged = self._told = 0  # groups in all, and those that share() has told of
+        self._told_refused = 0
 
-    def refuses(self, group: Group) -> bool:
-        """Whether a group is not to be trained; ConfigurationError once so many are refused that no batch may fill."""
-        if self._keep is None or self._keep(group):
-            self._in_a_row = 0
-            return False
-        self.refused += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self._limit:
+    def keeps(self, group: Group) -> bool:
+        """Whether a group is to be trained."""
+        return self._keep is None or bool(self._keep(group))
+
+    def count(self, group: Group, kept: bool) -> None:
+        """Counts a group; ConfigurationError once so many are refused that no batch may ever fill."""
+        self._judged += 1
+        self._in_a_row = 0 if kept else self._in_a_row + len(group.experiences)
+        self.refused += not kept
+        if self._in_a_row > self._max_refused:
             raise ConfigurationError(
-                f"group_filter refused {self._in_a_row} groups in a row, {_BATCHES} batches' worth, the last of task "
-                f"{group.task_id!r}: give tasks that the policy solves now and then (more samples_per_task or a higher "
-                "temperature help a little), or a group_filter that keeps more"
+                f"group_filter refused {self._in_a_row} samples in a row, more than Buffer(max_refused="
+                f"{self._max_refused}), the last of task {group.task_id!r}: give tasks that the policy solves now and "
+                "then (more samples_per_task or a higher temperature help a little), a group_filter that keeps more, "
+                "or a higher max_refused"
             )
-        return True
+
+    def share(self) -> float:
+        """Share of refused groups among those since the last call."""
+        judged, refused = self._judged - self._told, self.refused - self._told_refused
+        self._told, self._told_refused = self._judged, self.refused
+        return refused / max(1, judged)
 
 
 def reward_variance(group: Group) -> float:
@@ -208,7 +216,7 @@ class ReplayMemory:
 
     def chosen(self, batch: int) -> list[Group]:
         """The groups to replay with a batch, those with the newest weights; asking changes nothing."""
-        able = [group for group, _ in self._trainings.values() if self._is_fresh(group, batch)]
+        able = [group for group, _ in self._trainings.values() if group.is_fresh(batch, self._max_staleness)]
         return sorted(able, key=lambda group: (-group.oldest_version, group.key))[: self._at_most]
 
     def trained(self, batch: int, fresh: Sequence[Group]) -> None:
@@ -221,8 +229,5 @@ class ReplayMemory:
         self._trainings = {
             key: (group, trainings)
             for key, (group, trainings) in self._trainings.items()
-            if trainings < self._times and self._is_fresh(group, batch + 1)
+            if trainings < self._times and group.is_fresh(batch + 1, self._max_staleness)
         }
-
-    def _is_fresh(self, group: Group, batch: int) -> bool:
-        return batch - group.oldest_version <= self._max_staleness

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -17,6 +16,7 @@ from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.local import GRACE_S, LocalProcess, end_all
 from lightning_rft.explorer.messages import Connect, Died, Explored, Failed, Load, Prepare, Several, Started
+from lightning_rft.explorer.restarts import Restarts
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.hardware import available_cpus, share_cores
 from lightning_rft.pickling import dumps
@@ -24,7 +24,6 @@ from lightning_rft.pickling import dumps
 __all__ = ["ExplorerPool"]
 
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where launchers say which of the trainer's processes this is
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
 @dataclass
@@ -63,7 +62,7 @@ class ExplorerPool:
         log_dir: Folder that takes ``explorer-<i>.log``; left out, ``rft`` in the trainer's log folder.
         threads: CPU threads of each; left out, an equal share of the cores, or of half of them where the strategy has
             explorers and trainer work at the same time on CPUs.
-        max_restarts: How many deaths within ``restart_window_s`` are survived; the next one ends the run.
+        max_restarts: How many deaths of each explorer within ``restart_window_s`` are survived; one more ends the run.
         restart_window_s: Seconds after which a death is forgotten.
 
     Raises:
@@ -98,7 +97,6 @@ class ExplorerPool:
         self.threads = threads
         self.max_restarts = max_restarts
         self.restart_window_s = restart_window_s
-        self.restarts = 0
         self.assigned = False  # whether the processes know what to run
         self._spec: ExplorerSpec | None = None
         self._logs = Path()
@@ -106,27 +104,31 @@ class ExplorerPool:
         self._threads = 1
         self._members: dict[int, _Member] = {}
         self._next_index = 0
-        self._vacant: list[tuple[float, int]] = []  # when to start a process again, and in which slot
-        self._deaths: deque[float] = deque()
+        self._restarts = Restarts(max_restarts, restart_window_s)
         self._came_up: dict[int, Started] = {}  # by slot: what its engine is, once one came up
         self._finalizer: weakref.finalize[..., Any] | None = None
 
-    def launch(
-        self, log_dir: Path | None = None, devices: Sequence[str] | None = None, threads: int | None = None
-    ) -> None:
+    def launch(self, log_dir: str | os.PathLike[str] | None = None) -> None:
         """Starts the processes, which import what the engine needs, and returns at once; does nothing if they run.
 
-        Nor does it on any of several trainer ranks but the first, which run the same script.
+        Of several trainer ranks, which all run the same script, only the first does anything.
 
         Args:
             log_dir: Folder for logs where the pool names none.
-            devices: GPUs where the pool names none.
-            threads: CPU threads of each where the pool names none.
 
         Raises:
             ConfigurationError: There is no folder for logs, or the engine cannot be sent to another process.
         """
-        if self.running or any(int(os.environ.get(name, "0")) > 0 for name in _RANKS):
+        if all(os.environ.get(name, "0") == "0" for name in _RANKS):
+            self._launch(log_dir)
+
+    def _launch(
+        self,
+        log_dir: str | os.PathLike[str] | None,
+        devices: Sequence[str] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if self.running:
             return
         folder = self.log_dir or log_dir
         if folder is None:
@@ -149,19 +151,13 @@ class ExplorerPool:
     ) -> None:
         """Has every process load its engine, launching it if need be, and returns at once; once is enough.
 
-        Args:
-            spec: What every explorer runs.
-            log_dir: As for :meth:`launch`.
-            devices: As for :meth:`launch`.
-            threads: As for :meth:`launch`.
-
-        Raises:
-            ConfigurationError: The reward or workflow cannot be sent to another process.
+        ``log_dir``, ``devices`` and ``threads`` (of each) count where the pool names none. Raises
+        :class:`ConfigurationError` if the reward or workflow cannot be sent to another process.
         """
         if self.assigned:
             return
         _check_travels(reward=spec.reward, workflow=spec.workflow)
-        self.launch(log_dir, devices, threads)
+        self._launch(log_dir, devices, threads)
         self._spec = spec
         self.assigned = True
         for index in self._members:
@@ -172,11 +168,15 @@ class ExplorerPool:
         if self._finalizer is not None:
             self._finalizer()
             self._finalizer = None
-        self._vacant.clear()
-        self._deaths.clear()
+        self._restarts.clear()
         self._came_up.clear()
         self._spec = None
         self.assigned = False
+
+    @property
+    def restarts(self) -> int:
+        """How often an explorer was started again."""
+        return self._restarts.total
 
     @property
     def running(self) -> bool:
@@ -214,11 +214,7 @@ class ExplorerPool:
         return self._members[explorer].process.pid
 
     def send(self, explorer: int, *messages: Any) -> None:
-        """Sends messages, which arrive together.
-
-        An explorer that is gone gets none, and one that does not read is ended; :meth:`poll` tells of both. What was
-        asked of it is then to be asked of another.
-        """
+        """Sends messages, which arrive together; :meth:`poll` tells of an explorer that is gone or does not read."""
         member = self._members.get(explorer)
         if member is not None:
             try:
@@ -235,12 +231,7 @@ class ExplorerPool:
         self.send(explorer, Load(manifest, version))
 
     def kill(self, explorer: int, blame: str) -> None:
-        """Ends an explorer that is of no use; :meth:`poll` will tell that it died, and start another.
-
-        Args:
-            explorer: Which one; nothing happens if it is gone.
-            blame: What it did, for the message: "explorer 3 ...".
-        """
+        """Ends an explorer; ``blame`` is what it did, for the message "explorer 3 ..."."""
         member = self._members.get(explorer)
         if member is not None:
             member.blame = member.blame or blame
@@ -256,11 +247,8 @@ class ExplorerPool:
             DeadlineError: An engine was not ready in time.
             Exception: Whatever ended an explorer that never worked, its own traceback as the cause.
         """
-        now = time.monotonic()
-        for due, slot in list(self._vacant):
-            if due <= now:
-                self._vacant.remove((due, slot))
-                self._assign(self._spawn(slot))
+        for slot in self._restarts.due(time.monotonic()):
+            self._assign(self._spawn(slot))
         lines = {member.process.channel.fileno(): index for index, member in self._members.items()}
         messages = []
         for line in wait(list(lines), timeout_s):
@@ -316,14 +304,8 @@ class ExplorerPool:
         """Ends what is left of an explorer and plans its successor, or gives up."""
         member = self._members.pop(index)
         end_all([member.process], grace_s=0)
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - self.restart_window_s:
-            self._deaths.popleft()
-        if len(self._deaths) > self.max_restarts:
+        if not self._restarts.died(member.slot, time.monotonic()):
             raise error
-        self.restarts += 1
-        self._vacant.append((now + min(_FIRST_PAUSE_S * 2 ** (len(self._deaths) - 1), _LONGEST_PAUSE_S), member.slot))
 
     def _gone(self, index: int) -> ExplorerError:
         member = self._members[index]
@@ -331,7 +313,7 @@ class ExplorerPool:
         what = member.blame or ("hangs" if status is None else f"ended with status {status}")
         budget = (
             f" (max_restarts={self.max_restarts} within restart_window_s={self.restart_window_s:g})"
-            if len(self._deaths) >= self.max_restarts
+            if self._restarts.spent(member.slot, time.monotonic())
             else ""
         )
         return ExplorerError(

@@ -45,7 +45,7 @@ class Receivers:
 
     def load(self, explorer: int, manifest: Sequence[TensorInfo], version: int) -> None:
         """Asks an explorer to receive ``version``; returns at once."""
-        with self._listener.lock:
+        with self._listener.locked():
             self._roster.begin_load(explorer, time.monotonic())
             self._changed()
         self._pool.load(explorer, manifest, version)

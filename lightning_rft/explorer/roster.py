@@ -96,6 +96,11 @@ class Roster:
         if record is not None:
             record.progressed = now
 
+    def excuse(self, seconds: float) -> None:
+        """Takes back a time in which nobody listened."""
+        for record in self._records.values():
+            record.progressed += seconds
+
     # Weights
 
     def want_weights(self, explorer: int) -> None:

@@ -58,3 +58,7 @@ class ErrorRate:
             self._failures -= failures
         if self._first is not None and self._failures > self._maximum * max(self._window, self._samples):
             raise self._first.unpack(f"{where}; above Tolerance(max_error_rate={self._maximum:g}) by now")
+
+    def metrics(self) -> dict[str, float]:
+        """How many samples failed, and how often one was tried again, so far."""
+        return {"rft/failed_samples": float(self.failed), "rft/retried_samples": float(self.retried)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_rft.buffer.ledger import Ledger
@@ -17,7 +18,7 @@ from lightning_rft.run.validation import Validation
 from lightning_rft.settings import Sampling
 from lightning_rft.tasks.plan import TaskCursor
 
-__all__ = ["Groups"]
+__all__ = ["Groups", "Judged"]
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +26,25 @@ _REFUSALS = 3  # of one group: by then it is not chance
 _DEATHS = 2  # of explorers with the same group: it may be what kills them
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A group that came back, without the samples that failed, and what the user's own functions say of it."""
+
+    group: Group
+    #: Why one of its samples failed, if one did.
+    failure: str = ""
+    #: Whether the filter keeps it.
+    kept: bool = True
+    score: float = 0.0
+
+    @property
+    def oldest(self) -> int | None:
+        """Version of its oldest token."""
+        return self.group.oldest_version if self.group.experiences else None
+
+
 class Groups:
-    """Keeps the account of every group. Not thread-safe.
+    """Keeps the account of every group. Not thread-safe, but for :meth:`judged`.
 
     Args:
         ledger: The buffer.
@@ -43,9 +61,9 @@ class Groups:
 
     def __init__(
         self,
-        *,
         ledger: Ledger,
         cursor: TaskCursor,
+        *,
         incarnation: int,
         samples_per_task: int,
         min_samples: int,
@@ -105,37 +123,32 @@ class Groups:
 
     # When it has come back
 
-    def keep(self, group: Group, message: Explored, version: int) -> float | None:
-        """Stores a group that can be trained.
-
-        Args:
-            group: Its samples, without those that failed.
-            message: How it went.
-            version: Batches trained so far.
-
-        Returns:
-            Its score; ``None`` if it cannot be trained: then it is to be issued again, where it failed or was filtered
-            with another task.
-
-        Raises:
-            ScheduleError: It came back too old again and again.
-            ConfigurationError: Hardly any group passes the filter.
-        """
-        key = group.key
+    def judged(self, message: Explored) -> Judged:
+        """Asks filter and score about a group, which may take their time: nothing is changed."""
+        group = Group(message.key, message.task_id, message.experiences)
         if len(group.experiences) < self._min_samples:
-            self._fail(key, message.failures[0].text, version)
-            return None
-        if self._is_stale(group, version):
-            self._refuse(group, version)
-            return None
+            return Judged(group, message.failures[0].text)
+        if not self._filter.keeps(group):
+            return Judged(group, kept=False)
+        return Judged(group, score=0.0 if self._score is None else self._score(group))
+
+    def keep(self, judged: Judged, version: int) -> bool:
+        """Stores a group; ``False`` if it cannot be trained, and another task takes its place.
+
+        Raises :class:`ConfigurationError` if hardly any group passes the filter.
+        """
+        key = judged.group.key
+        if judged.failure:
+            self._fail(key, judged.failure, version)
+            return False
         self._deaths.pop(key, None)
-        if self._filter.refuses(group):
+        self._filter.count(judged.group, judged.kept)
+        if judged.kept:
+            self._ledger.ready(judged.group)
+        else:
             self._ledger.filtered(key, step=version)
             self._cursor.replace(key)
-            return None
-        score = 0.0 if self._score is None else self._score(group)
-        self._ledger.ready(group)
-        return score
+        return judged.kept
 
     def read(self, batch: int) -> list[Group]:
         """The groups of a batch that are ready."""
@@ -144,29 +157,20 @@ class Groups:
 
     # When it is trained
 
-    def lease(self, keys: Sequence[GroupKey]) -> None:
-        """Takes a batch for the trainer."""
-        self.leased = self._ledger.lease(keys)
+    def lease(self, keys: Sequence[GroupKey], batch: int) -> list[GroupKey]:
+        """Takes a batch for the trainer; returns what is too old for it, which is sent back, and then nothing is taken.
 
-    def refuse_stale(self, batch: int) -> list[GroupKey]:
-        """Sends back what is too old to be trained, whatever the schedule believes.
-
-        Args:
-            batch: What the lease is for; it ends if something is sent back.
-
-        Returns:
-            What was sent back.
-
-        Raises:
-            ScheduleError: A group came back too old again and again.
+        This is the one check of the strategy's bound, and it believes nobody: it reads the version of every token.
+        Raises :class:`ScheduleError` if a group came back too old again and again.
         """
-        assert self.leased is not None
-        stale = [group for group in self.leased if self._is_stale(group, batch)]
+        leased = self._ledger.lease(keys)
+        stale = [group for group in leased if not group.is_fresh(batch, self._max_staleness)]
+        for group in stale:
+            self._refuse(group, batch)
         if stale:
-            self.leased = None
-            for group in stale:
-                self._refuse(group, batch)
             self._ledger.release()
+        else:
+            self.leased = leased
         return [group.key for group in stale]
 
     def with_replay(self, batch: int) -> list[Group]:
@@ -196,6 +200,7 @@ class Groups:
             "rft/dropped_groups": float(self._dropped),
             "rft/failed_groups": float(self._failed),
             "rft/filtered_groups": float(self._filter.refused),
+            "rft/filtered_share": self._filter.share(),
             "rft/replayed_groups": float(self._replay.replayed),
         }
 
@@ -204,9 +209,6 @@ class Groups:
         return run_state(progress, self._cursor, self._ledger, self.incarnation)
 
     # How
-
-    def _is_stale(self, group: Group, batch: int) -> bool:
-        return batch - group.oldest_version > self._max_staleness
 
     def _refuse(self, group: Group, batch: int) -> None:
         self._refusals[group.key] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.buffer.reader import stored_keys
 from lightning_rft.buffer.selection import Filter, ReplayMemory
-from lightning_rft.experience import Task
+from lightning_rft.experience import GroupKey, Progress, Task
 from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.monitor.activity import Activity
 from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.run.coordinator import Coordinator
+from lightning_rft.run.dispatcher import Dispatcher
 from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.placement import cpu_threads
@@ -32,7 +35,22 @@ from lightning_rft.sync.transports.transport import Weights
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
 from lightning_rft.trainer.limits import micro_batches, stop_batch
 
-__all__ = ["Run"]
+__all__ = ["Run", "RunSettings"]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run takes from its data module, under the names that it has there."""
+
+    tasks: Sequence[Task]
+    steps_per_epoch: int
+    shuffle: bool
+    tasks_per_step: int
+    samples_per_task: int
+    sampling: Sampling
+    tolerance: Tolerance
+    timeouts: Timeouts
+    buffer: Buffer
 
 
 class Run:
@@ -42,20 +60,12 @@ class Run:
         trainer: In the call that is the run.
         strategy: The trainer's sync strategy.
         pool: The explorers, started.
-        tasks: What is answered.
-        steps_per_epoch: Batches of an epoch.
-        shuffle: Whether each epoch has an order of its own.
-        tasks_per_step: Groups of a batch.
-        samples_per_task: Samples of a group.
-        sampling: How training samples.
-        tolerance: How many samples may fail.
-        timeouts: How long explorers may make no progress.
-        buffer: Where experience is kept, and which groups are trained.
-        observers: Called with every span of the timeline.
+        settings: What is explored, and how.
         folder: The run's own folder.
         saved: What :meth:`state_dict` returned, to go on from there; empty for a new run.
         check_interrupt: Called during every wait; raises to end it.
         gathered: Returns the policy's weights, whole; called on the trainer's thread.
+        observers: Called with every span of the timeline.
 
     Raises:
         ConfigurationError: The buffer cannot be opened, the checkpoint is of other settings, or the schedule can never
@@ -67,83 +77,39 @@ class Run:
         trainer: L.Trainer,
         strategy: SyncStrategy,
         pool: ExplorerPool,
+        settings: RunSettings,
         *,
-        tasks: Sequence[Task],
-        steps_per_epoch: int,
-        shuffle: bool,
-        tasks_per_step: int,
-        samples_per_task: int,
-        sampling: Sampling,
-        tolerance: Tolerance,
-        timeouts: Timeouts,
-        buffer: Buffer,
-        observers: Sequence[Callable[[Span], None]],
         folder: Path,
         saved: Mapping[str, Any],
         check_interrupt: Callable[[], None],
         gathered: Callable[[], Weights],
+        observers: Sequence[Callable[[Span], None]],
     ) -> None:
         explores_only = trainer.state.fn == TrainerFn.PREDICTING
-        items = micro_batches(trainer, steps_per_epoch)
-        progress = progress_at(trainer.global_step, saved, samples_per_task)
-        cursor = TaskCursor(
-            TaskPlan(
-                tasks=tasks,
-                tasks_per_step=tasks_per_step,
-                # what limits leave out of exploring is what failed tasks are replaced with
-                batches_per_epoch=steps_per_epoch
-                if explores_only
-                else max(1, -(-items // trainer.accumulate_grad_batches)),
-                shuffle=shuffle,
-                seed=sampling.seed or 0,
-                first_batch=trainer.global_step,
-                first_epoch=trainer.current_epoch,
-            ),
-            saved.get("cursor"),
-        )
-        score = buffer.selection
-        self._path = path = buffer_path(buffer.path, saved, folder)
-        self._samples_per_task = samples_per_task
+        cursor = TaskCursor(_plan(trainer, settings, explores_only), saved.get("cursor"))
+        progress = progress_at(trainer.global_step, saved, settings.samples_per_task)
+        self._path = path = buffer_path(settings.buffer.path, saved, folder)
+        self._samples_per_task = settings.samples_per_task
         with ExitStack() as ends:
             ledger = Ledger.open(path)
             ends.callback(ledger.close)
             incarnation, ready = begin_or_resume(ledger, path, saved, progress, cursor, strategy.max_staleness)
-            self.coordinator = Coordinator(
-                schedule=Schedule(
-                    Exploration() if explores_only else strategy,
-                    size=cursor.plan.size,
-                    samples=samples_per_task,
-                    first=progress.version,
-                    stop=stop_batch(trainer, cursor.plan.batches_per_epoch if items else 0),
-                    capacity=None if explores_only else buffer.capacity,  # only training makes room
-                    progress=progress,
-                    ready=ready,
-                    scores={} if score is None else {group.key: score(group) for group in ledger.read(ready)},
-                ),
-                groups=Groups(
-                    ledger=ledger,
-                    cursor=cursor,
-                    incarnation=incarnation,
-                    samples_per_task=samples_per_task,
-                    min_samples=tolerance.needed(
-                        samples_per_task,
-                        bool(trainer.lightning_module.objective.needs_group),  # type: ignore[union-attr]
-                    ),
-                    sampling=sampling,
-                    max_staleness=strategy.max_staleness,
-                    group_filter=Filter(buffer.group_filter, tasks_per_step),
-                    score=score,
-                    replay=ReplayMemory(buffer.replay, tasks_per_step, strategy.max_staleness),
-                ),
-                pool=pool,
-                error_rate=ErrorRate(tolerance.max_error_rate, 2 * tasks_per_step * samples_per_task),
-                timeouts=timeouts,
+            dispatcher = Dispatcher(
+                _schedule(trainer, strategy, settings, cursor, ledger, progress, ready, explores_only),
+                _groups(trainer, strategy, settings, cursor, ledger, incarnation),
+                pool,
+                ErrorRate(settings.tolerance.max_error_rate, 2 * settings.tasks_per_step * settings.samples_per_task),
+                Activity(observers),
+                timeouts=settings.timeouts,
                 check_interrupt=check_interrupt,
-                folder=folder,
-                transport=strategy.transport,
+                load_label=strategy.transport.load_label,
+            )
+            self.coordinator = Coordinator(
+                dispatcher,
+                strategy.transport,
                 background=strategy.asynchronous,
                 gathered=gathered,
-                observers=observers,
+                folder=folder,
                 status=StatusLine(trainer),
             )
             if explores_only:
@@ -169,6 +135,69 @@ class Run:
     def close(self) -> None:
         """Ends the run, closes the buffer and gives the trainer its threads back."""
         self._ends.close()
+
+
+def _plan(trainer: L.Trainer, settings: RunSettings, explores_only: bool) -> TaskPlan:
+    """Which task is where; what limits leave out of exploring is what failed tasks are replaced with."""
+    items = micro_batches(trainer, settings.steps_per_epoch)
+    trained = max(1, -(-items // trainer.accumulate_grad_batches))
+    return TaskPlan(
+        tasks=settings.tasks,
+        tasks_per_step=settings.tasks_per_step,
+        batches_per_epoch=settings.steps_per_epoch if explores_only else trained,
+        shuffle=settings.shuffle,
+        seed=settings.sampling.seed or 0,
+        first_batch=trainer.global_step,
+        first_epoch=trainer.current_epoch,
+    )
+
+
+def _schedule(
+    trainer: L.Trainer,
+    strategy: SyncStrategy,
+    settings: RunSettings,
+    cursor: TaskCursor,
+    ledger: Ledger,
+    progress: Progress,
+    ready: Mapping[GroupKey, int],
+    explores_only: bool,
+) -> Schedule:
+    score = settings.buffer.selection
+    trains = micro_batches(trainer, settings.steps_per_epoch) > 0
+    return Schedule(
+        Exploration() if explores_only else strategy,
+        size=cursor.plan.size,
+        samples=settings.samples_per_task,
+        first=progress.version,
+        stop=stop_batch(trainer, cursor.plan.batches_per_epoch if trains else 0),
+        capacity=None if explores_only else settings.buffer.capacity,  # only training makes room
+        progress=progress,
+        ready=ready,
+        scores={} if score is None else {group.key: score(group) for group in ledger.read(ready)},
+    )
+
+
+def _groups(
+    trainer: L.Trainer,
+    strategy: SyncStrategy,
+    settings: RunSettings,
+    cursor: TaskCursor,
+    ledger: Ledger,
+    incarnation: int,
+) -> Groups:
+    buffer, objective = settings.buffer, trainer.lightning_module.objective
+    return Groups(
+        ledger,
+        cursor,
+        incarnation=incarnation,
+        samples_per_task=settings.samples_per_task,
+        min_samples=settings.tolerance.needed(settings.samples_per_task, bool(objective.needs_group)),  # type: ignore[union-attr]
+        sampling=settings.sampling,
+        max_staleness=strategy.max_staleness,
+        group_filter=Filter(buffer.group_filter, buffer.max_refused),
+        score=buffer.selection,
+        replay=ReplayMemory(buffer.replay, settings.tasks_per_step, strategy.max_staleness),
+    )
 
 
 def _tell_explored(ledger: Ledger, path: Path) -> None:

@@ -153,3 +153,33 @@ def test_what_is_stopped_or_ignores_requests_is_killed(tiny_model_path: Path, tm
     os.kill(pid, signal.SIGSTOP)
     pool.stop()
     assert not alive(mark)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_a_launchers_variables_do_not_keep_the_only_trainer_from_starting(
+    tiny_model_path: Path, tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """An interactive job on a cluster has them, where one process trains; the trainer knows its own rank."""
+    monkeypatch.setenv(name, "1")
+    pool, start = make_pool(tiny_model_path, tmp_path)
+    pool.launch()
+    assert not pool.running  # no trainer yet, and perhaps one of many ranks
+    start()
+    heard(pool, Started)
+    pool.stop()
+
+
+def test_one_event_that_ends_all_explorers_is_one_death_of_each(
+    tiny_model_path: Path, tmp_path: Path, mark: str
+) -> None:
+    pool, start = make_pool(tiny_model_path, tmp_path, count=3, max_restarts=1)
+    start()
+    heard(pool, Started, 3)
+    for index in range(3):
+        pool.kill(index, "was slow")
+    heard(pool, Started, 3)
+    assert pool.restarts == 3 and sorted(pool.up) == [3, 4, 5]
+    pool.kill(4, "was slow once more")
+    with pytest.raises(ExplorerError, match=r"explorer 4 was slow once more \(max_restarts=1 within"):
+        heard(pool, Started)
+    pool.stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -11,9 +10,10 @@ import pytest
 import lightning_rft as rft
 from lightning_rft.errors import ExplorerError
 from lightning_rft.experience import GroupKey
-from lightning_rft.explorer.messages import Ended, Explore, Several, Started
+from lightning_rft.explorer.messages import Ended, Explore, Loaded, Several, Started
 from lightning_rft.explorer.pool import Died
-from lightning_rft.run.coordinator import Coordinator
+from lightning_rft.monitor.activity import Activity
+from lightning_rft.run.dispatcher import Dispatcher
 from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.validation import Validation
@@ -36,73 +36,71 @@ class Pool(MagicMock):
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> tuple[Coordinator, Pool]:
+def run() -> tuple[Dispatcher, Pool]:
     """Two explorers with room for one group of four samples each, and what they were sent."""
     pool = Pool(asked=[])
-    schedule = Schedule(rft.Synchronous(), size=lambda batch: 3, samples=4)
-    coordinator = Coordinator(
-        schedule=schedule,
-        groups=Groups(
-            ledger=MagicMock(),
-            cursor=MagicMock(),
-            incarnation=7,
-            samples_per_task=4,
-            min_samples=1,
-            sampling=Sampling(8, 1.0),
-            max_staleness=0,
-            group_filter=MagicMock(),
-            score=None,
-            replay=MagicMock(),
-        ),
-        pool=pool,
-        error_rate=ErrorRate(0.1, 100),
+    groups = Groups(
+        MagicMock(),
+        MagicMock(),
+        incarnation=7,
+        samples_per_task=4,
+        min_samples=1,
+        sampling=Sampling(8, 1.0),
+        max_staleness=0,
+        group_filter=MagicMock(),
+        score=None,
+        replay=MagicMock(),
+    )
+    dispatcher = Dispatcher(
+        Schedule(rft.Synchronous(), size=lambda batch: 3, samples=4),
+        groups,
+        pool,
+        ErrorRate(0.1, 100),
+        Activity(()),
         timeouts=Timeouts(progress_s=60.0),
         check_interrupt=lambda: None,
-        folder=tmp_path,
-        transport=MagicMock(),
-        background=False,
-        gathered=MagicMock(),
-        observers=(),
-        status=MagicMock(),
+        load_label="load",
     )
     for explorer in (0, 1):
-        coordinator._handle(explorer, Started("float32", 1, False, max_num_seqs=4))
-        schedule.loaded(explorer, 0)
-    coordinator._carry_out(schedule.pushed(0))
+        dispatcher.handle(explorer, Started("float32", 1, False, max_num_seqs=4))
+        dispatcher.roster.begin_load(explorer, now=0)
+        dispatcher.handle(explorer, Loaded(0))
+    dispatcher.tell(dispatcher.schedule.pushed, 0)
     assert pool.asked == [(0, FIRST, 1), (1, SECOND, 1)]
-    return coordinator, pool
+    return dispatcher, pool
 
 
-def test_a_sample_that_has_ended_makes_room_for_the_next_group(run: tuple[Coordinator, Pool]) -> None:
-    coordinator, pool = run
-    coordinator._handle(1, Ended(7, {(SECOND, 1): 1}))
+def test_a_sample_that_has_ended_makes_room_for_the_next_group(run: tuple[Dispatcher, Pool]) -> None:
+    dispatcher, pool = run
+    dispatcher.handle(1, Ended(7, {(SECOND, 1): 1}))
     assert pool.asked[2:] == [(1, THIRD, 1)]
-    assert coordinator._roster.owed(1) == "7 samples of 2 groups"
+    assert dispatcher.roster.owed(1) == "7 samples of 2 groups"
 
 
-def test_samples_of_another_run_of_validation_or_of_what_was_given_up_make_none(run: tuple[Coordinator, Pool]) -> None:
-    coordinator, pool = run
-    coordinator._handle(0, Ended(6, {(FIRST, 1): 4}))
+def test_samples_of_another_run_of_validation_or_of_what_was_given_up_make_none(run: tuple[Dispatcher, Pool]) -> None:
+    dispatcher, pool = run
+    dispatcher.handle(0, Ended(6, {(FIRST, 1): 4}))
     assert pool.asked[2:] == []
-    coordinator._carry_out(coordinator._schedule.failed(FIRST))
+    dispatcher.tell(dispatcher.schedule.failed, FIRST)
     assert pool.asked[2:] == [(0, FIRST, 2)]
-    coordinator._handle(0, Ended(7, {(FIRST, 1): 4}))  # of the attempt before
+    dispatcher.handle(0, Ended(7, {(FIRST, 1): 4}))  # of the attempt before
     assert pool.asked[3:] == []
-    coordinator._validation = Validation([MagicMock()], run=7, samples=2, sampling=Sampling(8, 0.0))
-    question = coordinator._validation.open(set())[0]
-    coordinator._send([(question, 1)])
-    coordinator._handle(1, Ended(7, {(question.key, 0): 2}))
+    dispatcher.ask(Validation([MagicMock()] * 2, run=7, samples=2, sampling=Sampling(8, 0.0)))
+    assert [explorer for explorer, key, _ in pool.asked[3:] if Validation.owns(key)] == [0, 1]
+    question = pool.asked.pop()[1]
+    pool.asked.pop()
+    dispatcher.handle(1, Ended(7, {(question, 0): 2}))
     assert pool.asked[4:] == []
-    assert coordinator._roster.owed(1) == "4 samples of 2 groups"
+    assert dispatcher.roster.owed(1) == "4 samples of 2 groups"
 
 
-def test_a_dead_explorers_samples_run_anew(run: tuple[Coordinator, Pool]) -> None:
-    coordinator, pool = run
-    coordinator._handle(0, Ended(7, {(FIRST, 1): 1}))
+def test_a_dead_explorers_samples_run_anew(run: tuple[Dispatcher, Pool]) -> None:
+    dispatcher, pool = run
+    dispatcher.handle(0, Ended(7, {(FIRST, 1): 1}))
     assert pool.asked[2:] == [(0, THIRD, 1)]
-    coordinator._handle(0, Died(ExplorerError("gone")))
+    dispatcher.handle(0, Died(ExplorerError("gone")))
     assert pool.asked[3:] == []
-    coordinator._handle(1, Ended(7, {(SECOND, 1): 1}))
+    dispatcher.handle(1, Ended(7, {(SECOND, 1): 1}))
     assert pool.asked[3:] == [(1, FIRST, 2)]
-    coordinator._handle(1, Ended(7, {(SECOND, 1): 3}))
+    dispatcher.handle(1, Ended(7, {(SECOND, 1): 3}))
     assert pool.asked[4:] == []  # all four of it run
