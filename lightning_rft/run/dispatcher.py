@@ -116,10 +116,9 @@ class Dispatcher:
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
         issues = [(action.group, action.explorer) for action in actions if isinstance(action, Issue)]
-        stale: list[GroupKey] = []
         for action in actions:
             if isinstance(action, Lease):
-                stale = self.groups.lease(action.groups, self.schedule.version)
+                self.groups.lease(action.groups, self.schedule.version)
             elif isinstance(action, Push):
                 self._push_due = True
             elif isinstance(action, Load):
@@ -128,8 +127,6 @@ class Dispatcher:
                 self._drop(action.group, action.explorer)
         if issues:
             self._send(self.groups.issue(issues))
-        if stale:
-            self._carry_out(self.schedule.refused(stale))
         self.look()
 
     def _drop(self, key: GroupKey, explorer: int | None) -> None:
@@ -213,7 +210,7 @@ class Dispatcher:
     def _explored(self, explorer: int, message: Explored, judged: Judged, began: float) -> None:
         key, oldest = message.key, judged.oldest
         self.activity.observe(f"explorer {explorer}", "rollout", began, oldest, key.batch)
-        if self.groups.keep(judged, self.schedule.version):
+        if self.groups.keep(judged, self.schedule.version, self.schedule.trained_by(key)):
             self.activity.observe("buffer", "put", time.monotonic(), oldest, key.batch)
             self._carry_out(self.schedule.ready(key, oldest, judged.score))
         else:

@@ -132,14 +132,24 @@ class Groups:
             return Judged(group, kept=False)
         return Judged(group, score=0.0 if self._score is None else self._score(group))
 
-    def keep(self, judged: Judged, version: int) -> bool:
-        """Stores a group; ``False`` if it cannot be trained, and another task takes its place.
+    def keep(self, judged: Judged, version: int, trained_by: int) -> bool:
+        """Stores a group; ``False`` if it cannot be trained, and is to be issued again, or with another task.
 
-        Raises :class:`ConfigurationError` if hardly any group passes the filter.
+        Args:
+            judged: The group.
+            version: Batches trained so far.
+            trained_by: The first step that can train it.
+
+        Raises:
+            ConfigurationError: Hardly any group passes the filter.
+            ScheduleError: Its tokens were too old again and again.
         """
         key = judged.group.key
         if judged.failure:
             self._fail(key, judged.failure, version)
+            return False
+        if not judged.group.is_fresh(trained_by, self._max_staleness):
+            self._refuse(judged.group, trained_by)
             return False
         self._deaths.pop(key, None)
         self._filter.count(judged.group, judged.kept)
@@ -157,21 +167,20 @@ class Groups:
 
     # When it is trained
 
-    def lease(self, keys: Sequence[GroupKey], batch: int) -> list[GroupKey]:
-        """Takes a batch for the trainer; returns what is too old for it, which is sent back, and then nothing is taken.
+    def lease(self, keys: Sequence[GroupKey], batch: int) -> None:
+        """Takes a batch for the trainer.
 
-        This is the one check of the strategy's bound, and it believes nobody: it reads the version of every token.
-        Raises :class:`ScheduleError` if a group came back too old again and again.
+        This is where the strategy's bound is enforced, and it believes nobody: it reads the version of every token.
+        Raises :class:`ScheduleError` if one is outside.
         """
-        leased = self._ledger.lease(keys)
-        stale = [group for group in leased if not group.is_fresh(batch, self._max_staleness)]
-        for group in stale:
-            self._refuse(group, batch)
-        if stale:
-            self._ledger.release()
-        else:
-            self.leased = leased
-        return [group.key for group in stale]
+        self.leased = self._ledger.lease(keys)
+        for group in self.leased:
+            if not group.is_fresh(batch, self._max_staleness):
+                raise ScheduleError(
+                    f"task {group.task_id!r} reached the training step of version {batch} with tokens of versions "
+                    f"{group.oldest_version} to {group.newest_version}, but the strategy allows a staleness of 0 to "
+                    f"{self._max_staleness}"
+                )
 
     def with_replay(self, batch: int) -> list[Group]:
         """What is leased, and what is replayed along with it."""

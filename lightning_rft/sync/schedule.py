@@ -179,16 +179,6 @@ class Schedule:
         self._wanted = batch
         return self._actions()
 
-    def refused(self, groups: Iterable[GroupKey]) -> list[Action]:
-        """Leased groups turned out too old to be trained: they are issued again, and the batch is still wanted."""
-        oldest = self.version - self.rule.max_staleness
-        for group in groups:
-            self._repeat(group, max(self._leased.pop(group), oldest))
-        self._ready |= self._leased
-        self._leased = {}
-        self._wanted = self.version
-        return self._actions()
-
     def trained(self, batch: int) -> list[Action]:
         """``batch`` is part of the weights now, whether or not they changed by it."""
         if batch != self.version:
@@ -271,6 +261,10 @@ class Schedule:
     def _step(self, group: GroupKey) -> int:
         """The step that trains a group where steps keep the order: that of its batch, unless a resume has moved it."""
         return self._moved.get(group, group.batch)
+
+    def trained_by(self, group: GroupKey) -> int:
+        """The first step that can train a group which has come back."""
+        return self.version if self.rule.asynchronous else self._step(group)
 
     @property
     def _turn(self) -> int:

@@ -241,7 +241,7 @@ def test_an_error_begins_on_a_clean_line(run: Run) -> None:
 
 def test_ctrl_c_leaves_a_clean_line(run: Run) -> None:
     with pytest.raises(SystemExit):
-        run.see(when={"Waiting for explorers": lambda recording: _thread.interrupt_main()})
+        run.see(when={"aiting for explorers": lambda recording: _thread.interrupt_main()})
     assert rests(run.recording.screen) == []
 
 
