@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from lightning_rft.buffer.reader import StoredExperience
 from lightning_rft.errors import ConfigurationError, DeadlineError
@@ -152,23 +153,17 @@ class RFTDataModule(L.LightningDataModule):
     # What is started here is stopped here, on every path
 
     def __enter__(self) -> Self:
-        """Keeps the explorers alive between calls of the trainer."""
         self._held = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Ends the explorers."""
         self._held = False
         self._stop()
 
+    @override
     def setup(self, stage: str) -> None:
-        """Checks everything that can be known, then starts the explorers, which load while the trainer does.
-
-        Raises:
-            ConfigurationError: A setting, or a combination of settings, cannot work.
-        """
         module = check_together(
             self._trainer,
             explorers=self.explorers,
@@ -270,16 +265,16 @@ class RFTDataModule(L.LightningDataModule):
 
     # What a checkpoint holds
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands: tasks, buffer, and the generators of random numbers. Of rank 0, which saves it."""
         return self._run.state_dict() if self._run is not None else self._last
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps what a checkpoint holds for the run that resumes it."""
         self._restored = state_dict
 
+    @override
     def teardown(self, stage: str) -> None:
-        """Ends the run, and the explorers unless they are held by ``with``."""
         try:
             self._end_run()
             if not self._held:
@@ -287,13 +282,11 @@ class RFTDataModule(L.LightningDataModule):
         finally:
             self.ranks.close()
 
+    @override
     def on_exception(self, exception: BaseException) -> None:
-        """Ends everything: after an exception Lightning calls no teardown.
-
-        A run that SIGTERM ended exits with 143: Lightning by itself lets it exit with 0.
-        """
+        # after an exception Lightning calls no teardown
         if isinstance(exception, SIGTERMException):
-            exception.code = SIGTERM_STATUS
+            exception.code = SIGTERM_STATUS  # Lightning by itself lets it exit with 0
         self.ranks.fail(exception)
         if self._run is not None:
             self._run.coordinator.failed(exception)  # so that a push in the background does not go on
@@ -305,8 +298,8 @@ class RFTDataModule(L.LightningDataModule):
 
     # What Lightning iterates over
 
+    @override
     def train_dataloader(self) -> ExperienceLoader:
-        """One epoch of experience."""
         self.ranks.mind_sigterm()
         stored = self._stored
         return ExperienceLoader(
@@ -318,8 +311,8 @@ class RFTDataModule(L.LightningDataModule):
             max_staleness=sync_strategy(self._trainer).max_staleness if stored is None else None,
         )
 
+    @override
     def val_dataloader(self) -> ValidationLoader | list[Any]:
-        """Answers to the held-out tasks."""
         self.ranks.mind_sigterm()  # Lightning asks for loaders as soon as its own handler is there
         if not self.val_tasks:
             return []
@@ -333,14 +326,14 @@ class RFTDataModule(L.LightningDataModule):
             chunk,
         )
 
+    @override
     def predict_dataloader(self) -> ExplorationLoader:
-        """Every task once, explored with the weights as they are."""
         self.ranks.mind_sigterm()
         return ExplorationLoader(lambda index: self._active.kept(index), self.ranks, self.steps_per_epoch)
 
+    @override
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leaves the batch where it is: the training step makes its tensors on the device."""
-        return batch
+        return batch  # the training step makes its tensors on the device
 
     def _stored_experience(self) -> StoredExperience:
         return StoredExperience(
