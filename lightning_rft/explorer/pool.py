@@ -218,7 +218,7 @@ class ExplorerPool:
         member = self._members.get(explorer)
         if member is not None:
             try:
-                member.process.send(messages[0] if len(messages) == 1 else Several(messages))
+                member.process.channel.send(messages[0] if len(messages) == 1 else Several(messages))
             except OSError:
                 self.kill(explorer, "does not read what is sent to it")
 

@@ -1,0 +1,53 @@
+"""How many files a task, a group and a weight pass: where that grows, somebody hands on what is not his."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+import lightning_rft as rft
+from tests.trips import TracedEngine, Tracer
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """By trip: the files of both processes, in the order of the first visit."""
+    folder = tmp_path_factory.mktemp("trips")
+    tracer = Tracer()
+    data = rft.RFTDataModule(
+        tasks=["1 + 1 =", "2 + 1 =", "3 + 1 ="],
+        reward=lambda completion, task: float(len(completion) % 3),
+        engine=TracedEngine(folder / "explorer.json"),
+        tasks_per_step=1,
+        samples_per_task=2,
+        max_new_tokens=8,
+        buffer=":memory:",
+    )
+    trainer = L.Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        callbacks=[rft.Synchronous()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    module = rft.RFTModule(tiny_model_path)
+    tracer.start()
+    try:
+        trainer.fit(module, data)
+    finally:
+        tracer.stop()
+    theirs = json.loads((folder / "explorer.json").read_text())
+    theirs["task"] = theirs["task"][: theirs["task"].index("explorer/engines/fake.py") + 1]  # there it has arrived
+    return {trip: list(dict.fromkeys([*ours, *theirs[trip]])) for trip, ours in tracer.files.items()}
+
+
+@pytest.mark.parametrize(("trip", "most"), [("task", 11), ("group", 22), ("weight", 13)])
+def test_a_trip_does_not_grow(files: dict[str, list[str]], trip: str, most: int) -> None:
+    print(f"{trip}: {len(files[trip])} files\n  " + "\n  ".join(files[trip]))
+    assert len(files[trip]) <= most, files[trip]
