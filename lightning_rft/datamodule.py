@@ -12,9 +12,6 @@ from typing import Any, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_rft.buffer.reader import StoredExperience
@@ -30,9 +27,9 @@ from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.renamed import refuses_old_names
 from lightning_rft.run.checks import check_counts, check_source, check_together, sync_strategy
-from lightning_rft.run.coordinator import Coordinator
-from lightning_rft.run.lifecycle import Run, RunSettings
+from lightning_rft.run.lifecycle import RunSettings
 from lightning_rft.run.placement import cpu_threads, explorer_gpus
+from lightning_rft.run.session import Session
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.tasks.plan import TaskPlan
@@ -41,7 +38,6 @@ from lightning_rft.tasks.task_set import TaskSet
 from lightning_rft.trainer.limits import micro_batches, validation_batches
 from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
 from lightning_rft.trainer.module import RFTModule
-from lightning_rft.trainer.ranks import SIGTERM_STATUS, Ranks
 
 __all__ = ["RFTDataModule"]
 
@@ -140,13 +136,8 @@ class RFTDataModule(L.LightningDataModule):
         )
         #: Called with every :class:`~lightning_rft.monitor.timeline.Span` of a run.
         self.observers: list[Callable[[Span], None]] = []
-        #: The trainer's ranks; only rank 0 starts anything.
-        self.ranks = Ranks()
-        self._run: Run | None = None
-        self._begun = False  # whether this call of the trainer has begun its run, which only rank 0 has
-        self._folder = Path()  # the run's own, from setup on
+        self._session: Session | None = None  # from setup to teardown
         self._held = False
-        self._limit_val_batches: float | None = None  # of the trainer, where there is nothing to validate on
         self._restored: dict[str, Any] = {}  # from a checkpoint, until the run that resumes it begins
         self._last: dict[str, Any] = {}  # for a checkpoint that is saved after the run
 
@@ -171,14 +162,10 @@ class RFTDataModule(L.LightningDataModule):
             samples_per_task=self.samples_per_task,
             validates=bool(self.val_tasks),
         )
-        # here, since on several ranks log_dir is a collective
-        self._folder = Path(self._trainer.log_dir or self._trainer.default_root_dir) / "rft"
-        self.ranks.close()
-        self.ranks = Ranks.meet(self._trainer, module.weights)
-        self.ranks.agree("setup", lambda: self._start_explorers(module))
-        if not self.val_tasks and self._limit_val_batches is None:  # else Lightning warns of an empty loader
-            self._limit_val_batches = self._trainer.limit_val_batches  # type: ignore[attr-defined]
-            self._trainer.limit_val_batches = 0  # type: ignore[attr-defined]
+        if self._session is not None:  # of a call that Lightning did not end
+            self._session.ranks.close()
+        self._session = Session(self._trainer, module.weights, validates=bool(self.val_tasks))
+        self._session.ranks.agree("setup", lambda: self._start_explorers(module))
 
     def _start_explorers(self, module: RFTModule) -> None:
         if self._stored is None and not self._pool.assigned:
@@ -188,7 +175,7 @@ class RFTDataModule(L.LightningDataModule):
                 spec = self._spec(module.model)
                 gpus = explorer_gpus(self._trainer, self.explorers, self.engine.world_size)
                 threads, _ = cpu_threads(self._trainer, sync_strategy(self._trainer), self.explorers)
-                self._pool.start(spec, self._folder, gpus, threads)
+                self._pool.start(spec, self._active.folder, gpus, threads)
 
     def _spec(self, model: str) -> ExplorerSpec:
         """What every explorer runs, once it is certain that it can."""
@@ -218,56 +205,37 @@ class RFTDataModule(L.LightningDataModule):
 
     def begin(self, strategy: SyncStrategy) -> None:
         """Begins the run of this call of the trainer, once, and pushes the first version."""
-        if not self._begun:
-            self._begun = True
-            self.ranks.agree("the first push", lambda: self._begin(strategy))
+        session = self._active
+        if session.begun:
+            return
+        saved, self._restored = self._restored if session.fits else {}, {}
+        self._last = {} if session.fits else self._last
+        settings = RunSettings(
+            tasks=self.tasks,
+            steps_per_epoch=self.steps_per_epoch,
+            shuffle=self.task_set.shuffle,
+            tasks_per_step=self.tasks_per_step,
+            samples_per_task=self.samples_per_task,
+            sampling=self.sampling,
+            tolerance=self.tolerance,
+            timeouts=self.timeouts,
+            buffer=self.buffer,
+        )
+        session.begin(strategy, self._pool, settings, saved, self.observers)
 
     def trained(self, batch: int) -> dict[str, float]:
         """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""
-        return self.ranks.agree(f"the end of batch {batch}", lambda: self._active.trained(batch))
+        return self._active.trained(batch)
 
     def finish(self) -> None:
         """Pushes the last version, if it was not, so that what is sampled next is sampled with it."""
-        self.ranks.agree("the end of training", self._finish)
-
-    def _finish(self) -> None:
-        self._active.push_last()
-        rank_zero_info(self._active.summary())
-
-    def _begin(self, strategy: SyncStrategy) -> None:
-        assert self._pool.assigned, "begin before setup"
-        saved = self._restored if self._fits else {}
-        self._restored = {}
-        if self._fits:
-            self._last = {}
-        self._run = Run(
-            self._trainer,
-            strategy,
-            self._pool,
-            RunSettings(
-                tasks=self.tasks,
-                steps_per_epoch=self.steps_per_epoch,
-                shuffle=self.task_set.shuffle,
-                tasks_per_step=self.tasks_per_step,
-                samples_per_task=self.samples_per_task,
-                sampling=self.sampling,
-                tolerance=self.tolerance,
-                timeouts=self.timeouts,
-                buffer=self.buffer,
-            ),
-            folder=self._folder,
-            saved=saved,
-            check_interrupt=self._check_interrupt,
-            gathered=self.ranks.gathered,
-            observers=self.observers,
-        )
-        self._active.push_first()
+        self._active.finish()
 
     # What a checkpoint holds
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._run.state_dict() if self._run is not None else self._last
+        return (self._session.state_dict() if self._session else {}) or self._last
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -275,36 +243,25 @@ class RFTDataModule(L.LightningDataModule):
 
     @override
     def teardown(self, stage: str) -> None:
-        try:
-            self._end_run()
-            if not self._held:
-                self._stop()
-        finally:
-            self.ranks.close()
+        self._stop(keep_explorers=self._held)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         # after an exception Lightning calls no teardown
-        if isinstance(exception, SIGTERMException):
-            exception.code = SIGTERM_STATUS  # Lightning by itself lets it exit with 0
-        self.ranks.fail(exception)
-        if self._run is not None:
-            self._run.coordinator.failed(exception)  # so that a push in the background does not go on
-        try:
-            with contextlib.suppress(DeadlineError):  # of that push: the exception says more
-                self._stop()
-        finally:
-            self.ranks.close()
+        if self._session is not None:
+            self._session.fail(exception)
+        with contextlib.suppress(DeadlineError):  # of a push in the background: the exception says more
+            self._stop()
 
     # What Lightning iterates over
 
     @override
     def train_dataloader(self) -> ExperienceLoader:
-        self.ranks.mind_sigterm()
-        stored = self._stored
+        session, stored = self._active, self._stored
+        session.ranks.mind_sigterm()
         return ExperienceLoader(
-            lambda: self._active if stored is None else stored,
-            self.ranks,
+            lambda: session.coordinator if stored is None else stored,
+            session.ranks,
             batches=self.steps_per_epoch,
             accumulate=self._trainer.accumulate_grad_batches,
             items=micro_batches(self._trainer, self.steps_per_epoch),
@@ -313,23 +270,25 @@ class RFTDataModule(L.LightningDataModule):
 
     @override
     def val_dataloader(self) -> ValidationLoader | list[Any]:
-        self.ranks.mind_sigterm()  # Lightning asks for loaders as soon as its own handler is there
+        session = self._active
+        session.ranks.mind_sigterm()  # Lightning asks for loaders as soon as its own handler is there
         if not self.val_tasks:
             return []
         chunk = self.tasks_per_step * self.samples_per_task
-        agree = self.ranks.agree
+        agree = session.ranks.agree
         # every rank gets all answers: there is nothing to compute on them, and all log the same
         return ValidationLoader(
             lambda: agree("the start of validation", lambda: self._explore_validation(chunk)),
-            lambda index: agree(f"validation task {index}", lambda: self._active.explored(index)),
+            lambda index: agree(f"validation task {index}", lambda: session.coordinator.explored(index)),
             len(self.val_tasks),
             chunk,
         )
 
     @override
     def predict_dataloader(self) -> ExplorationLoader:
-        self.ranks.mind_sigterm()
-        return ExplorationLoader(lambda index: self._active.kept(index), self.ranks, self.steps_per_epoch)
+        session = self._active
+        session.ranks.mind_sigterm()
+        return ExplorationLoader(lambda index: session.coordinator.kept(index), session.ranks, self.steps_per_epoch)
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -346,7 +305,7 @@ class RFTDataModule(L.LightningDataModule):
 
     def _explore_validation(self, chunk: int) -> int:
         tasks = self.val_tasks[: validation_batches(self._trainer) * chunk]
-        self._active.explore(tasks, samples=1, sampling=self.val_sampling)
+        self._active.coordinator.explore(tasks, samples=1, sampling=self.val_sampling)
         return len(tasks)
 
     # How
@@ -357,38 +316,20 @@ class RFTDataModule(L.LightningDataModule):
         return self.trainer
 
     @property
-    def _fits(self) -> bool:
-        return self._trainer.state.fn == TrainerFn.FITTING
+    def _active(self) -> Session:
+        assert self._session is not None, "setup has not run"
+        return self._session
 
-    @property
-    def _active(self) -> Coordinator:
-        assert self._run is not None, "experience was asked for before the run began"
-        return self._run.coordinator
-
-    def _check_interrupt(self) -> None:
-        self.ranks.check()
-        if self._trainer.received_sigterm:
-            raise SIGTERMException  # Lightning only looks after a batch, and there may never be one
-
-    def _end_run(self) -> None:
+    def _stop(self, *, keep_explorers: bool = False) -> None:
+        session, self._session = self._session, None
         self._restored = {}  # of a fit that ended before its run began
-        self._begun = False
-        if self._limit_val_batches is not None:
-            self._trainer.limit_val_batches = self._limit_val_batches  # type: ignore[attr-defined]
-            self._limit_val_batches = None
-        run, self._run = self._run, None
-        if run is not None:
-            try:
-                if self._fits:
-                    self._last = run.state_dict()
-            finally:
-                run.close()
-
-    def _stop(self) -> None:
-        try:
-            self._end_run()
-        finally:
-            self._pool.stop()
+        with contextlib.ExitStack() as ends:
+            if session is not None:
+                ends.callback(session.ranks.close)
+            if not keep_explorers:
+                ends.callback(self._pool.stop)
+            if session is not None:
+                self._last = session.end() or self._last
 
 
 def _training(sampling: Sampling, max_new_tokens: int | None) -> Sampling:

@@ -65,7 +65,7 @@ class Run:
 
         def begin_watched(strategy: rft.SyncStrategy) -> None:
             begin(strategy)
-            run = data._active
+            run = data._active.coordinator
             if "wanted" in vars(run):  # every hook that may be the first begins the run
                 return
             wanted = run.wanted

@@ -28,7 +28,7 @@ from lightning_rft.run.groups import Groups
 from lightning_rft.run.placement import cpu_threads
 from lightning_rft.run.resume import begin_or_resume, buffer_path, progress_at, restore_rng, rng_state
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
-from lightning_rft.sync.rule import Exploration
+from lightning_rft.sync.rule import Exploration, Rule
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.sync.transports.transport import Weights
@@ -86,6 +86,7 @@ class Run:
         observers: Sequence[Callable[[Span], None]],
     ) -> None:
         explores_only = trainer.state.fn == TrainerFn.PREDICTING
+        rule: Rule = Exploration() if explores_only else strategy
         cursor = TaskCursor(_plan(trainer, settings, explores_only), saved.get("cursor"))
         progress = progress_at(trainer.global_step, saved, settings.samples_per_task)
         self._path = path = buffer_path(settings.buffer.path, saved, folder)
@@ -93,10 +94,10 @@ class Run:
         with ExitStack() as ends:
             ledger = Ledger.open(path)
             ends.callback(ledger.close)
-            incarnation, ready = begin_or_resume(ledger, path, saved, progress, cursor, strategy.max_staleness)
+            incarnation, ready = begin_or_resume(ledger, path, saved, progress, cursor, rule.max_staleness)
             dispatcher = Dispatcher(
-                _schedule(trainer, strategy, settings, cursor, ledger, progress, ready, explores_only),
-                _groups(trainer, strategy, settings, cursor, ledger, incarnation),
+                _schedule(trainer, rule, settings, cursor, ledger, progress, ready),
+                _groups(trainer, rule, settings, cursor, ledger, incarnation),
                 pool,
                 ErrorRate(settings.tolerance.max_error_rate, 2 * settings.tasks_per_step * settings.samples_per_task),
                 Activity(observers),
@@ -154,23 +155,22 @@ def _plan(trainer: L.Trainer, settings: RunSettings, explores_only: bool) -> Tas
 
 def _schedule(
     trainer: L.Trainer,
-    strategy: SyncStrategy,
+    rule: Rule,
     settings: RunSettings,
     cursor: TaskCursor,
     ledger: Ledger,
     progress: Progress,
     ready: Mapping[GroupKey, int],
-    explores_only: bool,
 ) -> Schedule:
     score = settings.buffer.selection
     trains = micro_batches(trainer, settings.steps_per_epoch) > 0
     return Schedule(
-        Exploration() if explores_only else strategy,
+        rule,
         size=cursor.plan.size,
         samples=settings.samples_per_task,
         first=progress.version,
         stop=stop_batch(trainer, cursor.plan.batches_per_epoch if trains else 0),
-        capacity=None if explores_only else settings.buffer.capacity,  # only training makes room
+        capacity=None if isinstance(rule, Exploration) else settings.buffer.capacity,  # only training makes room
         progress=progress,
         ready=ready,
         scores={} if score is None else {group.key: score(group) for group in ledger.read(ready)},
@@ -179,7 +179,7 @@ def _schedule(
 
 def _groups(
     trainer: L.Trainer,
-    strategy: SyncStrategy,
+    rule: Rule,
     settings: RunSettings,
     cursor: TaskCursor,
     ledger: Ledger,
@@ -193,10 +193,10 @@ def _groups(
         samples_per_task=settings.samples_per_task,
         min_samples=settings.tolerance.needed(settings.samples_per_task, bool(objective.needs_group)),  # type: ignore[union-attr]
         sampling=settings.sampling,
-        max_staleness=strategy.max_staleness,
+        max_staleness=rule.max_staleness,
         group_filter=Filter(buffer.group_filter, buffer.max_refused),
         score=buffer.selection,
-        replay=ReplayMemory(buffer.replay, settings.tasks_per_step, strategy.max_staleness),
+        replay=ReplayMemory(buffer.replay, settings.tasks_per_step, rule.max_staleness),
     )
 
 

@@ -1,0 +1,123 @@
+"""One call of the trainer, as each of its ranks sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.monitor.spans import Span
+from lightning_rft.run.coordinator import Coordinator
+from lightning_rft.run.lifecycle import Run, RunSettings
+from lightning_rft.sync.strategy import SyncStrategy
+from lightning_rft.trainer.ranks import SIGTERM_STATUS, Ranks
+
+__all__ = ["Session"]
+
+
+class Session:
+    """Brings the trainer's ranks together; rank 0's session holds the run, and all see what comes of it.
+
+    ``weights`` gathers the policy's weights, on all ranks together. Where nothing ``validates``, Lightning is kept from
+    warning of an empty loader until :meth:`end`.
+    """
+
+    def __init__(self, trainer: L.Trainer, weights: Callable[[], Iterable[Any]], *, validates: bool) -> None:
+        #: The run's own folder; asked for here, since on several ranks ``log_dir`` is a collective.
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "rft"
+        self.ranks = Ranks.meet(trainer, weights)
+        #: Whether the run has begun, which only rank 0 has.
+        self.begun = False
+        self._trainer = trainer
+        self._run: Run | None = None
+        self._limit_val_batches: float | None = None
+        if not validates:
+            self._limit_val_batches = trainer.limit_val_batches  # type: ignore[attr-defined]
+            trainer.limit_val_batches = 0  # type: ignore[attr-defined]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the call is ``fit``."""
+        return self._trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """What asks explorers; on rank 0 alone."""
+        assert self._run is not None, "experience was asked for before the run began"
+        return self._run.coordinator
+
+    def begin(
+        self,
+        strategy: SyncStrategy,
+        pool: ExplorerPool,
+        settings: RunSettings,
+        saved: Mapping[str, Any],
+        observers: Sequence[Callable[[Span], None]],
+    ) -> None:
+        """Begins the run, or goes on from what was ``saved``, and pushes the first version."""
+
+        def begin() -> None:
+            assert pool.assigned, "begin before setup"
+            self._run = Run(
+                self._trainer,
+                strategy,
+                pool,
+                settings,
+                folder=self.folder,
+                saved=saved,
+                check_interrupt=self._check_interrupt,
+                gathered=self.ranks.gathered,
+                observers=observers,
+            )
+            self.coordinator.push_first()
+
+        self.begun = True
+        self.ranks.agree("the first push", begin)
+
+    def trained(self, batch: int) -> dict[str, float]:
+        """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""
+        return self.ranks.agree(f"the end of batch {batch}", lambda: self.coordinator.trained(batch))
+
+    def finish(self) -> None:
+        """Pushes the last version, if it was not, so that what is sampled next is sampled with it."""
+
+        def finish() -> None:
+            self.coordinator.push_last()
+            rank_zero_info(self.coordinator.summary())
+
+        self.ranks.agree("the end of training", finish)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, for a checkpoint; empty where there is none."""
+        return {} if self._run is None else self._run.state_dict()
+
+    def fail(self, exception: BaseException) -> None:
+        """Tells all ranks, and those that wait, of the exception that ends this one."""
+        if isinstance(exception, SIGTERMException):
+            exception.code = SIGTERM_STATUS  # Lightning by itself lets it exit with 0
+        self.ranks.fail(exception)
+        if self._run is not None:
+            self.coordinator.failed(exception)  # so that a push in the background does not go on
+
+    def end(self) -> dict[str, Any]:
+        """Ends the run, but not the ranks' meeting; returns where training stood."""
+        if self._limit_val_batches is not None:
+            self._trainer.limit_val_batches = self._limit_val_batches  # type: ignore[attr-defined]
+        run, self._run = self._run, None
+        if run is None:
+            return {}
+        try:
+            return run.state_dict() if self.fits else {}
+        finally:
+            run.close()
+
+    def _check_interrupt(self) -> None:
+        self.ranks.check()
+        if self._trainer.received_sigterm:
+            raise SIGTERMException  # Lightning only looks after a batch, and there may never be one
