@@ -115,6 +115,8 @@ class VLLMEngine(Engine):
             "VLLM_CPU_KVCACHE_SPACE": str(self.cpu_cache_gib),
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            # Where tensor-parallel workers listen for each other, all on this machine.
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"),
         }
         # Intel's OpenMP, a quarter faster than the one that comes with torch.
         openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
