@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 import lightning_rft as rft
 from lightning_rft.sync.transports.gloo import GlooSender
+from lightning_rft.trainer import ranks
 from tests.processes import LightEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +79,23 @@ def check(engine: rft.Engine, explorers: int, model: Path, folder: Path, monkeyp
 
 def test_a_run_listens_on_loopback_alone(tiny_model_path: Path, tmp_path: Path, monkeypatch: Any) -> None:
     check(LightEngine(), 2, tiny_model_path, tmp_path, monkeypatch)
+
+
+def test_a_rank_is_heard_only_with_the_runs_secret() -> None:
+    secret = secrets.token_bytes(32)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
+        host, port = server.getsockname()
+        welcomed = threads.submit(ranks._welcome, server, secret, 2)
+        stranger = ranks._join(host, port, bytes(32), 1)
+        with pytest.raises((EOFError, ConnectionResetError)):  # hung up on
+            stranger.receive(20)
+        stranger.close()
+        rank = ranks._join(host, port, secret, 1)
+        (peer,) = welcomed.result(20).values()
+        rank.send("here")
+        assert peer.receive(20) == "here"
+        rank.close()
+        peer.close()
 
 
 @pytest.mark.vllm

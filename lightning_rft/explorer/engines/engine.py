@@ -27,44 +27,26 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to sample.
+    """One completion to sample."""
 
-    Args:
-        id: Unique among the running requests.
-        prompt_ids: Token ids of the prompt; not empty.
-        max_new_tokens: Most tokens to sample, at least 1.
-        temperature: Softmax temperature; ``0`` is greedy.
-        seed: Seeds this request's own random numbers, so that its content does not depend on its neighbours'.
-        sampling: Truncation of the distribution. No engine applies it yet, and nothing asks for any.
-    """
-
-    id: str
+    id: str  #: Unique among the running requests.
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
-    temperature: float = 1.0
-    seed: int = 0
-    sampling: Truncation = Truncation()  # noqa: RUF009 (immutable)
+    temperature: float = 1.0  #: ``0`` is greedy.
+    seed: int = 0  #: Of this request's own random numbers: its content does not depend on its neighbours'.
+    sampling: Truncation = Truncation()  # noqa: RUF009 (immutable). No engine applies it yet, and nothing asks for any.
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to a :class:`Request`; the three tuples are equally long.
-
-    Args:
-        request_id: :attr:`Request.id`.
-        token_ids: Sampled token ids, the end-of-sequence token included when it was sampled.
-        logprobs: Natural-log probability of each under the distribution it was drawn from (temperature applied).
-        versions: Version of the weights that sampled each.
-        finish_reason: ``"stop"`` or ``"length"``.
-        support: What truncation left to choose from, for each of them.
-    """
+    """The answer to a :class:`Request`; the three tuples are equally long."""
 
     request_id: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    versions: tuple[int, ...]
-    finish_reason: str
-    support: Support | None = None
+    token_ids: tuple[int, ...]  #: The end-of-sequence token included, when it was sampled.
+    logprobs: tuple[float, ...]  #: Natural, of the distribution that was drawn from: temperature applied.
+    versions: tuple[int, ...]  #: Of the weights that sampled each token.
+    finish_reason: str  #: ``"stop"`` or ``"length"``.
+    support: Support | None = None  #: What truncation left to choose from, for each token.
 
 
 @dataclass(eq=False)
@@ -160,11 +142,7 @@ class Engine(ABC):
                 raise ConfigurationError(f"{name}({setting}={value!r}): must be a whole number of at least 1.")
 
     def environment(self, threads: int) -> dict[str, str]:
-        """Environment variables that the explorer process must be started with.
-
-        Args:
-            threads: CPU threads that this explorer may use.
-        """
+        """Environment variables that the explorer process must be started with, to use so many CPU threads."""
         # Threads that spin while they wait are fast on an idle machine and several times slower on a shared one: the
         # trainer, the explorers and whatever else runs take turns on the same cores.
         return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
