@@ -8,44 +8,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from lightning_rft.explorer.engines.engine import TensorInfo
 from lightning_rft.testing import tiny_model
+from tests.explorer.links import MemoryLink
 from tests.processes import Script, Zygote
-
-if TYPE_CHECKING:
-    import torch
-
-
-class MemoryLink:
-    """A weight transport within one process: ``push`` says what the next ``receive`` will yield."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.opened: list[int] = []
-        self.closed = 0
-
-    def push(self, tensors: Mapping[str, torch.Tensor]) -> list[TensorInfo]:
-        self.tensors = dict(tensors)
-        return [
-            TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            for name, tensor in tensors.items()
-        ]
-
-    def open(self, member: int) -> MemoryLink:
-        self.opened.append(member)
-        return self
-
-    def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.tensors.items()
-
-    def close(self) -> None:
-        self.closed += 1
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 from lightning_rft.channel import spawn
 
 __all__ = ["GRACE_S", "LocalProcess", "end_all"]
+
+_log = logging.getLogger(__name__)
 
 #: Seconds that a process may take to end when asked, and then to be gone when killed.
 GRACE_S = 3.0
@@ -40,7 +43,7 @@ class LocalProcess:
 
     def kill(self) -> None:
         """Kills the process and everything it started."""
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter on macOS, of one that has ended
             os.killpg(self.pid, signal.SIGKILL)
 
     def status(self, timeout_s: float) -> int | None:
@@ -55,15 +58,25 @@ class LocalProcess:
 
 
 def end_all(processes: Collection[LocalProcess], grace_s: float = GRACE_S) -> None:
-    """Asks, waits, kills: every process and everything it started is gone when this returns."""
+    """Asks, waits, kills: processes and everything they started; waits no longer for one that the kernel holds."""
     if grace_s > 0:
         for process in processes:
             with contextlib.suppress(OSError):
                 process.send(None)
-    deadline = time.monotonic() + grace_s
-    for process in processes:
-        process.status(max(0.0, deadline - time.monotonic()))
+        _wait(processes, grace_s)
     for process in processes:
         process.kill()
-        process.status(GRACE_S)
+    _wait(processes, GRACE_S)
+    for process in processes:
+        if process.status(0) is None:
+            _log.warning(
+                "Process %d was killed and is not gone %g s later: a device or disk may hold it. See %s.",
+                *(process.pid, GRACE_S, process.log),
+            )
         process.channel.close()
+
+
+def _wait(processes: Collection[LocalProcess], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.status(max(0.0, deadline - time.monotonic()))

@@ -1,25 +1,39 @@
-"""Weight links of tests, in a module that an engine's own processes can import."""
+"""The weight link of tests, in a module that an engine's own processes can import."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_rft.experience import TensorInfo
 
 
-class Link:
-    """Weights that are already in this process, or travel to an engine's own processes with the link."""
+class MemoryLink:
+    """Weights that are in this process, or travel to an engine's own processes with the link.
 
-    def __init__(self, tensors: dict[str, Any]) -> None:
-        self.tensors = tensors
+    ``push`` says what the next ``receive`` will yield.
+    """
 
-    def open(self, member: int) -> Link:
+    def __init__(self, tensors: Mapping[str, Any] | None = None) -> None:
+        self.tensors = dict(tensors or {})
+        self.opened: list[int] = []
+        self.closed = 0
+
+    def push(self, tensors: Mapping[str, Any]) -> list[TensorInfo]:
+        self.tensors = dict(tensors)
+        return [
+            TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        ]
+
+    def open(self, member: int) -> MemoryLink:
+        self.opened.append(member)
         return self
 
     def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, Any]]:
         for info in manifest:
-            yield info.name, self.tensors[info.name]
+            if info.name in self.tensors:
+                yield info.name, self.tensors[info.name]
 
     def close(self) -> None:
-        pass
+        self.closed += 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.explorer.in_process import in_process
-from tests.explorer.links import Link
+from tests.explorer.links import MemoryLink
 
 torch = pytest.importorskip("torch")
 
@@ -87,7 +87,7 @@ def gaps(engine: str, old: str, new: str, ranks: int) -> dict[str, float]:
     started.start(old, max_model_len=256, seed=0)
     found = {"between": float((truth(old) - truth(new)).abs().max())}
     found["start"] = float((torch.tensor(started.prompt_logprobs(PROMPT)) - truth(old)).abs().max())
-    started.connect(Link(dict(weights)))
+    started.connect(MemoryLink(dict(weights)))
     for push in (1, 2):
         started.load(manifest, push)
         found[f"push {push}"] = float((torch.tensor(started.prompt_logprobs(PROMPT)) - truth(new)).abs().max())

@@ -45,7 +45,7 @@ class Clock(FakeEngine):
         _, batch, slot, _, sample, *_ = map(int, request.id.split("/"))
         length = self.lengths[GroupKey(batch, slot)][sample]
         super().add(replace(request, max_new_tokens=length))
-        self._running[-1].length = length
+        self._running[request.id].limit = length
 
     def step(self) -> list[Completion]:
         asyncio.run_coroutine_threadsafe(self._settle(), self.loop).result()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Request
 from lightning_rft.explorer.engines.vllm import VLLMEngine
 from tests.explorer.in_process import in_process
+from tests.explorer.links import MemoryLink
 
 pytestmark = [pytest.mark.vllm]
 torch = pytest.importorskip("torch")
@@ -22,27 +22,11 @@ LONG = tuple(10 + i * 7 % 90 for i in range(300))
 VERSION = 5
 
 
-class MemoryLink:
-    """Weights that are already in this process."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self.tensors = tensors
-
-    def open(self, member: int) -> MemoryLink:
-        return self
-
-    def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, Any]]:
-        for info in manifest:
-            yield info.name, self.tensors[info.name]
-
-    def close(self) -> None:
-        pass
-
-
 def load(engine: VLLMEngine, tensors: Mapping[str, Any], version: int) -> None:
-    engine.connect(MemoryLink(tensors))
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    engine.load([TensorInfo(name, dtype, tuple(tensor.shape)) for name, tensor in tensors.items()], version)
+    link = MemoryLink()
+    manifest = link.push(tensors)
+    engine.connect(link)
+    engine.load(manifest, version)
 
 
 def drain(engine: VLLMEngine) -> dict[str, Any]:

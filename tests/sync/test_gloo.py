@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -35,6 +37,21 @@ def policy(version: int) -> dict[str, torch.Tensor]:
     embedding = torch.arange(40.0) + 1000 * version
     layers = {f"layer{index}": torch.full((4,), 100.0 * version + index) for index in range(10)}
     return {"embedding": embedding, **layers, "norm": torch.tensor(version + 0.5), "head": embedding}
+
+
+def test_the_store_listens_on_loopback_until_the_group_has_met() -> None:
+    explorers, sender = Explorers(), GlooSender(timeout_s=20, bucket_bytes=BUCKET)
+    with ThreadPoolExecutor(1) as threads:
+        joined = threads.submit(sender.join, explorers, {0: 1})  # type: ignore[arg-type]
+        link = explorers.links.get(timeout=20)
+        lines = [line.laddr for line in psutil.Process().net_connections("tcp") if line.status == psutil.CONN_LISTEN]
+        assert [line.ip for line in lines if line.port == link.port] == ["127.0.0.1"]
+        receiver = link.open(0)
+        joined.result()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((link.host, link.port), 5)
+    receiver.close()
+    sender.close()
 
 
 @pytest.fixture

@@ -6,59 +6,70 @@ pickles. In the explorer process :meth:`Engine.start` brings it to life, and fro
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
+from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import Support, TensorInfo, Truncation
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Completion", "Engine", "Request", "TensorInfo", "WeightLink", "WeightReceiver"]
+__all__ = ["Completion", "Engine", "Request", "Running", "TensorInfo", "WeightLink", "WeightReceiver", "listing"]
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to sample.
+    """One completion to sample."""
 
-    Args:
-        id: Unique among the running requests.
-        prompt_ids: Token ids of the prompt; not empty.
-        max_new_tokens: Most tokens to sample, at least 1.
-        temperature: Softmax temperature; ``0`` is greedy.
-        seed: Seeds this request's own random numbers, so that its content does not depend on its neighbours'.
-        sampling: Truncation of the distribution. No engine applies it yet, and nothing asks for any.
-    """
-
-    id: str
+    id: str  #: Unique among the running requests.
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
-    temperature: float = 1.0
-    seed: int = 0
-    sampling: Truncation = Truncation()  # noqa: RUF009 (immutable)
+    temperature: float = 1.0  #: ``0`` is greedy.
+    seed: int = 0  #: Of this request's own random numbers: its content does not depend on its neighbours'.
+    sampling: Truncation = Truncation()  # noqa: RUF009 (immutable). No engine applies it yet, and nothing asks for any.
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to a :class:`Request`; the three tuples are equally long.
-
-    Args:
-        request_id: :attr:`Request.id`.
-        token_ids: Sampled token ids, the end-of-sequence token included when it was sampled.
-        logprobs: Natural-log probability of each under the distribution it was drawn from (temperature applied).
-        versions: Version of the weights that sampled each.
-        finish_reason: ``"stop"`` or ``"length"``.
-        support: What truncation left to choose from, for each of them.
-    """
+    """The answer to a :class:`Request`; the three tuples are equally long."""
 
     request_id: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    versions: tuple[int, ...]
-    finish_reason: str
-    support: Support | None = None
+    token_ids: tuple[int, ...]  #: The end-of-sequence token included, when it was sampled.
+    logprobs: tuple[float, ...]  #: Natural, of the distribution that was drawn from: temperature applied.
+    versions: tuple[int, ...]  #: Of the weights that sampled each token.
+    finish_reason: str  #: ``"stop"`` or ``"length"``.
+    support: Support | None = None  #: What truncation left to choose from, for each token.
+
+
+@dataclass(eq=False)
+class Running:
+    """A request and what it has sampled so far; the three lists are equally long."""
+
+    request: Request
+    limit: int  #: Maximum tokens to sample.
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    @cached_property
+    def rng(self) -> random.Random:
+        """The request's own random numbers."""
+        # Not a torch.Generator: on a CPU that one reads only the low 32 bits of its seed.
+        return random.Random(self.request.seed)
+
+    def extend(self, token_ids: Sequence[int], logprobs: Iterable[float], version: int) -> None:
+        """Adds what one step sampled."""
+        self.token_ids += token_ids
+        self.logprobs += logprobs
+        self.versions += [version] * len(token_ids)
 
 
 class WeightReceiver(Protocol):
@@ -86,31 +97,52 @@ class Engine(ABC):
 
     The order of calls is :meth:`prepare`, :meth:`start`, then any of :meth:`add`, :meth:`abort`, :meth:`step`,
     :meth:`connect`, :meth:`load` and :meth:`prompt_logprobs`, all on one thread, then :meth:`stop`.
+
+    Args:
+        model: Model path or hub name, when it is not to be the module's.
+        dtype: Dtype of the weights, such as ``"bfloat16"``; ``"auto"`` is decided by :meth:`start`.
+        max_num_seqs: Maximum requests that run at once; more are given, which wait in order of arrival.
+        max_model_len: Maximum tokens of prompt and answer together that the engine is made for; ``None``: what the
+            prompts need, or the model's context with a workflow of the user's own.
+
+    Attributes:
+        version: Version of the weights, ``-1`` before the first :meth:`load`.
     """
 
-    #: Model path or hub name, when it is not to be the module's.
-    model: str | None = None
-    #: Dtype of the weights, such as ``"bfloat16"``; ``"auto"`` is decided by :meth:`start`.
-    dtype: str = "float32"
     #: Whether :meth:`connect` takes an NCCL link; decided by :meth:`start`.
     nccl: bool = False
-    #: Most requests that run at once; it is given some more, which wait inside the engine in order of arrival.
-    max_num_seqs: int = 64
-    #: Maximum tokens of prompt and answer together that the engine is made for; ``None``: what the prompts need, or the
-    #: model's context with a workflow of the user's own.
-    max_model_len: int | None = None
-    #: Weight-holding processes inside this engine (tensor times pipeline parallel size).
+    #: Weight-holding processes inside this engine.
     world_size: int = 1
+    #: Settings that are whole numbers of at least 1, where they are set.
+    counts: tuple[str, ...] = ("max_num_seqs", "max_model_len")
+
+    def __init__(
+        self,
+        model: str | None = None,
+        dtype: str = "float32",
+        max_num_seqs: int = 64,
+        max_model_len: int | None = None,
+    ) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.version = -1
+        self._running: dict[str, Running] = {}  # by id, in order of arrival
+        self._receiver: WeightReceiver | None = None
 
     def check(self) -> None:
         """Raises :class:`~lightning_rft.errors.ConfigurationError` for what can be known before a process starts."""
+        name = type(self).__name__
+        if self.dtype not in _DTYPES:
+            raise ConfigurationError(f"{name}(dtype={self.dtype!r}): choose one of {', '.join(_DTYPES)}.")
+        for setting in self.counts:
+            value = getattr(self, setting)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigurationError(f"{name}({setting}={value!r}): must be a whole number of at least 1.")
 
     def environment(self, threads: int) -> dict[str, str]:
-        """Environment variables that the explorer process must be started with.
-
-        Args:
-            threads: CPU threads that this explorer may use.
-        """
+        """Environment variables that the explorer process must be started with, to use so many CPU threads."""
         # Threads that spin while they wait are fast on an idle machine and several times slower on a shared one: the
         # trainer, the explorers and whatever else runs take turns on the same cores.
         return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -118,36 +150,57 @@ class Engine(ABC):
     def prepare(self) -> None:
         """Imports what :meth:`start` needs; called in the explorer process as soon as it is there."""
 
-    @abstractmethod
     def start(self, model: str, *, max_model_len: int, seed: int) -> None:
-        """Loads the model and gets ready; version of the weights is ``-1`` until the first :meth:`load`.
+        """Loads the model and gets ready; an engine calls this one first.
 
         Args:
             model: Model path or hub name.
-            max_model_len: Most tokens of prompt and completion together.
+            max_model_len: Maximum tokens of prompt and completion together.
             seed: Seed of the run.
         """
+        self.check()
+        self._longest = max_model_len
+        self.version = -1
 
-    @abstractmethod
     def add(self, request: Request) -> None:
-        """Queues a request; :meth:`step` runs it."""
+        """Queues a request; :meth:`step` runs it.
 
-    @abstractmethod
+        Raises:
+            ConfigurationError: It cannot run: longer than ``max_model_len``, an empty prompt, nothing to sample, or a
+                temperature below 0.
+        """
+        total = len(request.prompt_ids) + request.max_new_tokens
+        if total > self._longest:
+            raise ConfigurationError(
+                f"Request {request.id!r}: a prompt of {len(request.prompt_ids)} tokens and max_new_tokens="
+                f"{request.max_new_tokens} make {total}, more than max_model_len={self._longest}. Lower "
+                "max_new_tokens, shorten the prompt or raise max_model_len."
+            )
+        if not request.prompt_ids or request.max_new_tokens < 1 or request.temperature < 0:
+            raise ConfigurationError(
+                f"Request {request.id!r}: needs a prompt (has {len(request.prompt_ids)} tokens), max_new_tokens >= 1 "
+                f"(is {request.max_new_tokens}) and temperature >= 0 (is {request.temperature})."
+            )
+        self._running[request.id] = Running(request, request.max_new_tokens)
+
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forgets requests; unknown ids are ignored."""
+        for request_id in request_ids:
+            self._running.pop(request_id, None)
 
     @abstractmethod
     def step(self) -> list[Completion]:
         """Samples about one token for each running request and returns those that finished with it."""
 
     @property
-    @abstractmethod
     def has_work(self) -> bool:
         """Whether any request is queued or running."""
+        return bool(self._running)
 
-    @abstractmethod
     def connect(self, link: WeightLink) -> None:
-        """Joins a weight transport; replaces an earlier one."""
+        """Joins a weight transport; leaves an earlier one first."""
+        self._disconnect()
+        self._receiver = link.open(0)
 
     @abstractmethod
     def load(self, manifest: Sequence[TensorInfo], version: int) -> None:
@@ -164,6 +217,42 @@ class Engine(ABC):
     def prompt_logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
         """Log-prob (temperature 1) of each prompt token but the first, given those before: what the weights say."""
 
-    @abstractmethod
     def stop(self) -> None:
-        """Ends everything that :meth:`start` began; safe to call twice."""
+        """Ends everything that :meth:`start` began; safe to call twice, and before :meth:`start`."""
+        self._disconnect()
+        self._running.clear()
+
+    def _disconnect(self) -> None:
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.close()
+
+    def _batch(self) -> list[Running]:
+        """The requests that sample in the next step."""
+        return list(islice(self._running.values(), self.max_num_seqs))
+
+    def _finish(self, running: Running, finish_reason: str) -> Completion:
+        request_id = running.request.id
+        del self._running[request_id]
+        return Completion(
+            request_id, tuple(running.token_ids), tuple(running.logprobs), tuple(running.versions), finish_reason
+        )
+
+    def _receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._receiver is None:
+            raise TransportError("No weights can be loaded before connect(link).")
+        return self._receiver.receive(manifest)
+
+    @staticmethod
+    def _check_whole(version: int, expected: Collection[str], arrived: Collection[str]) -> None:
+        if missing := set(expected) - set(arrived):
+            raise TransportError(
+                f"Version {version} was not delivered whole: {listing(missing)} did not arrive, of {listing(expected)}."
+            )
+
+
+def listing(names: Iterable[str], limit: int = 20) -> str:
+    """Sorted names for an error message, cut where nobody would read on."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(map(repr, ordered[:limit])) + more

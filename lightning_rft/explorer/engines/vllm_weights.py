@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from typing_extensions import override
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -59,8 +60,8 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
         self._receiver: WeightReceiver | None = None
         self._nccl: NCCLWeightTransferEngine | None = None
 
+    @override
     def init_transfer_engine(self, init_info: LinkInitInfo) -> None:
-        """Joins the transport, leaving an earlier one."""
         self.shutdown()
         if init_info.nccl is not None:
             self._nccl = NCCLWeightTransferEngine(self.config, self.vllm_config, self.device, self.model)
@@ -68,8 +69,8 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
         elif init_info.link is not None:
             self._receiver = init_info.link.open(self.parallel_config.rank)
 
+    @override
     def start_weight_update(self) -> None:
-        """Puts every layer back into the state in which it takes checkpoint weights."""
         if self.device.type == "cpu":
             for layer in self.model.modules():
                 # The CPU backend packs experts only where it makes their kernel, so a kernel that is kept would compute
@@ -78,26 +79,22 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
                     layer.quant_method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
+    @override
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receives and loads; vLLM's own version synchronises an accelerator, which raises where there is none."""
+        # vLLM's own version synchronises an accelerator, which raises where there is none
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
+    @override
     def receive_weights(self, update_info: ManifestUpdateInfo) -> None:
-        """Loads the tensors of one push into the model.
-
-        Raises:
-            TransportError: The model does not know a tensor, or some layer did not get all of its weights: vLLM itself
-                only logs the latter and computes on with the old ones.
-        """
         try:
             self._receive(update_info.manifest)
             missing = list(self._incomplete())
         except BaseException:
             finalize_layerwise_reload(self.model, self.model_config)  # else half a layer would wait for the next push
             raise
-        if missing:
+        if missing:  # vLLM itself only logs this, and computes on with the old ones
             finalize_layerwise_reload(self.model, self.model_config)
             raise TransportError(
                 f"{len(missing)} layers kept old weights after a push: {', '.join(missing[:8])}. Every name of the "
@@ -153,8 +150,8 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
         if len(errors) == len(names):
             raise TransportError(f"vLLM's model does not know a tensor that the trainer sent: {errors[0]}")
 
+    @override
     def finish_weight_update(self) -> None:
-        """Ends the reload."""
         finalize_layerwise_reload(self.model, self.model_config)
 
     def _incomplete(self) -> Iterator[str]:
@@ -167,8 +164,8 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
             if info.load_numel < expected:
                 yield f"{name} ({type(layer).__name__}, {info.load_numel} of {expected} elements)"
 
+    @override
     def shutdown(self) -> None:
-        """Leaves the transport."""
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None

@@ -130,38 +130,30 @@ def _sync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class CheckpointLink:
-    """An invitation to read a checkpoint, which must be this version and written by this run."""
+    """An invitation to read a checkpoint, which must be this version and written by this run; it is the reader, too."""
 
     path: str
     run: str
     version: int
 
-    def open(self, member: int) -> CheckpointReceiver:
-        """Makes the reader; each process of an engine reads for itself."""
-        return CheckpointReceiver(self)
-
-
-class CheckpointReceiver:
-    """An explorer's end: reads the file, after checking that it is the right one and complete."""
-
-    def __init__(self, link: CheckpointLink) -> None:
-        self._link = link
+    def open(self, member: int) -> CheckpointLink:
+        """Returns itself: each process of an engine reads for itself."""
+        return self
 
     def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the tensors, mapped into memory; raises :class:`TransportError` before the first if any is wrong."""
         from safetensors import SafetensorError, safe_open
 
-        link = self._link
         try:
-            file = safe_open(link.path, framework="pt")
+            file = safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise TransportError(f"checkpoint {link.path} is torn or missing ({error}): it was not loaded") from error
+            raise TransportError(f"checkpoint {self.path} is torn or missing ({error}): it was not loaded") from error
         with file:
             found = file.metadata() or {}
-            if (found.get("run"), found.get("version")) != (link.run, str(link.version)):
+            if (found.get("run"), found.get("version")) != (self.run, str(self.version)):
                 raise TransportError(
-                    f"checkpoint {link.path} is version {found.get('version')} of run {found.get('run')}, not version "
-                    f"{link.version} of run {link.run}: it was not loaded. Does another run write to the same folder?"
+                    f"checkpoint {self.path} is version {found.get('version')} of run {found.get('run')}, not version "
+                    f"{self.version} of run {self.run}: it was not loaded. Does another run write to the same folder?"
                 )
             names = set(file.keys())
             for info in manifest:
@@ -170,7 +162,7 @@ class CheckpointReceiver:
                 if held is None or tuple(held.get_shape()) != info.shape:
                     shape = None if held is None else tuple(held.get_shape())
                     raise TransportError(
-                        f"checkpoint {link.path} holds {stored!r} with shape {shape}, but {info.shape} was "
+                        f"checkpoint {self.path} holds {stored!r} with shape {shape}, but {info.shape} was "
                         "announced: it was not loaded"
                     )
             for info in manifest:

@@ -108,7 +108,7 @@ class CollectiveTransport(Transport):
                 "waits for pushes (asynchronous ones push from a snapshot in the CPU's memory): use backend='auto'"
             )
         if self.backend == "nccl" or (self.backend == "auto" and on_gpu and explorers.nccl):
-            return NCCLSender(self.timeout_s)
+            return NCCLSender(tensors[0][1].device)
         return GlooSender(self.timeout_s, self.bucket_mib << 20)
 
 

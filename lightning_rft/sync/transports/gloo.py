@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_rft.errors import LinkError, TransportError
@@ -21,6 +22,7 @@ from lightning_rft.sync.transports.transport import Explorers, Sender, Weights, 
 
 __all__ = ["GlooLink", "GlooReceiver", "GlooSender"]
 
+_HOST = "127.0.0.1"  # explorers run on this machine
 _MEET_S = 0.001
 _GO = "go"
 
@@ -37,7 +39,7 @@ class GlooSender(Sender):
         self._group: ProcessGroupGloo | None = None
         self._store: TCPStore | None = None
         self._closed = False
-        self._invited: dict[str, int] = {}  # key that an explorer's process sets in the store when it comes -> explorer
+        self._invited: dict[str, int] = {}  # _here of an explorer's process -> explorer
 
     @property
     @override
@@ -48,11 +50,15 @@ class GlooSender(Sender):
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
         world = 1 + sum(members.values())
         timeout = timedelta(seconds=self._timeout_s)
-        store = self._store = TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
+        with socket.create_server((_HOST, 0), backlog=world) as server:  # torch's own would listen on all interfaces
+            port = server.getsockname()[1]
+            store = self._store = TCPStore(
+                _HOST, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=server.detach()
+            )
         rank = 1
         for explorer, size in members.items():
-            link = GlooLink("127.0.0.1", store.port, rank, world, self._timeout_s, self._bucket_bytes)
-            self._invited |= {f"here/{member}": explorer for member in range(rank, rank + size)}
+            link = GlooLink(_HOST, port, rank, world, self._timeout_s, self._bucket_bytes)
+            self._invited |= {_here(member): explorer for member in range(rank, rank + size)}
             explorers.connect(explorer, link)
             rank += size
         # Making the group cannot be broken off, so it begins when everyone has come; the end of the store frees a
@@ -62,7 +68,10 @@ class GlooSender(Sender):
                 return
             time.sleep(_MEET_S)
         store.set(_GO, "")
-        self._group = _gloo(store, 0, world, timeout)
+        group = _gloo(_HOST, port, 0, world, timeout)
+        store.wait([_met(member) for member in range(1, world)])
+        # Anyone on this machine could write into the store, and the group needs it no more.
+        self._group, self._store = group, None
 
     @override
     def absent(self) -> list[int]:
@@ -118,11 +127,13 @@ class GlooReceiver:
         timeout = timedelta(seconds=link.timeout_s)
         self._bucket_bytes = link.bucket_bytes
         self._memory = ReusedMemory(link.bucket_bytes)
+        rank = link.rank + member
         with _link_errors():
-            self._store = TCPStore(link.host, link.port, None, is_master=False, timeout=timeout)
-            self._store.set(f"here/{link.rank + member}", "")
-            self._store.wait([_GO], timeout)
-            self._group: ProcessGroupGloo | None = _gloo(self._store, link.rank + member, link.world_size, timeout)
+            store = TCPStore(link.host, link.port, timeout=timeout)
+            store.set(_here(rank), "")
+            store.wait([_GO], timeout)
+            self._group: ProcessGroupGloo | None = _gloo(link.host, link.port, rank, link.world_size, timeout)
+            store.set(_met(rank), "")
 
     def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the tensors of one push; the next bucket travels while the engine loads one."""
@@ -169,12 +180,23 @@ def _link_errors() -> Iterator[None]:
         raise LinkError(f"the weight transport broke off: {error}") from error
 
 
-def _gloo(store: Store, rank: int, world_size: int, timeout: timedelta) -> ProcessGroupGloo:
+def _here(rank: int) -> str:
+    """Key that a process sets in the store when it comes."""
+    return f"here/{rank}"
+
+
+def _met(rank: int) -> str:
+    """Key that a process sets in the store when it is connected to all others."""
+    return f"met/{rank}"
+
+
+def _gloo(host: str, port: int, rank: int, world_size: int, timeout: timedelta) -> ProcessGroupGloo:
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     # by address: a host whose own name does not resolve would not find itself
-    options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timeout
-    return ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, options)
+    store = PrefixStore("weights", TCPStore(host, port, timeout=timeout))
+    return ProcessGroupGloo(store, rank, world_size, options)
 
 
 def _broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:

@@ -24,19 +24,7 @@ class ReusedMemory:
         self._pieces: list[tuple[np.ndarray[Any, Any], weakref.ref[np.ndarray[Any, Any]]]] = []
 
     def take(self, size: int) -> torch.Tensor:
-        """Uninitialised bytes, which are the caller's for as long as this tensor, or any view of it, lives.
-
-        Example:
-            >>> memory = ReusedMemory(least=16)
-            >>> first = memory.take(8)
-            >>> view, place = first[4:].view(torch.float32), first.data_ptr()
-            >>> del first
-            >>> memory.take(8).data_ptr() == place, view.numel()
-            (False, 1)
-            >>> del view
-            >>> memory.take(16).data_ptr() == place
-            True
-        """
+        """Uninitialised bytes, which are the caller's for as long as this tensor, or any view of it, lives."""
         lent = [piece for piece in self._pieces if piece[1]() is not None]
         free = [piece for piece in self._pieces if piece[1]() is None][:_KEPT]
         fits = [piece for piece in free if piece[0].nbytes >= size]

@@ -1,14 +1,14 @@
-"""Weight transport by NCCL, with both halves of vLLM's own weight transfer (``vllm>=0.30``).
+"""Weight transport by NCCL, whose other end is vLLM's own weight transfer (``vllm>=0.30``).
 
-Not run yet: it was written without a GPU. It follows vLLM's documented handshake; ours are only the client that carries
-it to the explorers, and the source of the tensors.
+Not run yet: it was written without a GPU. It follows what vLLM documents for trainers that hand NCCL's unique id over
+themselves: no store is opened, and nothing is unpickled that did not come by our own channels.
 """
 
 from __future__ import annotations
 
-import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,83 +34,46 @@ class NCCLLink:
 
 
 class NCCLSender(Sender):
-    """Rank 0 of vLLM's NCCL weight-transfer group."""
+    """Rank 0 of an NCCL group with vLLM's workers; ``device`` holds the weights."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._engine: Any = None
-        self._source: Any = None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._group: Any = None
 
     @property
     @override
     def joined(self) -> bool:
-        return self._engine is not None
+        return self._group is not None
 
     @override
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+        from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         world = 1 + sum(members.values())
-        self._source = _source()
-        self._engine = WeightTransferTrainerFactory.trainer_init(
-            NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port, world_size=world),
-            client=_Client(explorers, members),
-            source=self._source,
-        )
+        unique_id = bytes(NCCLLibrary().ncclGetUniqueId())
+        rank = 1
+        for explorer, size in members.items():
+            invitation = {"nccl_unique_id_b64": b64encode(unique_id).decode(), "rank_offset": rank, "world_size": world}
+            explorers.connect(explorer, NCCLLink(invitation | {"packed": True}))
+            rank += size
+        self._group = uid_init_process_group(unique_id, 0, world, self._device)
 
     @override
     def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
-        self._source.tensors, self._source.manifest = tensors, manifest
-        self._engine.send_weights()
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        cast = (
+            (name, tensor.to(getattr(torch, info.dtype)))
+            for (name, tensor), info in zip(tensors, manifest, strict=True)
+        )
+        with torch.cuda.device(self._device):  # a thread of its own begins with the first device
+            torch.cuda.synchronize()  # vLLM packs on other streams than the one that made the weights
+            packed_nccl_broadcast_producer(cast, self._group, src=0, post_iter_func=lambda item: item[1])
 
     @override
     def close(self) -> None:
-        if self._engine is not None:
+        if self._group is not None:
             # an aborted collective can hold the communicator: never wait for it here
-            threading.Thread(target=self._engine.shutdown, name="nccl-shutdown", daemon=True).start()
-            self._engine = None
-
-
-class _Client:
-    """vLLM's control plane over our own channels; the transport itself announces loads."""
-
-    def __init__(self, explorers: Explorers, members: Mapping[int, int]) -> None:
-        self._explorers = explorers
-        self._members = members
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        rank = 1
-        for explorer, size in self._members.items():
-            self._explorers.connect(explorer, NCCLLink({**init_info, "rank_offset": rank}))
-            rank += size
-
-    def start_weight_update(self) -> None:
-        pass
-
-    def update_weights(self, update_info: Any) -> None:
-        pass
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        pass
-
-
-def _source() -> Any:
-    """A vLLM ``WeightSource`` of what the transport is about to send; its base class is there only with vLLM."""
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-    class Source(WeightSource):
-        tensors: Weights = ()
-        manifest: Sequence[TensorInfo] = ()
-
-        def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(info.name, getattr(torch, info.dtype), info.shape) for info in self.manifest]
-
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            for (name, tensor), info in zip(self.tensors, self.manifest, strict=True):
-                yield name, tensor.to(getattr(torch, info.dtype))
-
-    return Source()
+            threading.Thread(target=self._group.destroy, name="nccl-shutdown", daemon=True).start()
+            self._group = None

@@ -21,9 +21,7 @@ class Explorers(Protocol):
     def members(self) -> dict[int, int]:
         """Explorer index -> number of its processes that hold weights."""
 
-    @property
-    def folder(self) -> Path:
-        """The run's own folder, which explorers see too."""
+    folder: Path  #: The run's own, which explorers see too.
 
     @property
     def dtype(self) -> str:
@@ -91,12 +89,7 @@ class Transport(ABC):
 
 
 def nbytes(info: TensorInfo) -> int:
-    """Size in bytes, rounded up to 16, so that every tensor of a bucket can be viewed in its own dtype.
-
-    Example:
-        >>> nbytes(TensorInfo("bias", "bfloat16", (3,)))
-        16
-    """
+    """Size in bytes, rounded up to 16, so that every tensor of a bucket can be viewed in its own dtype."""
     dtype: torch.dtype = getattr(torch, info.dtype)
     return -(-math.prod(info.shape) * dtype.itemsize // 16) * 16
 
