@@ -8,9 +8,10 @@ from typing import Any
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.engines.engine import Engine
-from lightning_rft.explorer.workflows.policy import Prompt, Workflow, encode_prompt
+from lightning_rft.explorer.workflows.policy import Workflow
 from lightning_rft.model_folder import context_length
 from lightning_rft.settings import Timeouts, Tolerance
+from lightning_rft.tasks.prompts import Prompt, encode_prompt
 
 __all__ = ["ExplorerSpec", "fitting_length"]
 

@@ -12,9 +12,10 @@ from transformers import AutoTokenizer
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.engines.engine import Completion, Request
-from lightning_rft.explorer.workflows.policy import Policy, encode_prompt
+from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.settings import Sampling
+from lightning_rft.tasks.prompts import encode_prompt
 
 CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
 
