@@ -48,7 +48,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
     if problem:
         raise ConfigurationError(f"{problem}; give text, or chat messages with `role` and `content`")
     if isinstance(prompt, str):
-        return tuple(tokenizer(prompt, add_special_tokens=not is_rendered(tokenizer, prompt))["input_ids"])
+        begun = {"add_special_tokens": False} if is_rendered(tokenizer, prompt) else {}
+        return tuple(tokenizer(prompt, **begun)["input_ids"])
     if not tokenizer.chat_template:
         raise ConfigurationError(
             "the tokenizer has no chat template for chat messages: set tokenizer.chat_template and save it, or give "
@@ -70,8 +71,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
 
 def is_rendered(tokenizer: Any, prompt: Prompt) -> bool:
     """Whether a prompt is text that a chat template has rendered already."""
-    begin = getattr(tokenizer, "bos_token", None)
-    return isinstance(prompt, str) and bool(begin) and prompt.startswith(begin)
+    begin: str | None = getattr(tokenizer, "bos_token", None)
+    return isinstance(prompt, str) and begin is not None and prompt.startswith(begin)
 
 
 def ends_open(prompt: Prompt) -> bool:

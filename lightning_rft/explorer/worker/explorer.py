@@ -261,10 +261,7 @@ async def _call(workflow: Any, task: Task, policy: Policy) -> Any:
 
 def _text(answer: Any, task_id: str) -> str:
     """What a workflow returned, as exactly a ``str``, if that is what it is."""
-    if not isinstance(answer, str):
-        problem = f"a {type(answer).__name__}"
-    else:
-        problem = text_problem(answer, "a text that") or ""
+    problem = text_problem(answer, "a text that") if isinstance(answer, str) else f"a {type(answer).__name__}"
     if problem:
         raise ConfigurationError(
             f"the workflow returned {problem} for task {task_id!r}: return the text that the reward shall score"

@@ -20,7 +20,7 @@ class Outbox:
         failed: Called on the thread with what ended it.
     """
 
-    def __init__(self, channel: Channel, failed: Callable[[Exception], None]) -> None:
+    def __init__(self, channel: Channel, failed: Callable[[Exception], object]) -> None:
         self._channel = channel
         self._failed = failed
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -1,7 +1,7 @@
-"""A process that kills an explorer's process group when rank 0 is gone, even if the explorer holds its interpreter lock.
+"""A process that kills an explorer's process group when rank 0 is gone, even if the interpreter lock is held for ever.
 
-``python watcher.py FD PARENT``, started by the explorer: FD is its line to rank 0, whose end is seen without reading; the
-standard input ends with the explorer. It imports as little as it can, since it lives as long.
+``python watcher.py FD PARENT``, started by the explorer: FD is its line to rank 0, whose end is seen without reading;
+the standard input ends with the explorer. It imports as little as it can, since it lives as long.
 """
 
 import os
