@@ -30,6 +30,7 @@ from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.sync.transports.transport import Weights
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
+from lightning_rft.tasks.stream import TaskStream
 from lightning_rft.trainer.limits import micro_batches, stop_batch
 
 __all__ = ["Run"]
@@ -44,7 +45,8 @@ class Run:
         pool: The explorers, started.
         tasks: What is answered.
         steps_per_epoch: Batches of an epoch.
-        shuffle: Whether each epoch has an order of its own.
+        shuffle: Whether each pass through the tasks has an order of its own.
+        goes_on: Whether an epoch begins where the last one ended.
         tasks_per_step: Groups of a batch.
         samples_per_task: Samples of a group.
         sampling: How training samples.
@@ -68,9 +70,10 @@ class Run:
         strategy: SyncStrategy,
         pool: ExplorerPool,
         *,
-        tasks: Sequence[Task],
+        tasks: Sequence[Task] | TaskStream,
         steps_per_epoch: int,
         shuffle: bool,
+        goes_on: bool,
         tasks_per_step: int,
         samples_per_task: int,
         sampling: Sampling,
@@ -98,6 +101,7 @@ class Run:
                 seed=sampling.seed or 0,
                 first_batch=trainer.global_step,
                 first_epoch=trainer.current_epoch,
+                goes_on=goes_on,
             ),
             saved.get("cursor"),
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["Prompt", "encode_prompt", "ends_open", "is_rendered", "prompt_problem", "text_problem"]
+__all__ = ["Prompt", "encode_prompt", "encode_prompts", "ends_open", "is_rendered", "prompt_problem", "text_problem"]
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -36,37 +36,32 @@ def text_problem(text: str, name: str) -> str | None:
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a prompt: plain text as it is, chat messages through the tokenizer's chat template.
+    """Token ids of a prompt; see :func:`encode_prompts`."""
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    """Token ids of prompts: plain text as it is, chat messages through the tokenizer's chat template.
 
     A last message of the assistant is the beginning of the answer. Text that begins with the token for the beginning of
     a sequence is rendered already, and gets no second one.
 
     Raises:
-        ConfigurationError: It is no prompt, or the template refuses it.
+        ConfigurationError: One is no prompt, or the template refuses it.
     """
-    problem = prompt_problem(prompt)
-    if problem:
-        raise ConfigurationError(f"{problem}; give text, or chat messages with `role` and `content`")
-    if isinstance(prompt, str):
-        begun = {"add_special_tokens": False} if is_rendered(tokenizer, prompt) else {}
-        return tuple(tokenizer(prompt, **begun)["input_ids"])
-    if not tokenizer.chat_template:
-        raise ConfigurationError(
-            "the tokenizer has no chat template for chat messages: set tokenizer.chat_template and save it, or give "
-            "plain text"
-        )
-    messages = [_plain(message) for message in prompt]
-    continues = ends_open(prompt)
-    try:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not continues, continue_final_message=continues, return_dict=False
-        )
-    except Exception as error:  # jinja's, or whatever a template's own code runs into
-        raise ConfigurationError(
-            f"the tokenizer's chat template refuses the messages ({type(error).__name__}: {error}): give it the roles "
-            "that it takes, in the order that it wants"
-        ) from error
-    return tuple(ids)
+    alike: dict[tuple[bool, bool], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        problem = prompt_problem(prompt)
+        if problem:
+            raise ConfigurationError(f"{problem}; give text, or chat messages with `role` and `content`")
+        kind = isinstance(prompt, str), ends_open(prompt) or is_rendered(tokenizer, prompt)
+        alike.setdefault(kind, []).append(index)
+    ids: list[tuple[int, ...]] = [()] * len(prompts)
+    for (plain, special), indices in alike.items():
+        encode = _encode_texts if plain else _encode_chats
+        for index, encoded in zip(indices, encode(tokenizer, [prompts[i] for i in indices], special), strict=True):
+            ids[index] = tuple(encoded)
+    return ids
 
 
 def is_rendered(tokenizer: Any, prompt: Prompt) -> bool:
@@ -81,6 +76,30 @@ def ends_open(prompt: Prompt) -> bool:
         return False
     last = _plain(prompt[-1])
     return last["role"] == "assistant" and bool(str(last["content"]).strip()) and not last.get("tool_calls")
+
+
+def _encode_texts(tokenizer: Any, texts: Sequence[Prompt], rendered: bool) -> Sequence[Sequence[int]]:
+    ids: Sequence[Sequence[int]] = tokenizer(texts, **({"add_special_tokens": False} if rendered else {}))["input_ids"]
+    return ids
+
+
+def _encode_chats(tokenizer: Any, chats: Sequence[Prompt], continues: bool) -> Sequence[Sequence[int]]:
+    if not tokenizer.chat_template:
+        raise ConfigurationError(
+            "the tokenizer has no chat template for chat messages: set tokenizer.chat_template and save it, or give "
+            "plain text"
+        )
+    messages = [[_plain(message) for message in chat if not isinstance(message, str)] for chat in chats]
+    try:
+        ids: Sequence[Sequence[int]] = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=not continues, continue_final_message=continues, return_dict=False
+        )
+    except Exception as error:  # jinja's, or whatever a template's own code runs into
+        raise ConfigurationError(
+            f"the tokenizer's chat template refuses the messages ({type(error).__name__}: {error}): give it the roles "
+            "that it takes, in the order that it wants"
+        ) from error
+    return ids
 
 
 def _message_problem(message: Any, name: str) -> str | None:

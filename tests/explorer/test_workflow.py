@@ -48,19 +48,6 @@ def make_policy(tokenizer: Any, sampler: Sampler, **changes: Any) -> Policy:
     return Policy(sampler, tokenizer, **settings | changes)
 
 
-def test_plain_text_is_encoded_as_it_is(tokenizer: Any) -> None:
-    ids = encode_prompt(tokenizer, "1 + 1 =")
-    assert isinstance(ids, tuple) and len(ids) == 7
-    assert tokenizer.decode(ids) == "1 + 1 ="
-
-
-def test_messages_go_through_the_chat_template(tokenizer: Any) -> None:
-    ids = encode_prompt(tokenizer, CHAT)
-    assert isinstance(ids, tuple) and all(type(token) is int for token in ids)
-    assert tokenizer.decode(ids) == "<|system|>Add.<|end|><|user|>1+1<|end|><|assistant|>"
-    assert encode_prompt(tokenizer, tuple(CHAT)) == ids
-
-
 def test_single_turn(tokenizer: Any) -> None:
     sampler = Sampler(tokenizer)
     policy = make_policy(tokenizer, sampler)

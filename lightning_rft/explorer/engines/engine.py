@@ -97,7 +97,7 @@ class Engine(ABC):
     #: Most requests that run at once; it is given some more, which wait inside the engine in order of arrival.
     max_num_seqs: int = 64
     #: Maximum tokens of prompt and answer together that the engine is made for; ``None``: what the prompts need, or the
-    #: model's context with a workflow of the user's own.
+    #: model's context with a workflow of the user's own. :meth:`start` may lower it to what its memory holds.
     max_model_len: int | None = None
     #: Weight-holding processes inside this engine (tensor times pipeline parallel size).
     world_size: int = 1

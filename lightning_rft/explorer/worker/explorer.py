@@ -89,6 +89,7 @@ class Explorer:
         """Starts the engine, then does what is asked until the process is told to end."""
         self._inbox, spec = inbox, self._spec
         await self._stepper.call(spec.engine.start, spec.model, max_model_len=spec.max_model_len, seed=spec.seed)
+        self._max_model_len = min(spec.max_model_len, spec.engine.max_model_len or spec.max_model_len)
         # After the engine, not beside it: two threads that import transformers at once may each see half of it.
         self._tokenizer = await asyncio.to_thread(_tokenizer, spec.model)
         gc.freeze()  # what was imported and loaded stays: never to be searched again
