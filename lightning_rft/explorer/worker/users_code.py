@@ -48,9 +48,12 @@ async def in_time(work: Awaitable[_T], limit_s: float, late: str) -> _T:
     _started.reset(before)
     try:
         await asyncio.wait([running], timeout=limit_s)
-        if running.done():
+        if not running.done():
+            raise DeadlineError(late)
+        try:
             return running.result()
-        raise DeadlineError(late)
+        except BaseException as error:
+            raise as_exception(error, "a workflow or reward") from error.__cause__
     finally:
         if not running.done():
             for task in list(started.tasks):
@@ -122,13 +125,5 @@ def _parent(folder: Path) -> int | None:
 async def _contained(work: Awaitable[_T]) -> _T:
     try:
         return await work
-    except GeneratorExit:
-        raise
-    except BaseException as error:
-        task = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-            raise  # it is cut short
-        ordinary = as_exception(error, "a workflow or reward")
-        if ordinary is error:
-            raise
-        raise ordinary from error
+    except (KeyboardInterrupt, SystemExit) as error:  # which asyncio lets end the loop
+        raise as_exception(error, "a workflow or reward") from error
