@@ -206,7 +206,7 @@ def test_reward_that_explorers_cannot_load(start: Start) -> None:
         fit(reward=Reward())
     """)
     assert script.wait() == 1
-    assert "cannot be rebuilt in an explorer's process (ZeroDivisionError" in script.stderr.splitlines()[-1]
+    assert "reward or workflow cannot be rebuilt in another process (ZeroDivision" in script.stderr.splitlines()[-1]
 
 
 # Signals

@@ -1,4 +1,4 @@
-"""Whatever users hand in: it costs its own sample at most, changes no other, and nothing that is not finite comes back."""
+"""All that users hand in: it costs its own sample at most, changes no other, and only what is finite comes back."""
 
 from __future__ import annotations
 

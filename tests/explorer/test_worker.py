@@ -449,3 +449,10 @@ def test_an_error_in_the_explorer_itself_ends_it(tiny_model_path: Path, monkeypa
     monkeypatch.setattr("lightning_rft.explorer.worker.explorer.Explored", broken)
     with pytest.raises(OverflowError, match="in the explorer"):
         answers(tiny_model_path, GROUP, replies=0)
+
+
+def test_a_samples_clock_starts_when_the_engine_has_room_for_it(tiny_model_path: Path) -> None:
+    group = replace(GROUP, seeds=tuple(range(6)))
+    engine = FakeEngine(mean_tokens=1, tokens_per_second=5.0, max_num_seqs=1)
+    (answer,) = answers(tiny_model_path, group, engine=engine, timeouts=Timeouts(sample_s=1.0))
+    assert not answer.failures  # 1.2 s in all

@@ -83,6 +83,7 @@ class Explorer:
         self._ended: dict[int, Counter[tuple[GroupKey, int]]] = {}  # of each run; rank 0 is about to be told
         self._work: dict[asyncio.Task[None], Explore] = {}  # running groups
         self._inbox: asyncio.Queue[Any]
+        self._room = asyncio.Semaphore(1)  # once the engine is up, for as many samples as it takes at the same time
         self._tokenizer: Any = None
 
     async def serve(self, inbox: asyncio.Queue[Any]) -> None:
@@ -95,7 +96,9 @@ class Explorer:
         gc.freeze()  # what was imported and loaded stays: never to be searched again
         gc.enable()
         engine = spec.engine
-        self._outbox.send(Started(engine.dtype, engine.world_size, engine.nccl, engine.max_num_seqs))
+        started = Started(engine.dtype, engine.world_size, engine.nccl, engine.max_num_seqs)
+        self._room = asyncio.Semaphore(started.room)
+        self._outbox.send(started)
         report = self._in_background(self._report())
         try:
             while (message := await next_message(inbox)) is not None:
@@ -221,9 +224,9 @@ class Explorer:
         limit = spec.timeouts.sample_s
         late = f"took longer than Timeouts(sample_s={limit:g}): make the workflow faster or raise the setting"
         try:
-            answer = await in_time(
-                _call(spec.workflow, task, policy), limit, f"a sample of task {request.task.id!r} {late}"
-            )
+            async with self._room:  # validation asks for all at once, and a sample's clock starts when its turn comes
+                answering = _call(spec.workflow, task, policy)
+                answer = await in_time(answering, limit, f"a sample of task {request.task.id!r} {late}")
         finally:
             policy.close()
         text = _text(answer, request.task.id)

@@ -17,12 +17,11 @@ import traceback
 from typing import Any
 
 from lightning_rft.channel import Channel, Failure
-from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.messages import Failed, Prepare
 from lightning_rft.explorer.worker import watcher
 from lightning_rft.explorer.worker.explorer import Explorer, next_message
 from lightning_rft.explorer.worker.outbox import Outbox
-from lightning_rft.explorer.worker.users_code import note_programs
+from lightning_rft.explorer.worker.users_code import not_rebuilt, note_programs
 from lightning_rft.pickling import dumps
 
 __all__ = ["main"]
@@ -71,10 +70,7 @@ async def _specification(inbox: asyncio.Queue[Any]) -> Any:
     try:
         return await next_message(inbox)
     except pickle.UnpicklingError as error:
-        raise ConfigurationError(
-            f"the reward or workflow cannot be rebuilt in an explorer's process ({error.__cause__!r}): install what it "
-            "imports, or have its folder on PYTHONPATH, and keep what must be opened out of it"
-        ) from error
+        raise not_rebuilt("the reward or workflow", error) from error
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from lightning_rft.channel import Channel, Failure, spawn
 from lightning_rft.errors import ConfigurationError, DeadlineError
 from lightning_rft.experience import Task
-from lightning_rft.explorer.worker.users_code import as_exception, in_time, kill_tree
+from lightning_rft.explorer.worker.users_code import as_exception, in_time, kill_tree, not_rebuilt
 from lightning_rft.hardware import available_cpus
 from lightning_rft.pickling import dumps
 from lightning_rft.rewards import Sample, as_reward, wants_sample
@@ -243,14 +243,7 @@ def main(fd: int) -> None:
         try:
             reward = channel.receive()
         except pickle.UnpicklingError as error:
-            channel.send(
-                Failure.of(
-                    ConfigurationError(
-                        f"the reward cannot be rebuilt in a process of its own ({error.__cause__!r}): install what it "
-                        "imports, or have its folder on PYTHONPATH, and keep what must be opened out of it"
-                    )
-                )
-            )
+            channel.send(Failure.of(not_rebuilt("the reward", error)))
             return
         channel.send(None)
         while True:

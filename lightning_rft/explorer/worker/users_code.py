@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_rft.errors import DeadlineError
+from lightning_rft.errors import ConfigurationError, DeadlineError
 
-__all__ = ["as_exception", "in_time", "kill_tree", "note_programs", "note_tasks"]
+__all__ = ["as_exception", "in_time", "kill_tree", "not_rebuilt", "note_programs", "note_tasks"]
 
 _T = TypeVar("_T")
 
@@ -120,6 +121,14 @@ def _parent(folder: Path) -> int | None:
         return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
     except OSError:  # it has just ended
         return None
+
+
+def not_rebuilt(what: str, error: pickle.UnpicklingError) -> ConfigurationError:
+    """The error for a user's object that another process could pickle and this one cannot rebuild."""
+    return ConfigurationError(
+        f"{what} cannot be rebuilt in another process ({error.__cause__!r}): install what it imports, or have its "
+        "folder on PYTHONPATH, and keep what must be opened out of it"
+    )
 
 
 async def _contained(work: Awaitable[_T]) -> _T:

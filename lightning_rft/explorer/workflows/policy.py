@@ -25,16 +25,7 @@ class Policy:
     """What a workflow calls to have the current policy answer; it keeps every call as a turn.
 
     A workflow may make several calls at the same time; turns, and the random numbers of each, are in the order in which
-    the calls were made.
-
-    Args:
-        sample: Runs one request on the engine.
-        tokenizer: A transformers tokenizer.
-        name: Prefix of the request ids, unique among the samples that run at the same time.
-        sampling: How every answer is sampled, with nothing left out.
-        max_model_len: Maximum tokens of prompt and answer together.
-        seed: Seed of this sample.
-        encoded: Prompts encoded before, shared by the samples of a group, which mostly have the same.
+    the calls were made. ``name`` begins the request ids, ``encoded`` holds prompts that the samples of a group share.
     """
 
     def __init__(
