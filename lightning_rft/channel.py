@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lightning_rft.errors import ConfigurationError, ExplorerError, RFTError
+from lightning_rft.errors import ExplorerError, RFTError
 from lightning_rft.pickling import dumps
 
 __all__ = ["Channel", "Failure", "spawn", "unpack"]
@@ -37,18 +37,21 @@ class Failure:
 
     exception: bytes | None
     text: str
-    #: Whether trying again would change nothing.
-    permanent: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where it was raised: the last file and line of its traceback."""
+        return next((line for line in reversed(self.text.splitlines()) if line.startswith('  File "')), self.text)
 
     @classmethod
     def of(cls, exception: BaseException) -> Failure:
         """Packs an exception."""
-        text = "".join(traceback.format_exception(exception))
-        permanent = isinstance(exception, ConfigurationError)
+        # a user's message may hold what no file or database takes
+        text = "".join(traceback.format_exception(exception)).encode(errors="backslashreplace").decode()
         try:
-            return cls(dumps(exception, source=False), text, permanent)
+            return cls(dumps(exception, source=False), text)
         except Exception:  # a user's class may raise anything here; the text still says what happened
-            return cls(None, text, permanent)
+            return cls(None, text)
 
     def unpack(self, where: str, kind: type[RFTError] = ExplorerError) -> BaseException:
         """The original exception, with a ``kind`` as cause that holds its traceback and says where it was raised.
@@ -59,20 +62,26 @@ class Failure:
         if self.exception is None:
             return cause
         try:
-            exception: BaseException = pickle.loads(self.exception)
+            exception = pickle.loads(self.exception)
         except Exception:  # some exceptions pickle but cannot be rebuilt
+            return cause
+        if not isinstance(exception, BaseException):  # or are rebuilt as something else
             return cause
         exception.__cause__ = cause
         return exception
 
 
 class Channel:
-    """One end of a channel; several threads may send, which fails after some seconds if the other end reads nothing."""
+    """One end of a channel; several threads may send, which fails after some seconds if the other end reads nothing.
 
-    def __init__(self, fd: int) -> None:
-        with socket.socket(fileno=os.dup(fd)) as line:
-            # A stopped peer reads nothing: without this a full buffer would block the sender for ever.
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_DEADLINE_S, 0))
+    With ``patient`` it waits instead, for a sender that ends with the other side.
+    """
+
+    def __init__(self, fd: int, *, patient: bool = False) -> None:
+        if not patient:
+            with socket.socket(fileno=os.dup(fd)) as line:
+                # A stopped peer reads nothing: without this a full buffer would block the sender for ever.
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_DEADLINE_S, 0))
         self._connection: Connection = Connection(fd)
         self._lock = threading.Lock()
 

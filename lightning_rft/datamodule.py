@@ -26,6 +26,7 @@ from lightning_rft.model_folder import check_model
 from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.renamed import refuses_old_names
+from lightning_rft.rewards import check_answers
 from lightning_rft.run.checks import check_counts, check_source, check_together, sync_strategy
 from lightning_rft.run.lifecycle import RunSettings
 from lightning_rft.run.placement import cpu_threads, explorer_gpus
@@ -34,6 +35,7 @@ from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.tasks.plan import TaskPlan
 from lightning_rft.tasks.sources import Tasks, read_tasks
+from lightning_rft.tasks.stream import TaskStream
 from lightning_rft.tasks.task_set import TaskSet
 from lightning_rft.trainer.limits import micro_batches, validation_batches
 from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
@@ -116,8 +118,10 @@ class RFTDataModule(L.LightningDataModule):
         check_source(explores=explorers != 0, reward=reward, buffer=self.buffer, validates=val_tasks is not None)
         self.tasks_per_step = tasks_per_step
         self.samples_per_task = samples_per_task
-        self.tasks = [] if explorers == 0 else self.task_set.read(tasks_per_step)
-        self.val_tasks = [] if val_tasks is None else read_tasks(val_tasks, "val_tasks", None)
+        self.tasks = [] if explorers == 0 else self.task_set.read()
+        self.val_tasks = [] if val_tasks is None else read_tasks(val_tasks, "val_tasks")
+        listed = [] if isinstance(self.tasks, TaskStream) else self.tasks
+        check_answers(reward, [*listed, *self.val_tasks])
         self.reward = reward
         if isinstance(explorers, ExplorerPool):
             if engine is not None and engine is not explorers.engine:
@@ -132,7 +136,7 @@ class RFTDataModule(L.LightningDataModule):
         self.steps_per_epoch = (
             self._stored.batches
             if self._stored is not None
-            else self.task_set.steps_per_epoch or TaskPlan.batches(len(self.tasks), tasks_per_step)
+            else self.task_set.steps_per_epoch or TaskPlan.batches(len(listed), tasks_per_step)
         )
         #: Called with every :class:`~lightning_rft.monitor.timeline.Span` of a run.
         self.observers: list[Callable[[Span], None]] = []
@@ -191,7 +195,7 @@ class RFTDataModule(L.LightningDataModule):
             reward=self.reward,
             max_model_len=fitting_length(
                 model,
-                [task.prompt for task in [*self.tasks, *self.val_tasks]],
+                () if isinstance(self.tasks, TaskStream) else [*self.tasks, *self.val_tasks],
                 max_new_tokens=max(sampling.max_new_tokens or 0 for sampling in sampled),
                 max_model_len=self.engine.max_model_len,
                 single_turn=isinstance(self.workflow, SingleTurn),
@@ -214,6 +218,7 @@ class RFTDataModule(L.LightningDataModule):
             tasks=self.tasks,
             steps_per_epoch=self.steps_per_epoch,
             shuffle=self.task_set.shuffle,
+            goes_on=self.task_set.steps_per_epoch is not None,
             tasks_per_step=self.tasks_per_step,
             samples_per_task=self.samples_per_task,
             sampling=self.sampling,

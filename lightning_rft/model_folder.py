@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,28 +34,23 @@ def check_model(model: str) -> None:
 
 
 def context_length(model: str) -> int | None:
-    """Maximum tokens of the context according to the model's config; ``None`` if that is silent or not on this disk."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
+    """Maximum tokens of the context according to the config of a folder or hub name; ``None`` if that is silent."""
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model)
+    except OSError:  # no such folder, and no hub
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
     config = config.get("text_config", config)
     length = config.get("max_position_embeddings", config.get("n_positions"))
     return int(length) if length else None
 
 
 def checkpoint_weights(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights under the names, and in the shapes, of a checkpoint.
+    """Entries of a model's ``state_dict``, whole, under the names and in the shapes of a checkpoint.
 
     transformers holds some models in memory otherwise than checkpoints do: the experts of a layer, for example, as one
     tensor. vLLM knows a model by its checkpoint.
-
-    Args:
-        model: A model of transformers.
-        weights: Entries of its ``state_dict``, whole.
-
-    Returns:
-        ``weights`` itself where the model makes no difference.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -65,11 +59,7 @@ def checkpoint_weights(model: Any, weights: dict[str, torch.Tensor]) -> dict[str
 
 
 def end_ids(model: str) -> frozenset[int]:
-    """Token ids that end an answer: those of the generation config, of the model's config and of the tokenizer.
-
-    Args:
-        model: Path of a folder, or hub name.
-    """
+    """Token ids that end an answer: those of the generation config, of the model's config and of the tokenizer."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(model)
@@ -85,10 +75,6 @@ def end_ids(model: str) -> frozenset[int]:
 
 
 def right_attention(config: Any) -> str | None:
-    """The attention of transformers that computes what a model is; ``None`` where transformers' own choice does.
-
-    Args:
-        config: The model's configuration.
-    """
+    """The attention of transformers that computes what a model is; ``None`` where transformers' own choice does."""
     # sdpa has no soft cap, and leaves Gemma-2's out without a word
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None

@@ -1,7 +1,7 @@
 """Reward functions, and the checks that every reward function must pass.
 
 A reward is any callable ``reward(completion: str, task: Task) -> float``; the ones here compare with
-:attr:`Task.answer`. They need no tensor library.
+:attr:`Task.answer`. One that has a parameter ``sample`` is given the :class:`Sample` too. They need no tensor library.
 """
 
 from __future__ import annotations
@@ -9,12 +9,20 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import reprlib
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import Task
+from lightning_rft.experience import Task, Turn
 
-__all__ = ["as_reward", "check_reward", "contains_answer", "exact_match", "last_number"]
+__all__ = [
+    *("Sample", "as_reward", "check_answers", "check_reward", "contains_answer", "exact_match", "last_number"),
+    "wants_sample",
+]
 
 _NUMBER = re.compile(
     r"(?:(?<![0-9A-Za-z_)\]])-)?"  # a minus directly after an operand is a subtraction: "5-3" ends in 3
@@ -23,11 +31,26 @@ _NUMBER = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What the policy sampled, for a reward with a parameter ``sample``.
+
+    Args:
+        turns: Calls of the policy in order, with the ids that each read and sampled.
+        raw_texts: Answer of each turn as text, special tokens included.
+
+    Example::
+
+        def reward(completion, task, sample):
+            return float("</think>" in sample.raw_texts[-1])
+    """
+
+    turns: tuple[Turn, ...]
+    raw_texts: tuple[str, ...]
+
+
 def exact_match(completion: str, task: Task) -> float:
     r"""1.0 if the completion equals the answer, surrounding white space aside, else 0.0.
-
-    Raises:
-        ConfigurationError: The task has no answer.
 
     Example:
         >>> exact_match(" 4\n", Task("2 + 2 =", answer=4))
@@ -38,9 +61,6 @@ def exact_match(completion: str, task: Task) -> float:
 
 def contains_answer(completion: str, task: Task) -> float:
     """1.0 if the completion contains the answer (case-sensitive), else 0.0.
-
-    Raises:
-        ConfigurationError: The task has no answer.
 
     Example:
         >>> contains_answer("It is Paris.", Task("Capital of France?", answer="Paris"))
@@ -54,9 +74,6 @@ def last_number(completion: str, task: Task) -> float:
 
     Numbers are compared by their exact value: ``1,000.50`` equals ``1000.5``. The last number of the answer counts too,
     so worked solutions that end in the result (GSM8K's ``#### 42``) can serve as answers.
-
-    Raises:
-        ConfigurationError: The task has no answer, or its answer no number: no completion could earn the reward.
 
     Example:
         >>> last_number("12 * 100 = 1,200.", Task("12 * 100 =", answer="1200"))
@@ -74,14 +91,9 @@ def last_number(completion: str, task: Task) -> float:
 
 
 def as_reward(value: object, task_id: str = "") -> float:
-    """Converts what a reward function returned to a finite float.
+    """What a reward function returned for a task, as a float that is finite in float32, in which it is trained.
 
-    Args:
-        value: A number: int, float, bool, or a scalar of an array library (0 dimensions).
-        task_id: The task that was scored, for the error.
-
-    Raises:
-        ConfigurationError: ``value`` is anything else, NaN and infinities included.
+    Raises :class:`ConfigurationError` unless it is a number: int, float, bool, or a scalar of an array library.
 
     Example:
         >>> as_reward(True)
@@ -91,7 +103,8 @@ def as_reward(value: object, task_id: str = "") -> float:
     if hasattr(value, "__float__") and not isinstance(value, str | bytes) and getattr(value, "shape", ()) == ():
         try:
             reward = float(value)
-        except (ArithmeticError, TypeError, ValueError) as error:
+            struct.pack("<f", reward)  # raises where it would become infinite
+        except Exception as error:  # any class may have a __float__
             raise ConfigurationError(_bad_reward(value, task_id)) from error
         if math.isfinite(reward):
             return reward
@@ -99,30 +112,43 @@ def as_reward(value: object, task_id: str = "") -> float:
 
 
 def check_reward(reward: object) -> None:
-    """Checks, before any explorer starts, that a reward function can be called as explorers will call it.
-
-    Args:
-        reward: The reward function.
-
-    Raises:
-        ConfigurationError: It is not callable, or does not take two positional arguments.
-    """
+    """Raises :class:`ConfigurationError` for a reward function that cannot be called as explorers will call it."""
     expected = "give a function `reward(completion: str, task: Task) -> float`"
     if not callable(reward):
         raise ConfigurationError(f"reward is {reward!r}, which cannot be called: {expected}")
-    try:
-        signature = inspect.signature(reward)
-    except (TypeError, ValueError):  # some callables written in C have no signature; the first call shows
+    signature = _signature(reward)
+    if signature is None:  # the first call shows
         return
     try:
-        signature.bind(object(), object())
+        signature.bind(object(), object(), **({"sample": object()} if wants_sample(reward) else {}))
     except TypeError as error:
         raise ConfigurationError(f"reward {reward!r} has the signature {signature} ({error}): {expected}") from error
 
 
+def wants_sample(reward: Callable[..., Any]) -> bool:
+    """Whether a reward function has a parameter ``sample``."""
+    signature = _signature(reward)
+    return signature is not None and "sample" in list(signature.parameters)[2:]
+
+
+def check_answers(reward: Callable[..., Any] | None, tasks: Iterable[Task]) -> None:
+    """Raises :class:`ConfigurationError` for a task without the answer that one of this file's rewards needs."""
+    if reward in (exact_match, contains_answer, last_number):
+        for task in tasks:
+            reward("", task)
+
+
+def _signature(reward: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(reward)
+    except (TypeError, ValueError):  # some callables written in C have none
+        return None
+
+
 def _answer(task: Task, reward: str) -> str:
     # str(None) would reward a completion that says "None", and an empty answer is contained in everything.
-    answer = "" if task.answer is None else str(task.answer).strip()
+    missing = task.answer is None or (isinstance(task.answer, float) and math.isnan(task.answer))
+    answer = "" if missing else str(task.answer).strip()
     if not answer:
         raise ConfigurationError(f"reward {reward} needs an answer, task {task.id!r} has none: set its `answer`")
     return answer
@@ -134,6 +160,8 @@ def _last_number(text: str) -> Decimal | None:
 
 
 def _bad_reward(value: object, task_id: str) -> str:
-    shown = repr(value)
-    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    try:
+        shown = reprlib.repr(value)
+    except Exception as error:  # any class may have a __repr__
+        shown = f"what has no repr ({type(error).__name__})"
     return f"reward returned {shown} ({type(value).__name__}) for task {task_id!r}: return a finite float"

@@ -101,8 +101,9 @@ class Timeouts:
     """How long the work of an explorer may take, in seconds.
 
     Args:
-        reward_s: For one reward.
-        sample_s: For one sample, reward included.
+        reward_s: For one reward, from its turn on.
+        sample_s: For the workflow of one sample, from the moment when the engine has room for it; the reward has
+            ``reward_s`` besides.
         start_s: Until an engine is ready.
         progress_s: Without progress (no engine step, no reward); an explorer that has work and makes none for so long
             is ended, and another is started.

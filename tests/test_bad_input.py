@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 import lightning_rft as rft
 from lightning_rft.renamed import MOVED
+from lightning_rft.rewards import last_number
 from tests.processes import Zygote
 
 
@@ -158,7 +159,7 @@ def test_old_names_are_refused_with_the_new_ones() -> None:
 def test_a_generator_of_tasks_with_steps_per_epoch() -> None:
     data = make_data(tasks=rft.TaskSet((str(i) for i in range(1_000)), steps_per_epoch=3), tasks_per_step=2)
     assert data.steps_per_epoch == 3
-    assert [task.prompt for task in data.tasks] == ["0", "1", "2", "3", "4", "5"]
+    assert [data.tasks.at(position)[1].prompt for position in (0, 5, 6)] == ["0", "5", "6"]
 
 
 def test_settings_of_strategy_and_transport() -> None:
@@ -225,14 +226,22 @@ def test_one_sample_per_task(fit: Fit) -> None:
 
 def test_prompt_longer_than_the_context(fit: Fit) -> None:
     with pytest.raises(rft.ConfigurationError, match="prompt of 600 tokens is longer than the context of 512 tokens"):
-        fit(tasks=["1", "x" * 600])
+        fit(tasks=["x" * 600])
     with pytest.raises(rft.ConfigurationError, match=r"context of 20 tokens: .* or raise the engine's max_model_len"):
-        fit(val_tasks=["x" * 30], engine=rft.FakeEngine(max_model_len=20))
+        fit(tasks=["x" * 30], engine=rft.FakeEngine(max_model_len=20))
 
 
 def test_answers_that_do_not_fit(fit: Fit) -> None:
     with pytest.raises(rft.ConfigurationError, match=r"max_new_tokens=500 .* lower max_new_tokens to at most 412"):
         fit(tasks=["x" * 100], max_new_tokens=500)
+
+
+def test_tasks_that_a_reward_of_ours_cannot_score(fit: Fit) -> None:
+    tasks = [{"prompt": "1", "answer": 1}, {"prompt": "2", "answer": float("nan"), "id": "second"}]
+    with pytest.raises(rft.ConfigurationError, match="task 'second' has none: set its `answer`"):
+        make_data(tasks=tasks, reward=last_number)
+    with pytest.raises(rft.ConfigurationError, match="task 'second' has none: set its `answer`"):
+        make_data(val_tasks=tasks, tasks=tasks[:1], reward=last_number)
 
 
 def test_chat_without_a_template(fit: Fit, tiny_model_path: Path, tmp_path: Path) -> None:
@@ -243,7 +252,7 @@ def test_chat_without_a_template(fit: Fit, tiny_model_path: Path, tmp_path: Path
     for file in model.glob("*.jinja"):
         file.unlink()
     tokenizer.save_pretrained(model)
-    with pytest.raises(rft.ConfigurationError, match=r"no chat template: set tokenizer.chat_template and save it"):
+    with pytest.raises(rft.ConfigurationError, match=r"task '0': .* no chat template .*: set tokenizer.chat_template"):
         fit(model=model, tasks=[{"prompt": [{"role": "user", "content": "Hello"}]}])
 
 

@@ -206,7 +206,7 @@ def test_reward_that_explorers_cannot_load(start: Start) -> None:
         fit(reward=Reward())
     """)
     assert script.wait() == 1
-    assert "an object cannot be rebuilt in another process: ZeroDivisionError" in script.stderr.splitlines()[-1]
+    assert "reward or workflow cannot be rebuilt in another process (ZeroDivision" in script.stderr.splitlines()[-1]
 
 
 # Signals
@@ -327,7 +327,20 @@ def test_sigterm(start: Start, when: Callable[[Start], Script]) -> None:
     assert script.wait(timeout_s=30) == 143
 
 
-@pytest.mark.parametrize("when", [starting, exploring, pushing])
+def holding_the_lock(start: Start) -> Script:
+    script = start("""
+        import re
+        from tests.processes import fit, touch
+        async def workflow(task, policy):
+            touch("holding")
+            re.match("(a+)+$", "a" * 60 + "b")  # no other thread runs for years
+        fit(workflow=workflow)
+    """)
+    script.wait_for("holding")
+    return script
+
+
+@pytest.mark.parametrize("when", [starting, exploring, pushing, holding_the_lock])
 def test_sigkill(start: Start, when: Callable[[Start], Script]) -> None:
     script = when(start)
     script.signal(signal.SIGKILL)

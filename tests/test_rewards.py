@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task
-from lightning_rft.rewards import as_reward, check_reward, contains_answer, exact_match, last_number
+from lightning_rft.rewards import as_reward, check_answers, check_reward, contains_answer, exact_match, last_number
 
 
 def task(answer: Any) -> Task:
@@ -87,7 +87,7 @@ def test_last_number_takes_any_text(completion: str, answer: str) -> None:
 
 
 @pytest.mark.parametrize("reward", [exact_match, contains_answer, last_number])
-@pytest.mark.parametrize("answer", [None, "", " "])
+@pytest.mark.parametrize("answer", [None, float("nan"), "", " "])
 def test_a_task_without_answer_is_an_error(reward: Any, answer: Any) -> None:
     with pytest.raises(ConfigurationError, match="'t7' has none: set its `answer`"):
         reward("None", task(answer))
@@ -127,7 +127,23 @@ def test_numbers_are_rewards(value: object, reward: float) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [None, "1", b"1", float("nan"), float("inf"), -float("inf"), [1.0], {}, 1j, 10**400, Vector(), Vexed(), object()],
+    [
+        None,
+        "1",
+        b"1",
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        [1.0],
+        {},
+        1j,
+        10**400,
+        1e39,
+        -1e300,
+        Vector(),
+        Vexed(),
+        object(),
+    ],
 )
 def test_anything_else_is_an_error(value: object) -> None:
     with pytest.raises(
@@ -135,6 +151,15 @@ def test_anything_else_is_an_error(value: object) -> None:
     ) as error:
         as_reward(value, "t7")
     assert len(str(error.value)) < 400
+
+
+def test_answers_are_checked_where_a_reward_of_ours_needs_them() -> None:
+    tasks = [task(3), Task("question", id="t8")]
+    check_answers(lambda completion, task: 1.0, tasks)
+    check_answers(None, tasks)
+    check_answers(last_number, tasks[:1])
+    with pytest.raises(ConfigurationError, match="'t8' has none: set its `answer`"):
+        check_answers(last_number, tasks)
 
 
 def test_scalars_of_array_libraries() -> None:
@@ -167,6 +192,8 @@ def test_check_reward_accepts() -> None:
         exact_match,
         lambda completion, task: 1.0,
         lambda *values: 1.0,
+        lambda completion, task, sample: 1.0,
+        lambda completion, task, *, sample: 1.0,
         functools.partial(lambda scale, completion, task: scale, 2.0),
         Method(),
         Method().judge,

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from random import Random
+from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +20,8 @@ from hypothesis import strategies as st
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Task
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
-from lightning_rft.tasks.sources import as_tasks, read_jsonl, reasoning_gym_tasks
+from lightning_rft.tasks.sources import as_tasks, read_jsonl, read_tasks, reasoning_gym_tasks
+from lightning_rft.tasks.task_set import TaskSet
 
 ROOT = Path(__file__).parents[1]
 CHAT = [{"role": "user", "content": "hi"}]
@@ -41,12 +46,34 @@ def test_as_tasks_takes_all_forms() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["prompt", "question"])
+def test_columns_and_tables_are_read_row_by_row(name: str) -> None:
+    rows = [{name: "p", "answer": 1, "level": "easy"}, {name: "q", "answer": 2, "level": "hard"}]
+    columns = {name: ("p", "q"), "answer": [1, 2], "level": ["easy", "hard"]}
+    expected = as_tasks(rows)
+    assert as_tasks(columns) == read_tasks(columns, "tasks") == TaskSet(columns).read() == expected
+    table = SimpleNamespace(columns=list(columns), to_dict=lambda orient: rows if orient == "records" else columns)
+    assert as_tasks(table) == expected  # as pandas has it
+    assert as_tasks({name: [CHAT, "q"], "answer": [1, 2]})[0].prompt == CHAT
+
+
+def test_a_table_of_pandas() -> None:
+    pandas = pytest.importorskip("pandas")
+    (task, _) = as_tasks(pandas.DataFrame({"prompt": ["p", "q"], "answer": [1, None]}))
+    assert (task.prompt, task.answer) == ("p", 1)
+
+
 @pytest.mark.parametrize(
     ("tasks", "words"),
     [
         ([], "val_tasks is empty"),
         ("one prompt", "val_tasks is a str: give a list"),
-        ({"prompt": "p"}, "val_tasks is a dict: give a list"),
+        ({"prompt": "p"}, "val_tasks is a dict: give a list of tasks, even for a single one"),
+        ({"prompt": CHAT, "answer": 1}, "val_tasks is a dict: give a list of tasks, even for a single one"),
+        ({"prompt": CHAT, "answer": [1]}, "val_tasks is a dict: give a list of tasks, even for a single one"),
+        ({"prompt": ["p", "q"], "answer": [1]}, "val_tasks is a dict: .* or columns that are equally long"),
+        ({"prompt": ["p", "q"], "answer": 1}, "val_tasks is a dict: .* or columns that are equally long"),
+        ({"train": ["p"]}, "val_tasks is a dict: give a list"),
         (Task("p"), "val_tasks is a Task: give a list"),
         (3, "val_tasks is a int: give a list"),
         (["a", 3], r"val_tasks\[1\] is a int; give a Task"),
@@ -57,6 +84,16 @@ def test_as_tasks_takes_all_forms() -> None:
         (["a", Task([*CHAT, {"role": "user"}])], r"val_tasks\[1\]: message 1 of the prompt lacks role or content"),
         (["a", Task(["hi"])], r"val_tasks\[1\]: message 0 of the prompt"),  # type: ignore[list-item]
         (["a", {"prompt": "p", "metadata": 3}], r"val_tasks\[1\]: metadata is a int"),
+        (["a", "b\ud800"], r"val_tasks\[1\]: the prompt has a lone surrogate at character 1"),
+        (["a", {"prompt": "p", "id": "\udcff"}], r"val_tasks\[1\]: the id has a lone surrogate at character 0"),
+        (["a", Task([{"role": "user", "content": "\ud800"}])], r"val_tasks\[1\]: message 0 of the prompt has a lone"),
+        (["a", Task([{"role": "user", "content": None}])], r"val_tasks\[1\]: message 0 of the prompt has no content"),
+        (
+            ["a", Task([{"role": "user", "content": [{"type": "image"}]}])],
+            r"val_tasks\[1\]: the content of message 0 of the prompt is neither text nor a list of parts",
+        ),
+        (["a", Task("p", answer=Lock())], r"val_tasks\[1\]: its answer cannot be sent to an explorer .*lock"),
+        (["a", Task("p", metadata={"m": [Lock()]})], r"val_tasks\[1\]: its metadata cannot be sent to an explorer"),
         ([Task("a", id="x"), "b", Task("a", id="x")], r"val_tasks\[2\] has the id 'x' of val_tasks\[0\]: make ids"),
         ([Task("a", id="1"), "b"], r"val_tasks\[1\] has the id '1' of val_tasks\[0\]"),
     ],
@@ -124,7 +161,7 @@ def test_reasoning_gym_tasks_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch)
         reasoning_gym_tasks("basic_arithmetic", 1, 1)
 
 
-def make_plan(n: int, tasks_per_step: int, limit: int | None = None, shuffle: bool = True, **rest: int) -> TaskPlan:
+def make_plan(n: int, tasks_per_step: int, limit: int | None = None, shuffle: bool = True, **rest: Any) -> TaskPlan:
     tasks = as_tasks([f"prompt {i}" for i in range(n)])
     batches = TaskPlan.batches(n, tasks_per_step) if limit is None else limit
     return TaskPlan(tasks, tasks_per_step, batches, shuffle, rest.pop("seed", 0), **rest)
@@ -251,6 +288,81 @@ def test_plans_that_cannot_work(arguments: Any, words: str) -> None:
         TaskPlan(*arguments)
 
 
+# Epochs that go on, and streams
+
+
+@given(
+    n=st.integers(1, 30),
+    tasks_per_step=st.integers(1, 8),
+    steps=st.integers(1, 9),
+    shuffle=st.booleans(),
+    first_epoch=st.integers(0, 5),
+)
+def test_epochs_of_some_steps_go_on_through_the_tasks(
+    n: int, tasks_per_step: int, steps: int, shuffle: bool, first_epoch: int
+) -> None:
+    plan = make_plan(n, tasks_per_step, steps, shuffle, goes_on=True)
+    assert {plan.size(batch) for batch in range(3 * steps)} == {tasks_per_step}
+    stream = [plan.at(position) for position in range(3 * n)]
+    for number in range(3):
+        one_pass = stream[number * n : (number + 1) * n]
+        assert {entry[0] for entry in one_pass} == {number}
+        assert {entry[1].id for entry in one_pass} == {str(i) for i in range(n)}
+        whole = make_plan(n, n, None, shuffle)
+        assert [entry[1].id for entry in one_pass] == epoch_ids(whole, number)
+    # a fit that begins at a later epoch begins where that would
+    later = make_plan(n, tasks_per_step, steps, shuffle, goes_on=True, first_epoch=first_epoch)
+    assert later.at(0) == plan.at(first_epoch * steps * tasks_per_step)
+
+
+def test_five_steps_of_a_thousand_tasks_reach_them_all() -> None:
+    plan = make_plan(1000, 4, 5, goes_on=True)
+    cursor = TaskCursor(plan)
+    keys = keys_of(plan, range(50 * 5))  # 50 epochs
+    assert {cursor.task(key).id for key in keys} == {str(i) for i in range(1000)}
+    assert len({cursor.sample_seed(key, 0) for key in keys}) == 1000
+
+
+def stream_plan(source: Any, **rest: int) -> TaskPlan:
+    return TaskPlan(TaskSet(source, steps_per_epoch=2).read(), 3, 2, True, 0, goes_on=True, **rest)
+
+
+def test_an_endless_stream_goes_on_and_is_resumed() -> None:
+    read = count()
+
+    def source() -> Iterator[str]:
+        for index in read:
+            yield f"prompt {index}"
+
+    cursor = TaskCursor(stream_plan(source()))
+    keys = keys_of(cursor.plan, range(6))  # three epochs
+    assert [cursor.task(key).id for key in keys] == [str(index) for index in range(18)]
+    assert next(read) == 18  # no more were read than were needed
+    for key in keys[:7]:
+        cursor.done(key)
+    resumed = TaskCursor(
+        stream_plan(f"prompt {index}" for index in count()), json.loads(json.dumps(cursor.state_dict()))
+    )
+    later = keys_of(cursor.plan, range(6, 9))
+    for key in [*keys[7:], *later]:
+        assert resumed.task(key) == Task(f"prompt {cursor.task(key).id}", id=cursor.task(key).id)
+        assert resumed.sample_seed(key, 1) == cursor.sample_seed(key, 1)
+
+
+def test_a_stream_that_ends_begins_again_with_other_seeds(caplog: pytest.LogCaptureFixture) -> None:
+    cursor = TaskCursor(stream_plan(iter(["a", " ", {"prompt": "c", "id": "x"}])))
+    keys = keys_of(cursor.plan, range(2))
+    assert [(cursor.epoch(key), cursor.task(key).id) for key in keys] == [
+        *((0, "0"), (0, "x"), (1, "0"), (1, "x"), (2, "0"), (2, "x"))
+    ]
+    assert len({cursor.sample_seed(key, 0) for key in keys}) == 6
+    assert [record.message for record in caplog.records] == [
+        "left out: tasks[1]: the prompt is blank; give text, or chat messages with `role` and `content`"
+    ]
+    with pytest.raises(ConfigurationError, match="tasks is empty"):
+        stream_plan(iter([])).at(0)
+
+
 # The cursor
 
 
@@ -258,15 +370,17 @@ def test_plans_that_cannot_work(arguments: Any, words: str) -> None:
 @given(
     n=st.integers(1, 12),
     tasks_per_step=st.integers(1, 5),
+    steps=st.none() | st.integers(1, 7),
     shuffle=st.booleans(),
     first_batch=st.integers(0, 3),
     seed=st.integers(0, 2**32),
     failing=st.sampled_from([0.0, 0.2, 0.6]),
 )
-def test_each_task_once_an_epoch_through_replacements_and_resumes(
-    n: int, tasks_per_step: int, shuffle: bool, first_batch: int, seed: int, failing: float
+def test_each_task_once_a_pass_through_replacements_and_resumes(
+    n: int, tasks_per_step: int, steps: int | None, shuffle: bool, first_batch: int, seed: int, failing: float
 ) -> None:
-    plan = make_plan(n, tasks_per_step, None, shuffle, first_batch=first_batch, first_epoch=2)
+    going = {"goes_on": steps is not None}
+    plan = make_plan(n, tasks_per_step, steps, shuffle, first_batch=first_batch, first_epoch=2, **going)
     cursor, randomness = TaskCursor(plan), Random(seed)
     answered: dict[GroupKey, tuple[int, str]] = {}
     ended: list[tuple[int, str]] = []
@@ -294,7 +408,7 @@ def test_each_task_once_an_epoch_through_replacements_and_resumes(
                 cursor.task(key)
         if randomness.random() < 0.2:
             state = cursor.state_dict()
-            elsewhere = make_plan(n, tasks_per_step, None, shuffle, first_batch=9, first_epoch=9)
+            elsewhere = make_plan(n, tasks_per_step, steps, shuffle, first_batch=9, first_epoch=9, **going)
             cursor = TaskCursor(elsewhere, json.loads(json.dumps(state)))
             assert cursor.state_dict() == state
             assert len(state["positions"]) <= len(running) + 3
@@ -341,6 +455,10 @@ def test_what_a_cursor_refuses() -> None:
         (make_plan(5, 2, 3), "batches_per_epoch .*limit_train_batches.* is 3, but 2 in"),
         (make_plan(5, 2, 2, False), "shuffle is False, but True"),
         (make_plan(5, 2, 2, seed=4), "seed is 4, but 0"),
+        (
+            make_plan(5, 2, 2, goes_on=True),
+            r"goes_on \(true with TaskSet\(steps_.*\)\) is True, but False",
+        ),
         (TaskPlan(as_tasks([Task("p", id=name) for name in "01243"]), 2, 2, True, 0), "ids of digest"),
     ],
 )

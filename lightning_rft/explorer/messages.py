@@ -28,23 +28,14 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Explore:
-    """To an explorer: run every sample of a group.
+    """To an explorer: run every sample of a group."""
 
-    Args:
-        run: Which run asks; answers carry it, so that late ones of an earlier run are recognised.
-        key: Where the group belongs.
-        attempt: Counts how often the group was issued; an answer to an earlier attempt is recognised by it.
-        task: What to answer.
-        seeds: One for each sample; there are as many samples as seeds.
-        sampling: How to answer, with nothing left out.
-    """
-
-    run: int
+    run: int  # carried by answers, so that late ones of an earlier run are recognised
     key: GroupKey
-    attempt: int
+    attempt: int  # counts how often the group was issued; carried by answers, too
     task: Task
-    seeds: tuple[int, ...]
-    sampling: Sampling
+    seeds: tuple[int, ...]  # one for each sample
+    sampling: Sampling  # with nothing left out
 
 
 @dataclass(frozen=True)
@@ -101,7 +92,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Advanced:
-    """From an explorer: it has come further since the last time, by an engine step or a reward. A hung one has not."""
+    """From an explorer: it has come further, by an engine step or a reward. A hung one has not."""
 
 
 @dataclass(frozen=True)
@@ -109,29 +100,15 @@ class Ended:
     """From an explorer: samples have left its engine, and others have room, before their groups are complete.
 
     A sample ends once, even if it is tried again since its reward raised.
-
-    Args:
-        run: The run that asked.
-        samples: How many, by group and attempt.
     """
 
     run: int
-    samples: Mapping[tuple[GroupKey, int], int]
+    samples: Mapping[tuple[GroupKey, int], int]  # how many, by group and attempt
 
 
 @dataclass(frozen=True)
 class Explored:
-    """From an explorer: a group is complete, or as complete as it will be.
-
-    Args:
-        run: The run that asked.
-        key: Where the group belongs.
-        attempt: Which issue of the group this answers.
-        task_id: The task that was answered.
-        experiences: The samples that succeeded.
-        failures: Why the others did not, after every retry.
-        retried: How often a sample was tried again.
-    """
+    """From an explorer: a group with the samples that succeeded, and why the others did not, after every retry."""
 
     run: int
     key: GroupKey
@@ -159,10 +136,6 @@ class Failed:
 
 @dataclass(frozen=True)
 class Died:
-    """In the place of a message: an explorer is gone, and another one will be started for it.
-
-    Args:
-        error: What ended it.
-    """
+    """In the place of a message: an explorer is gone, and another one will be started for it."""
 
     error: Exception

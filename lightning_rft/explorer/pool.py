@@ -326,9 +326,10 @@ def _check_travels(**settings: Any) -> None:
         try:
             dumps(value)
         except Exception as error:  # pickling runs any object's own code
+            name = getattr(value, "__qualname__", type(value).__qualname__)
             raise ConfigurationError(
-                f"{setting} cannot be sent to an explorer process ({error}): keep open files, locks, models and "
-                "connections out of it, or create them where they are used"
+                f"{setting} cannot be sent to an explorer process ({name}: {error}): keep open files, locks, models "
+                "and connections out of it, or create them where they are used"
             ) from error
 
 

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_rft.errors import ConfigurationError
+from lightning_rft.experience import Task
 from lightning_rft.explorer.engines.engine import Engine
-from lightning_rft.explorer.workflows.policy import Prompt, Workflow, encode_prompt
+from lightning_rft.explorer.workflows.policy import Workflow
 from lightning_rft.model_folder import context_length
 from lightning_rft.settings import Timeouts, Tolerance
+from lightning_rft.tasks.prompts import encode_prompt, encode_prompts, ends_open, is_rendered
 
 __all__ = ["ExplorerSpec", "fitting_length"]
 
-_MEASURED_PROMPTS = 512
+_log = logging.getLogger(__name__)
+
+_MOST_MEASURED = 10_000  # tasks; tokenising more would take minutes
+_AT_ONCE = 1_000
 _PROMPT_ROOM = 128
 
 
 @dataclass(frozen=True)
 class ExplorerSpec:
-    """Everything that an explorer is told when it starts.
-
-    Args:
-        engine: Description of the engine.
-        model: Model path or hub name.
-        workflow: Answers a task.
-        reward: Scores an answer.
-        max_model_len: Maximum tokens of prompt and answer together.
-        seed: Seed of the run.
-        tolerance: How often a sample is tried again.
-        timeouts: How long rewards, samples and the start of the engine may take.
-    """
+    """Everything that an explorer is told when it starts."""
 
     engine: Engine
     model: str
     workflow: Workflow
     reward: Callable[..., Any]
+    #: Maximum tokens of prompt and answer together.
     max_model_len: int
     seed: int
     tolerance: Tolerance
@@ -44,20 +40,23 @@ class ExplorerSpec:
 
 
 def fitting_length(
-    model: str, prompts: Sequence[Prompt], *, max_new_tokens: int, max_model_len: int | None, single_turn: bool
+    model: str, tasks: Sequence[Task], *, max_new_tokens: int, max_model_len: int | None, single_turn: bool
 ) -> int:
     """Maximum tokens of prompt and answer together that engines are made for.
 
+    Where a prompt gets one answer and the tasks are known and not too many, that is what the prompts need; else the
+    model's context. A prompt that does not fit is shown, and costs its task alone.
+
     Args:
         model: Path of a folder, or hub name.
-        prompts: All that will be asked, at least one.
+        tasks: All that will be asked; empty if they are not known.
         max_new_tokens: Maximum tokens per answer.
         max_model_len: What the engine's description says, which is then the result.
         single_turn: Whether a prompt gets one answer; else turns may fill the model's context.
 
     Raises:
-        ConfigurationError: There is no tokenizer, it has no chat template and one is needed, or prompts and answers do
-            not fit the context.
+        ConfigurationError: There is no tokenizer, its chat template is missing or refuses a task's messages, or no
+            prompt fits.
     """
     from transformers import AutoTokenizer
 
@@ -65,31 +64,65 @@ def fitting_length(
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"model={model!r} has no tokenizer that can be loaded: {error}") from error
-    if not all(isinstance(prompt, str) for prompt in prompts) and not tokenizer.chat_template:
+    context = max_model_len or context_length(model)
+    lengths = _lengths(tokenizer, tasks) if len(tasks) <= _MOST_MEASURED else []
+    fitting = [length for length in lengths if context is None or length + max_new_tokens <= context]
+    if context is not None and len(fitting) < len(lengths):
+        _say_too_long(tasks, lengths, context, max_new_tokens, named=max_model_len is not None, any_fits=bool(fitting))
+    if max_model_len is not None:
+        return max_model_len
+    if context is None and not fitting:
         raise ConfigurationError(
-            f"tasks have chat messages as prompts, but the tokenizer of model={model!r} has no chat template: set "
-            "tokenizer.chat_template and save it, or give plain text"
+            f"model={model!r} does not say how long its context is: set the engine's max_model_len"
         )
-    # tokenising all of a large set would take minutes; the longest by characters are the longest by tokens, nearly
-    longest = sorted(prompts, key=_characters, reverse=True)[:_MEASURED_PROMPTS]
-    prompt_tokens = max(len(encode_prompt(tokenizer, prompt)) for prompt in longest)
-    context = context_length(model) if max_model_len is None else max_model_len
-    if context is not None and prompt_tokens > context:
-        raise ConfigurationError(
-            f"a prompt of {prompt_tokens} tokens is longer than the context of {context} tokens: shorten or drop it"
-            + ("" if max_model_len is None else ", or raise the engine's max_model_len")
-        )
-    needed = prompt_tokens + max_new_tokens
-    if context is not None and needed > context:
-        raise ConfigurationError(
-            f"max_new_tokens={max_new_tokens} and the longest prompt of {prompt_tokens} tokens do not fit a "
-            f"context of {context} tokens: lower max_new_tokens to at most {context - prompt_tokens}, or drop long "
-            "prompts"
-        )
-    if max_model_len is not None or (context is not None and not single_turn):
-        return context or needed
-    return needed + _PROMPT_ROOM if context is None else min(context, needed + _PROMPT_ROOM)
+    if context is not None and not (fitting and single_turn):
+        return context
+    needed = max(fitting) + max_new_tokens + _PROMPT_ROOM
+    return needed if context is None else min(context, needed)
 
 
-def _characters(prompt: Prompt) -> int:
-    return len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content", ""))) for message in prompt)
+def _lengths(tokenizer: Any, tasks: Sequence[Task]) -> list[int]:
+    """Tokens of each task's prompt; says once what is done to some of them."""
+    lengths: list[int] = []
+    for start in range(0, len(tasks), _AT_ONCE):
+        some = tasks[start : start + _AT_ONCE]
+        try:
+            lengths += map(len, encode_prompts(tokenizer, [task.prompt for task in some]))
+        except ConfigurationError:
+            for task in some:  # to find which
+                try:
+                    encode_prompt(tokenizer, task.prompt)
+                except ConfigurationError as error:
+                    raise ConfigurationError(f"task {task.id!r}: {error}") from error
+            raise
+    open_ended = next((task for task in tasks if ends_open(task.prompt)), None)
+    if open_ended is not None:
+        _log.warning("task %r ends with a message of the assistant, which the answer continues", open_ended.id)
+    rendered = next((task for task in tasks if is_rendered(tokenizer, task.prompt)), None)
+    if rendered is not None:
+        _log.warning("task %r begins with %r as text, so that none is added", rendered.id, tokenizer.bos_token)
+    return lengths
+
+
+def _say_too_long(
+    tasks: Sequence[Task], lengths: Sequence[int], context: int, max_new_tokens: int, *, named: bool, any_fits: bool
+) -> None:
+    """Shows the tasks that do not fit a context, or raises if none does."""
+    index, longest = max(enumerate(lengths), key=lambda item: item[1])
+    way_out = "shorten or drop it" + (", or raise the engine's max_model_len" if named else "")
+    if any_fits:
+        count = sum(length + max_new_tokens > context for length in lengths)
+        _log.warning(
+            "%d of %d prompts and max_new_tokens=%d do not fit a context of %d tokens, so these tasks will fail; the "
+            "longest, of task %r, has %d tokens: %s",
+            *(count, len(tasks), max_new_tokens, context, tasks[index].id, longest, way_out),
+        )
+    elif min(lengths) > context:
+        raise ConfigurationError(
+            f"a prompt of {longest} tokens is longer than the context of {context} tokens: {way_out}"
+        )
+    else:
+        raise ConfigurationError(
+            f"max_new_tokens={max_new_tokens} and the shortest prompt of {min(lengths)} tokens do not fit a context of "
+            f"{context} tokens: lower max_new_tokens to at most {context - min(lengths)}"
+        )

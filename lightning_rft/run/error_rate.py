@@ -16,10 +16,8 @@ _log = logging.getLogger(__name__)
 class ErrorRate:
     """Counts samples that failed, and ends the run when too many of the latest did.
 
-    Args:
-        maximum: Share of failed samples that is still tolerated.
-        window: How many samples are looked at. Until there are as many, the missing ones count as good: otherwise the
-            very first failure would be a rate of 1.
+    ``maximum`` is the share that is tolerated, ``window`` how many samples are looked at. Until there are as many, the
+    missing ones count as good: otherwise the very first failure would be a rate of 1.
     """
 
     def __init__(self, maximum: float, window: int) -> None:
@@ -30,24 +28,19 @@ class ErrorRate:
         self._latest: deque[tuple[int, int]] = deque()  # samples and failures of each group
         self._samples = self._failures = 0  # of the latest
         self._first: Failure | None = None
+        self._shown: set[str] = set()  # by where they were raised
 
     def take(self, explored: Explored, where: str) -> None:
-        """Takes in how a group went.
+        """Takes in how a group went on an explorer, and shows each kind of failure once.
 
-        Args:
-            explored: The explorer's message.
-            where: Which explorer, for the traceback.
-
-        Raises:
-            Exception: The first error of all, if too many samples failed; or one that trying again would not change.
+        Raises the first failure of all if there are too many.
         """
         self.failed += len(explored.failures)
         self.retried += explored.retried
         for failure in explored.failures:
-            if failure.permanent:
-                raise failure.unpack(where)
-            if self._first is None:
-                self._first = failure
+            self._first = self._first or failure
+            if failure.place not in self._shown:
+                self._shown.add(failure.place)
                 _log.warning("a sample of task %r failed after every retry:\n%s", explored.task_id, failure.text)
         self._latest.append((len(explored.experiences) + len(explored.failures), len(explored.failures)))
         self._samples += self._latest[-1][0]

@@ -33,6 +33,7 @@ from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.sync.transports.transport import Weights
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
+from lightning_rft.tasks.stream import TaskStream
 from lightning_rft.trainer.limits import micro_batches, stop_batch
 
 __all__ = ["Run", "RunSettings"]
@@ -42,9 +43,10 @@ __all__ = ["Run", "RunSettings"]
 class RunSettings:
     """What a run takes from its data module, under the names that it has there."""
 
-    tasks: Sequence[Task]
+    tasks: Sequence[Task] | TaskStream
     steps_per_epoch: int
     shuffle: bool
+    goes_on: bool
     tasks_per_step: int
     samples_per_task: int
     sampling: Sampling
@@ -150,6 +152,7 @@ def _plan(trainer: L.Trainer, settings: RunSettings, explores_only: bool) -> Tas
         seed=settings.sampling.seed or 0,
         first_batch=trainer.global_step,
         first_epoch=trainer.current_epoch,
+        goes_on=settings.goes_on,
     )
 
 

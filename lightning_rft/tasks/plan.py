@@ -12,43 +12,49 @@ from typing import Any
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Task
+from lightning_rft.tasks.stream import TaskStream
 
 __all__ = ["TaskCursor", "TaskPlan"]
 
 
 @dataclass(frozen=True, eq=False)
 class TaskPlan:
-    """The order of the tasks, epoch after epoch, and how many of them each batch takes.
+    """The order of the tasks, pass after pass, and how many of them each batch takes.
 
-    It is the same on every machine, in every process and after every resume. A batch before ``first_batch``, which
-    begins ``first_epoch``, is a :class:`ScheduleError`.
+    It is the same on every machine, in every process and after every resume. An epoch is one pass through the tasks,
+    or with ``goes_on`` a number of batches, and the next one goes on where it ended.
 
     Example:
         >>> from lightning_rft.tasks.sources import as_tasks
         >>> plan = TaskPlan(as_tasks(["a", "b", "c"]), 2, batches_per_epoch=2, shuffle=False, seed=0)
         >>> [plan.size(batch) for batch in range(4)]
         [2, 1, 2, 1]
-        >>> epoch, task = plan.at(5)
-        >>> epoch, task.prompt
+        >>> number, task = plan.at(5)
+        >>> number, task.prompt
         (1, 'c')
     """
 
-    tasks: Sequence[Task] = field(repr=False)
+    tasks: Sequence[Task] | TaskStream = field(repr=False)
     tasks_per_step: int
     #: Batches of each epoch that are used; limits leave out the rest, which with ``shuffle`` varies between epochs.
     batches_per_epoch: int
-    #: Whether each epoch has its own order, drawn from ``seed`` and its number.
+    #: Whether each pass has its own order, drawn from ``seed`` and its number; a stream has its own in any case.
     shuffle: bool
     seed: int
     first_batch: int = 0
     first_epoch: int = 0
+    goes_on: bool = False
     _orders: dict[int, Sequence[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.tasks:
+        if isinstance(self.tasks, TaskStream):
+            assert self.goes_on, "a stream has no passes"
+        elif not self.tasks:
             raise ConfigurationError("tasks is empty: give at least one task")
         if self.tasks_per_step < 1:
             raise ConfigurationError(f"tasks_per_step is {self.tasks_per_step}: set at least 1")
+        if isinstance(self.tasks, TaskStream) or self.goes_on:
+            return
         whole = self.batches(len(self.tasks), self.tasks_per_step)
         if not 1 <= self.batches_per_epoch <= whole:
             raise ConfigurationError(
@@ -65,44 +71,58 @@ class TaskPlan:
         """Groups in a batch: ``tasks_per_step``, or fewer in the last one of a whole epoch."""
         if batch < self.first_batch:
             raise ScheduleError(f"batch {batch} is not planned: the plan starts at batch {self.first_batch}")
+        if isinstance(self.tasks, TaskStream) or self.goes_on:
+            return self.tasks_per_step
         before = (batch - self.first_batch) % self.batches_per_epoch * self.tasks_per_step
         return min(self.tasks_per_step, len(self.tasks) - before)
 
     def at(self, position: int) -> tuple[int, Task]:
-        """Epoch and task at a position, from 0, of the stream of all epochs' tasks, without those that limits drop."""
-        used = min(self.batches_per_epoch * self.tasks_per_step, len(self.tasks))
-        epochs, index = divmod(position, used)
-        epoch = self.first_epoch + epochs
-        return epoch, self.tasks[self._order(epoch)[index]]
+        """Number of the pass, and task, at a position from 0 of the stream of all tasks, without what limits drop."""
+        whole = self.batches_per_epoch * self.tasks_per_step
+        if isinstance(self.tasks, TaskStream):
+            return self.tasks.at(self.first_epoch * whole + position)
+        if self.goes_on:
+            number, index = divmod(self.first_epoch * whole + position, len(self.tasks))
+        else:
+            number, index = divmod(position, min(whole, len(self.tasks)))
+            number += self.first_epoch
+        return number, self.tasks[self._order(number, len(self.tasks))[index]]
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """The settings that a resumed run may not change, as JSON values: name -> value."""
-        digest = hashlib.blake2b(digest_size=8)
-        for task in self.tasks:
-            digest.update(json.dumps(task.id).encode())
         return {
             # first, since other settings follow from the number of tasks
-            "tasks": f"{len(self.tasks)} tasks with ids of digest {digest.hexdigest()}",
+            "tasks": self._tasks_in_words,
             "tasks_per_step": self.tasks_per_step,
             "batches_per_epoch": self.batches_per_epoch,
             "shuffle": self.shuffle,
             "seed": self.seed,
+            "goes_on": self.goes_on,
         }
 
-    def _order(self, epoch: int) -> Sequence[int]:
+    @property
+    def _tasks_in_words(self) -> str:
+        if isinstance(self.tasks, TaskStream):
+            return "a stream of tasks"
+        digest = hashlib.blake2b(digest_size=8)
+        for task in self.tasks:
+            digest.update(json.dumps(task.id).encode())
+        return f"{len(self.tasks)} tasks with ids of digest {digest.hexdigest()}"
+
+    def _order(self, number: int, count: int) -> Sequence[int]:
         if not self.shuffle:
-            return range(len(self.tasks))
-        order = self._orders.get(epoch)
+            return range(count)
+        order = self._orders.get(number)
         if order is None:
             # Sorted by random() instead of shuffle(): Python promises to keep the former's sequence, not the latter's.
-            draw = random.Random(_draw("order", self.seed, epoch)).random
-            keys = [draw() for _ in self.tasks]
-            order = sorted(range(len(keys)), key=keys.__getitem__)
-            # Issuing runs at most one epoch ahead of training, so at most two orders are in use.
+            draw = random.Random(_draw("order", self.seed, number)).random
+            keys = [draw() for _ in range(count)]
+            order = sorted(range(count), key=keys.__getitem__)
+            # Issuing runs at most one epoch ahead of training, so two orders are in use, or a few of short passes.
             for stale in list(self._orders)[:-1]:
                 self._orders.pop(stale, None)
-            self._orders[epoch] = order
+            self._orders[number] = order
         return order
 
 
@@ -110,9 +130,8 @@ class TaskCursor:
     """Assigns a task to each group, and to a group whose task failed for good the next task of the stream.
 
     Groups take tasks from the stream of :meth:`TaskPlan.at` strictly by key. A replacement takes the next one too, so
-    all later groups shift by one, and still each task comes once an epoch. A group that is not planned or already done
-    is a :class:`ScheduleError`. A ``state`` from :meth:`state_dict` of other settings is a :class:`ConfigurationError`,
-    because tasks would be skipped or repeated.
+    all later groups shift by one, and still each task comes once a pass. A ``state`` of other settings is refused,
+    because tasks would be skipped or repeated; a group that is not planned, or done, is a :class:`ScheduleError`.
 
     Example:
         >>> from lightning_rft.tasks.sources import as_tasks
@@ -141,13 +160,13 @@ class TaskCursor:
         return self._at(key)[1]
 
     def epoch(self, key: GroupKey) -> int:
-        """The epoch of a group's task; after replacements it may be later than its batch's."""
+        """The pass that a group's task belongs to; after replacements it may be later than its batch's."""
         return self._at(key)[0]
 
     def sample_seed(self, key: GroupKey, sample: int) -> int:
-        """Seed of one sample of a group, 0 to 2**31 - 1, drawn from run seed, epoch, task id and ``sample``.
+        """Seed of one sample of a group, 0 to 2**31 - 1, drawn from run seed, pass, task id and ``sample``.
 
-        It does not depend on the batch: a sample is repeated wherever the schedule puts its task in the epoch.
+        It does not depend on the batch: a sample is repeated wherever the schedule puts its task in the pass.
         """
         epoch, task = self._at(key)
         return _draw("sample", self.plan.seed, epoch, task.id, sample) & 0x7FFFFFFF
@@ -197,9 +216,14 @@ class TaskCursor:
 
 
 def _check_unchanged(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    saved = {"goes_on": False, **saved}  # of a checkpoint that does not know it
     for name, value in now.items():
         if value != saved[name]:
-            hint = " (from TaskSet(steps_per_epoch=...) and limit_train_batches)" if name == "batches_per_epoch" else ""
+            hints = {
+                "batches_per_epoch": " (from TaskSet(steps_per_epoch=...) and limit_train_batches)",
+                "goes_on": " (true with TaskSet(steps_per_epoch=...))",
+            }
+            hint = hints.get(name, "")
             raise ConfigurationError(
                 f"{name}{hint} is {value!r}, but {saved[name]!r} in the checkpoint: tasks would be skipped or repeated."
                 " Set it as it was, or start a new run without ckpt_path"

@@ -1,20 +1,23 @@
-"""Task sources: lists, JSONL files and reasoning-gym."""
+"""Task sources: lists, tables, JSONL files and reasoning-gym."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task
+from lightning_rft.pickling import dumps
+from lightning_rft.tasks.prompts import prompt_problem, text_problem
 
-__all__ = ["Tasks", "as_tasks", "read_jsonl", "read_tasks", "reasoning_gym_tasks"]
+__all__ = ["Tasks", "as_task", "as_tasks", "read_jsonl", "read_tasks", "reasoning_gym_tasks", "rows"]
+
+_DEPTH = 20  # of values in values that are looked into
 
 # Lists first: jsonargparse takes the first type that fits, and a str fits everything when a config is saved.
 Tasks = Iterable[Task | Mapping[str, Any] | str] | str | Path
@@ -25,7 +28,8 @@ def as_tasks(tasks: Iterable[Task | Mapping[str, Any] | str], *, setting: str = 
 
     Args:
         tasks: Tasks; plain prompts; or mappings with ``prompt`` (or ``question``), ``answer``, ``id`` and ``metadata``,
-            whose other keys join the metadata. An empty id becomes the position: ``"0"``, ``"1"``, ...
+            whose other keys join the metadata. A table, or a mapping of columns, is read row by row. An empty id
+            becomes the position: ``"0"``, ``"1"``, ...
         setting: The user's name for ``tasks``, for errors.
 
     Raises:
@@ -35,12 +39,10 @@ def as_tasks(tasks: Iterable[Task | Mapping[str, Any] | str], *, setting: str = 
         >>> as_tasks([{"question": "2 + 2 =", "answer": 4, "level": "easy"}])
         [Task(prompt='2 + 2 =', answer=4, id='0', metadata={'level': 'easy'})]
     """
-    if isinstance(tasks, str | bytes | Mapping | Task) or not isinstance(tasks, Iterable):
-        raise ConfigurationError(f"{setting} is a {type(tasks).__name__}: give a list of tasks, even for a single one")
     result: list[Task] = []
     position_of: dict[str, int] = {}
-    for position, item in enumerate(tasks):
-        task = _as_task(item, f"{setting}[{position}]")
+    for position, item in enumerate(rows(tasks, setting)):
+        task = as_task(item, f"{setting}[{position}]")
         task = task if task.id else replace(task, id=str(position))
         first = position_of.setdefault(task.id, position)
         if first != position:
@@ -53,23 +55,39 @@ def as_tasks(tasks: Iterable[Task | Mapping[str, Any] | str], *, setting: str = 
     return result
 
 
-def read_tasks(tasks: Tasks, setting: str, at_most: int | None) -> list[Task]:
-    """Reads tasks from a file or an iterable, which may be endless.
+def read_tasks(tasks: Tasks, setting: str) -> list[Task]:
+    """Reads tasks from a file as for :func:`read_jsonl`, or from anything with a length as for :func:`as_tasks`.
 
-    Args:
-        tasks: As for :func:`as_tasks`, or the path of a file as for :func:`read_jsonl`.
-        setting: The user's name for ``tasks``, for errors.
-        at_most: Maximum number of tasks to read; ``None`` for all.
-
-    Raises:
-        ConfigurationError: As in :func:`as_tasks` and :func:`read_jsonl`, or ``tasks`` may have no end.
+    Raises :class:`ConfigurationError` as these do, and for what may have no end.
     """
     if isinstance(tasks, (str, Path)):
         tasks = read_jsonl(tasks)
-    if at_most is None and not hasattr(tasks, "__len__"):
+    if isinstance(tasks, Iterable) and not hasattr(tasks, "__len__"):
         way_out = "set TaskSet(steps_per_epoch=...), or " if setting == "tasks" else ""
         raise ConfigurationError(f"{setting} has no length: {way_out}give a list")
-    return as_tasks(islice(tasks, at_most), setting=setting)
+    return as_tasks(tasks, setting=setting)
+
+
+def rows(tasks: Any, setting: str) -> Iterable[Any]:
+    """What users give as tasks, one by one; a table's own iterator would give the names of its columns."""
+    if hasattr(tasks, "columns"):
+        for export, arguments in {"to_dicts": (), "to_pylist": (), "to_dict": ("records",)}.items():
+            if hasattr(tasks, export):  # polars, arrow, pandas
+                table: Iterable[Any] = getattr(tasks, export)(*arguments)
+                return table
+    if isinstance(tasks, Mapping):
+        prompts = tasks.get("prompt", tasks.get("question"))
+        if isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes):
+            columns = {name: list(column) for name, column in tasks.items() if isinstance(column, Iterable)}
+            lone = any(isinstance(message, Mapping) for message in prompts)  # the messages of one chat
+            if not lone and len(columns) == len(tasks) and len({len(column) for column in columns.values()}) == 1:
+                return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    elif isinstance(tasks, Iterable) and not isinstance(tasks, str | bytes | Task):
+        return tasks
+    raise ConfigurationError(
+        f"{setting} is a {type(tasks).__name__}: give a list of tasks, even for a single one"
+        + (", or columns that are equally long" if isinstance(tasks, Mapping) else "")
+    )
 
 
 def read_jsonl(path: str | Path) -> list[Task]:
@@ -91,7 +109,7 @@ def read_jsonl(path: str | Path) -> list[Task]:
                     value = json.loads(line)
                 except ValueError as error:
                     raise ConfigurationError(f"{where}: not JSON ({error}); write one JSON object per line") from error
-                tasks.append(_as_task(value, where))
+                tasks.append(as_task(value, where))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"tasks cannot be read from {path} ({error}): give a JSONL file in UTF-8") from error
     if not tasks:
@@ -102,16 +120,14 @@ def read_jsonl(path: str | Path) -> list[Task]:
 def reasoning_gym_tasks(name: str, size: int, seed: int, *, template: str | None = None, **config: Any) -> list[Task]:
     """Generates tasks with `reasoning-gym <https://github.com/open-thought/reasoning-gym>`_.
 
+    Each has one chat message of the user as prompt, and reasoning-gym's metadata plus the dataset's name.
+
     Args:
         name: A dataset of reasoning-gym, such as ``"basic_arithmetic"``.
         size: Number of tasks.
         seed: Equal seeds give equal tasks; use another one for validation.
         template: The user's message, with ``{question}`` in place of the question; left out, the question alone.
         config: Further settings of the dataset, such as ``max_digits=2``.
-
-    Returns:
-        Tasks without ids, each with one chat message of the user as prompt, and with reasoning-gym's metadata plus the
-        dataset's name as ``"dataset"``.
 
     Raises:
         ConfigurationError: reasoning-gym is not installed, or does not accept ``name`` or ``config``.
@@ -142,8 +158,8 @@ def reasoning_gym_tasks(name: str, size: int, seed: int, *, template: str | None
     ]
 
 
-def _as_task(value: Any, where: str) -> Task:
-    """Checks one task and makes its id a string; errors call it ``where``."""
+def as_task(value: Any, where: str) -> Task:
+    """Checks one task, which errors call ``where``, and makes its id a string."""
     if isinstance(value, str):
         task = Task(value)
     elif isinstance(value, Mapping):
@@ -158,22 +174,35 @@ def _as_task(value: Any, where: str) -> Task:
         task = value if isinstance(value.id, str) else replace(value, id=str(value.id))
     else:
         raise ConfigurationError(f"{where} is a {type(value).__name__}; give a Task, a mapping or a string")
-    problem = _prompt_problem(task.prompt)
+    problem = prompt_problem(task.prompt)
     if problem:
         raise ConfigurationError(f"{where}: {problem}; give text, or chat messages with `role` and `content`")
+    problem = text_problem(task.id, "the id")
+    if problem:
+        raise ConfigurationError(f"{where}: {problem}; give another one, or none")
+    _check_travels(task, where)
     return task
 
 
-def _prompt_problem(prompt: Any) -> str | None:
-    if prompt is None:
-        return "no `prompt` (or `question`)"
-    if isinstance(prompt, str):
-        return None if prompt.strip() else "the prompt is blank"
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        return f"the prompt is a {type(prompt).__name__}"
-    if not prompt:
-        return "the prompt has no messages"
-    for index, message in enumerate(prompt):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            return f"message {index} of the prompt lacks role or content"
-    return None
+def _check_travels(task: Task, where: str) -> None:
+    for name in ("prompt", "answer", "metadata"):
+        value = getattr(task, name)
+        if not _is_plain(value):
+            try:
+                dumps(value)
+            except Exception as error:  # pickling runs any object's own code
+                raise ConfigurationError(
+                    f"{where}: its {name} cannot be sent to an explorer process ({error}); give plain values, and have "
+                    "the reward or workflow open what must be opened"
+                ) from error
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value is one of JSON, which can be sent without a try."""
+    if value is None or type(value) in (str, int, float, bool):
+        return True
+    if depth > _DEPTH:
+        return False
+    if type(value) is dict:
+        return all(_is_plain(key, depth + 1) and _is_plain(part, depth + 1) for key, part in value.items())
+    return type(value) in (list, tuple) and all(_is_plain(part, depth + 1) for part in value)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task
 from lightning_rft.tasks.sources import Tasks, read_tasks
+from lightning_rft.tasks.stream import TaskStream
 
 __all__ = ["TaskSet"]
 
@@ -18,7 +20,8 @@ class TaskSet:
     Args:
         source: :class:`Task` objects, dictionaries, plain prompts, or the path of a JSONL file.
         shuffle: Whether every epoch has an order of its own.
-        steps_per_epoch: Batches of an epoch; needed when ``source`` has no length.
+        steps_per_epoch: Batches of an epoch, which goes on where the last one ended; needed when ``source`` has no
+            length, whose tasks come in their own order. Left out, an epoch is all tasks once.
 
     Raises:
         ConfigurationError: ``steps_per_epoch`` is below 1.
@@ -36,11 +39,10 @@ class TaskSet:
         if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
             raise ConfigurationError(f"TaskSet(steps_per_epoch={self.steps_per_epoch}) must be at least 1")
 
-    def read(self, tasks_per_step: int) -> list[Task]:
-        """Reads the tasks of an epoch.
+    def read(self) -> list[Task] | TaskStream:
+        """Reads the tasks, or makes ready to.
 
-        Raises:
-            ConfigurationError: There are none, one is no task, or there may be no end of them.
+        Raises :class:`ConfigurationError` if there are none, one is no task, or there may be no end of them.
         """
-        at_most = None if self.steps_per_epoch is None else self.steps_per_epoch * tasks_per_step
-        return read_tasks(self.source, "tasks", at_most)
+        endless = isinstance(self.source, Iterable) and not hasattr(self.source, "__len__")
+        return TaskStream(self.source) if self.steps_per_epoch and endless else read_tasks(self.source, "tasks")

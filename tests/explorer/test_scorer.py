@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
-from lightning_rft.experience import Task
+from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.worker.scorer import Scorer
+from lightning_rft.rewards import Sample
+from tests.processes import until
 
 T = TypeVar("T")
 
@@ -28,7 +34,7 @@ def scored(reward: Callable[..., Any], use: Callable[[Scorer], Awaitable[T]], ti
             return await use(scorer)
         finally:
             scorer.stop()
-            assert scorer._process is None
+            assert all(process._process is None or process._process.poll() for process in scorer._processes)
 
     return asyncio.run(run())
 
@@ -137,7 +143,7 @@ def test_exceptions_carry_their_traceback() -> None:
     assert "the line that is to blame" in str(cause)
 
 
-@pytest.mark.parametrize("value", [float("nan"), None, "1.0"])
+@pytest.mark.parametrize("value", [float("nan"), 1e39, {"reward": 1.0}, None, "1.0"])
 @pytest.mark.parametrize("kind", ["plain", "async"])
 def test_what_is_no_number(value: Any, kind: str) -> None:
     async def later(completion: str, task: Task) -> Any:
@@ -217,10 +223,11 @@ def test_a_reward_that_ends_its_process_and_the_next_call_works() -> None:
 def test_a_process_that_died_between_two_calls() -> None:
     async def use(scorer: Scorer) -> float:
         await scorer("", TASK)
-        assert scorer._process is not None
-        scorer._process.kill()
-        scorer._process.wait()
-        with pytest.raises(RuntimeError, match="the reward function ended its process at task 't1'"):
+        (process,) = (process._process for process in scorer._processes)
+        assert process is not None
+        process.kill()
+        process.wait()
+        with pytest.raises(RuntimeError, match="ended its process at task 't1' \\(status -9\\)"):
             await scorer("", TASK)
         return await scorer("", TASK)
 
@@ -265,20 +272,21 @@ def test_calls_that_wait_together_are_answered_each_by_its_own() -> None:
 def test_a_scorer_that_is_stopped_cancels_what_waits_and_starts_no_process(asked: bool) -> None:
     async def use(scorer: Scorer) -> None:
         await scorer("", TASK)
-        while scorer._asked:  # of the call before
+        (process,) = scorer._processes
+        while process._asked:  # of the call before
             await asyncio.sleep(0.001)
         calls = [asyncio.ensure_future(scorer("hang", TASK)) for _ in range(2)]
         await asyncio.sleep(0)
-        while asked and not scorer._asked:
+        while asked and not process._asked:
             await asyncio.sleep(0.001)
-        process = scorer._process
+        running = process._process
         scorer.stop()
-        assert process is not None and process.poll() is not None
+        assert running is not None and running.poll() is not None
         calls.append(asyncio.ensure_future(scorer("", TASK)))  # afterwards, too, nobody waits for ever
         done, _ = await asyncio.wait(calls, timeout=30)
         assert [call.cancelled() for call in done] == [True, True, True]
-        await asyncio.to_thread(scorer._thread.shutdown, wait=True)
-        assert scorer._process is None
+        await asyncio.to_thread(scorer._threads.shutdown, wait=True)
+        assert len(scorer._processes) == 1
 
     def reward(completion: str, task: Task) -> float:
         if completion:
@@ -286,3 +294,116 @@ def test_a_scorer_that_is_stopped_cancels_what_waits_and_starts_no_process(asked
         return 1.0
 
     scored(reward, use)
+
+
+def test_the_clock_of_a_reward_starts_when_its_turn_comes_and_several_run_at_the_same_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_rft.explorer.worker.scorer.available_cpus", lambda: 2)
+
+    def reward(completion: str, task: Task) -> float:
+        time.sleep(0.3)
+        return float(os.getpid())
+
+    async def use(scorer: Scorer) -> list[float]:
+        return await asyncio.gather(*(scorer("", TASK) for _ in range(8)))
+
+    assert len(set(scored(reward, use, timeout_s=2.0))) == 2  # 8 x 0.3 s in all are longer than the limit
+
+
+def test_quick_rewards_take_one_process() -> None:
+    async def use(scorer: Scorer) -> int:
+        await scorer("", TASK)
+        await asyncio.gather(*(scorer("", TASK) for _ in range(500)))
+        return len(scorer._processes)
+
+    assert scored(lambda completion, task: 1.0, use) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_a_reward_that_would_end_the_interpreter(kind: str) -> None:
+    async def later(completion: str, task: Task) -> float:
+        sys.exit(3)
+
+    async def use(scorer: Scorer) -> None:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"raised SystemExit\('3'\)"):
+                await scorer("", TASK)
+
+    scored(later if kind == "async" else lambda completion, task: sys.exit(3), use)
+
+
+def test_a_timeout_of_a_rewards_own_is_its_own() -> None:
+    async def reward(completion: str, task: Task) -> float:
+        raise TimeoutError("of the server")
+
+    with pytest.raises(TimeoutError, match="of the server") as caught:
+        scored(reward, lambda scorer: scorer("", TASK))
+    assert not isinstance(caught.value, DeadlineError)
+
+
+class OnlyHere:
+    def __reduce__(self) -> Any:
+        return _fails_elsewhere, (os.getpid(),)
+
+    def __call__(self, completion: str, task: Task) -> float:
+        return 1.0
+
+
+def _fails_elsewhere(pid: int) -> OnlyHere:
+    if os.getpid() != pid:
+        raise ModuleNotFoundError("No module named 'judge'")
+    return OnlyHere()
+
+
+def test_a_reward_that_cannot_be_rebuilt_says_so() -> None:
+    async def use(scorer: Scorer) -> None:
+        for _ in range(2):
+            with pytest.raises(
+                ConfigurationError, match=r"reward cannot be rebuilt .*No module named 'judge'.*: install"
+            ):
+                await scorer("", TASK)
+
+    scored(OnlyHere(), use)
+
+
+def test_a_task_that_cannot_be_sent_costs_that_call() -> None:
+    async def use(scorer: Scorer) -> float:
+        with pytest.raises(ConfigurationError, match=r"task 't2', .* cannot be sent .*: leave only plain values"):
+            await scorer("", Task("p", id="t2", metadata={"lock": threading.Lock()}))
+        return await scorer("", TASK)
+
+    assert scored(lambda completion, task: 1.0, use) == 1.0
+
+
+def test_what_a_reward_has_started_ends_with_it(tmp_path: Path) -> None:
+    def reward(completion: str, task: Task) -> float:
+        sleeper = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+        Path(completion).write_text(str(sleeper.pid))
+        sleeper.wait()
+        return 1.0
+
+    async def use(scorer: Scorer) -> None:
+        with pytest.raises(DeadlineError):
+            await scorer(str(tmp_path / "pid"), TASK)
+
+    scored(reward, use, timeout_s=1.0)
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", "the end of the program")
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_a_reward_that_asks_for_it_gets_the_sample(kind: str) -> None:
+    turn = Turn((1,), (2, 3), (-0.5, -0.5), (0, 0), "stop")
+
+    def plain(completion: str, task: Task, sample: Sample) -> float:
+        return float(sample.turns[0].token_ids[-1] + len(sample.raw_texts[0]))
+
+    async def later(completion: str, task: Task, *, sample: Sample) -> float:
+        return plain(completion, task, sample)
+
+    async def use(scorer: Scorer) -> float:
+        assert scorer.wants_sample
+        return await scorer("", TASK, Sample((turn,), ("<think>",)))
+
+    assert scored(plain if kind == "plain" else later, use) == 10.0

@@ -19,7 +19,7 @@ from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.engines.fake import FakeEngine
 from lightning_rft.explorer.messages import Ended, Explore, Explored, Several, Started
 from lightning_rft.explorer.spec import ExplorerSpec
-from lightning_rft.explorer.worker.main import Explorer
+from lightning_rft.explorer.worker.explorer import Explorer
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.settings import Sampling, Timeouts, Tolerance
 from lightning_rft.sync.schedule import Action, Issue, Lease, Schedule

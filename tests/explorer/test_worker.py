@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from lightning_rft.experience import GroupKey, Task
 from lightning_rft.explorer.engines.fake import FakeEngine
 from lightning_rft.explorer.messages import Advanced, Cancel, Ended, Explore, Explored, Several, Started
 from lightning_rft.explorer.spec import ExplorerSpec
-from lightning_rft.explorer.worker.main import Explorer
+from lightning_rft.explorer.worker.explorer import Explorer
+from lightning_rft.explorer.worker.users_code import note_programs
 from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.settings import Sampling, Timeouts, Tolerance
@@ -249,3 +252,207 @@ def test_messages_that_arrive_together_are_handled_in_order(tiny_model_path: Pat
     other = Explore(run=6, key=GroupKey(0, 0), attempt=1, task=Task("2", id="u"), seeds=(1,), sampling=SAMPLING)
     (answer,) = answers(tiny_model_path, Several((GROUP, Cancel(run=5), other)))
     assert answer.run == 6
+
+
+# What users hand in
+
+
+def one_of(model: Path, bad: str, *, reward: Any = None, workflow: Any = None) -> Explored:
+    """A group of two, where the first sample goes wrong as ``bad`` says; the second must be as ever."""
+    settings: dict[str, Any] = {"tolerance": Tolerance(retries=0)}
+    if workflow is not None:
+        settings["workflow"] = workflow
+    if reward is not None:
+        settings["reward"] = reward
+    (answer,) = answers(model, GROUP, **settings)
+    assert isinstance(answer, Explored)
+    assert len(answer.experiences) == len(answer.failures) == 1, bad
+    return answer
+
+
+class Once:
+    """A workflow that goes wrong in its first sample."""
+
+    def __init__(self, wrong: Callable[[Task, Policy], Any]) -> None:
+        self.wrong: Callable[[Task, Policy], Any] | None = wrong
+
+    async def __call__(self, task: Task, policy: Policy) -> Any:
+        wrong, self.wrong = self.wrong, None
+        if wrong is None:
+            return await policy(task.prompt)
+        answer = wrong(task, policy)
+        return await answer if asyncio.iscoroutine(answer) else answer
+
+
+def returns(value: Any) -> Once:
+    async def answered(task: Task, policy: Policy) -> Any:
+        await policy(task.prompt)
+        return value
+
+    return Once(answered)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"text": "a"}, "a dict"),
+        (None, "a NoneType"),
+        (("a", 1.0), "a tuple"),
+        (b"a", "a bytes"),
+        ("a\ud800", "a lone surrogate at character 1"),
+    ],
+)
+def test_a_workflow_that_returns_no_text(tiny_model_path: Path, value: Any, said: str) -> None:
+    answer = one_of(tiny_model_path, said, workflow=returns(value))
+    assert f"{said}" in answer.failures[0].text
+    assert "for task 't': return the text" in answer.failures[0].text
+
+
+def test_a_text_of_a_class_of_the_users_is_plain_text(tiny_model_path: Path) -> None:
+    class Text(str):
+        pass
+
+    (answer,) = answers(tiny_model_path, GROUP, workflow=returns(Text("mine")))
+    assert {type(experience.text) for experience in answer.experiences} == {str}
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, {}, [], 3, "x" * 50, "\ud800", [{"role": "user"}], [{"role": "user", "content": 3}]]
+)
+def test_a_prompt_that_is_none(tiny_model_path: Path, prompt: Any) -> None:
+    answer = one_of(tiny_model_path, repr(prompt), workflow=Once(lambda task, policy: policy(prompt)))
+    assert isinstance(answer.failures[0].unpack("here"), ConfigurationError)
+
+
+def test_a_workflow_that_is_no_coroutine(tiny_model_path: Path) -> None:
+    error = fails_with(tiny_model_path, workflow=lambda task, policy: "text")
+    assert "define it as `async def workflow(task, policy)`" in str(error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, {"reward": 1.0}, "1", None])
+def test_one_reward_that_is_none(tiny_model_path: Path, value: Any) -> None:
+    values = [value, 1.0]
+
+    async def reward(completion: str, task: Task) -> Any:
+        return values.pop(0)
+
+    assert "return a finite float" in one_of(tiny_model_path, repr(value), reward=reward).failures[0].text
+
+
+def test_every_sample_has_a_task_of_its_own(tiny_model_path: Path) -> None:
+    task = Task([{"role": "user", "content": "1"}], id="t", metadata={"tools": []})
+    seen: list[tuple[int, int]] = []
+
+    async def workflow(task: Task, policy: Policy) -> str:
+        text = await policy(task.prompt)
+        seen.append((len(task.prompt), len(task.metadata["tools"])))
+        task.prompt.append({"role": "assistant", "content": "x"})  # type: ignore[union-attr]
+        task.metadata["tools"].append("called")
+        return text
+
+    async def reward(completion: str, task: Task) -> float:
+        return float(len(task.metadata["tools"]))  # of this sample's workflow
+
+    (answer,) = answers(tiny_model_path, replace(GROUP, task=task), workflow=workflow, reward=reward)
+    assert seen == [(1, 0), (1, 0)]
+    assert [experience.reward for experience in answer.experiences] == [1.0, 1.0]
+
+
+def test_calls_at_the_same_time_are_turns_in_the_order_of_the_calls(tiny_model_path: Path) -> None:
+    async def together(task: Task, policy: Policy) -> str:
+        later, sooner = policy("a"), policy("bb")
+        second = asyncio.ensure_future(sooner)
+        await asyncio.sleep(0)
+        await asyncio.gather(later, second)
+        return ""
+
+    async def in_turn(task: Task, policy: Policy) -> str:
+        return await policy("a") + await policy("bb")
+
+    turns = [
+        [experience.turns for experience in answers(tiny_model_path, GROUP, workflow=workflow)[0].experiences]
+        for workflow in (together, in_turn)
+    ]
+    assert turns[0] == turns[1]
+    assert [len(turn.prompt_ids) for turn in turns[0][0]] == [1, 2]
+
+
+async def _cancels_its_helper(task: Task, policy: Policy) -> str:
+    helper = asyncio.ensure_future(policy(task.prompt))
+    await asyncio.sleep(0)
+    helper.cancel()
+    return await helper
+
+
+async def _exits(task: Task, policy: Policy) -> str:
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(_cancels_its_helper, "CancelledError"), (_exits, "SystemExit")])
+def test_a_workflow_that_would_end_tasks_or_the_process(tiny_model_path: Path, wrong: Any, said: str) -> None:
+    answer = one_of(tiny_model_path, said, workflow=Once(wrong))
+    assert isinstance(answer.failures[0].unpack("here"), RuntimeError)
+    assert f"a workflow or reward raised {said}" in answer.failures[0].text
+
+
+def test_what_a_sample_has_started_ends_with_it(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess.Popen, "__init__", subprocess.Popen.__init__)  # put back at the end
+    note_programs()
+    ended: list[str] = []
+    programs: list[subprocess.Popen[bytes]] = []
+
+    async def helper() -> None:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            ended.append("helper")
+            raise
+
+    async def workflow(task: Task, policy: Policy) -> str:
+        programs.append(subprocess.Popen("sleep 3600; true", shell=True))
+        helping = asyncio.create_task(helper())
+        await asyncio.gather(helping, policy("a"))
+        return ""
+
+    endless = FakeEngine(mean_tokens=10_000, tokens_per_second=10.0)
+    error = fails_with(
+        tiny_model_path,
+        workflow=workflow,
+        engine=endless,
+        tolerance=Tolerance(retries=0),
+        timeouts=Timeouts(sample_s=0.3),
+    )
+    assert "took longer than Timeouts(sample_s=0.3)" in str(error)
+    assert ended == ["helper", "helper"]
+    assert [program.wait(10) for program in programs] == [-9, -9]
+
+
+def test_a_calls_answer_that_nobody_waits_for_any_more(tiny_model_path: Path) -> None:
+    left: list[asyncio.Future[str]] = []
+
+    async def workflow(task: Task, policy: Policy) -> str:
+        text = await policy("a")
+        left.append(asyncio.ensure_future(policy("b")))
+        await asyncio.sleep(0)
+        return text
+
+    endless = FakeEngine(mean_tokens=2, tokens_per_second=200.0)
+    (answer,) = answers(tiny_model_path, GROUP, workflow=workflow, engine=endless)
+    assert [len(experience.turns) for experience in answer.experiences] == [1, 1]
+    assert all(call.cancelled() for call in left)
+
+
+def test_an_error_in_the_explorer_itself_ends_it(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise OverflowError("in the explorer")
+
+    monkeypatch.setattr("lightning_rft.explorer.worker.explorer.Explored", broken)
+    with pytest.raises(OverflowError, match="in the explorer"):
+        answers(tiny_model_path, GROUP, replies=0)
+
+
+def test_a_samples_clock_starts_when_the_engine_has_room_for_it(tiny_model_path: Path) -> None:
+    group = replace(GROUP, seeds=tuple(range(6)))
+    engine = FakeEngine(mean_tokens=1, tokens_per_second=5.0, max_num_seqs=1)
+    (answer,) = answers(tiny_model_path, group, engine=engine, timeouts=Timeouts(sample_s=1.0))
+    assert not answer.failures  # 1.2 s in all

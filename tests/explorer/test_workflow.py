@@ -12,9 +12,10 @@ from transformers import AutoTokenizer
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.engines.engine import Completion, Request
-from lightning_rft.explorer.workflows.policy import Policy, encode_prompt
+from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.settings import Sampling
+from lightning_rft.tasks.prompts import encode_prompt
 
 CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
 
@@ -45,19 +46,6 @@ def make_policy(tokenizer: Any, sampler: Sampler, **changes: Any) -> Policy:
         "seed": 11,
     }
     return Policy(sampler, tokenizer, **settings | changes)
-
-
-def test_plain_text_is_encoded_as_it_is(tokenizer: Any) -> None:
-    ids = encode_prompt(tokenizer, "1 + 1 =")
-    assert isinstance(ids, tuple) and len(ids) == 7
-    assert tokenizer.decode(ids) == "1 + 1 ="
-
-
-def test_messages_go_through_the_chat_template(tokenizer: Any) -> None:
-    ids = encode_prompt(tokenizer, CHAT)
-    assert isinstance(ids, tuple) and all(type(token) is int for token in ids)
-    assert tokenizer.decode(ids) == "<|system|>Add.<|end|><|user|>1+1<|end|><|assistant|>"
-    assert encode_prompt(tokenizer, tuple(CHAT)) == ids
 
 
 def test_single_turn(tokenizer: Any) -> None:

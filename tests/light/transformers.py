@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 
 class AutoTokenizer:
+    bos_token = None
     chat_template = "yes"
 
     @classmethod
@@ -20,11 +21,11 @@ class AutoTokenizer:
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": self._backend.encode(text).ids}
+    def __call__(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self._backend.encode(text).ids for text in texts]}
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **_: Any) -> list[int]:
-        return self(json.dumps(messages))["input_ids"]
+    def apply_chat_template(self, chats: Sequence[Sequence[Mapping[str, Any]]], **_: Any) -> list[list[int]]:
+        return self([json.dumps(messages) for messages in chats])["input_ids"]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

@@ -38,6 +38,30 @@ def test_old_failures_are_forgotten() -> None:
         errors.take(group(5, *map(LookupError, "abc")), "here")
 
 
-def test_what_trying_again_would_not_change_ends_it_at_once() -> None:
+def test_what_is_wrong_with_one_sample_costs_that_sample(caplog: pytest.LogCaptureFixture) -> None:
+    errors = ErrorRate(0.3, window=16)
+    for _ in range(3):  # one of nine: below the rate
+        errors.take(group(8, ConfigurationError("not a number")), "here")
+    assert errors.failed == 3
+    assert [record.message.splitlines()[0] for record in caplog.records] == [
+        "a sample of task 't' failed after every retry:"
+    ]
     with pytest.raises(ConfigurationError, match="not a number"):
-        ErrorRate(1.0, window=1000).take(group(7, ConfigurationError("not a number")), "here")
+        errors.take(group(2, *[ConfigurationError("others")] * 7), "here")
+
+
+def test_each_kind_of_failure_is_shown_once(caplog: pytest.LogCaptureFixture) -> None:
+    def one() -> None:
+        raise LookupError("one")
+
+    def other() -> None:
+        raise LookupError("other")
+
+    errors = ErrorRate(1.0, window=100)
+    for _ in range(3):
+        for fails in (one, other):
+            try:
+                fails()
+            except LookupError as error:
+                errors.take(group(1, error), "here")
+    assert [record.message.splitlines()[-1] for record in caplog.records] == ["LookupError: one", "LookupError: other"]

@@ -103,7 +103,8 @@ class Engine(ABC):
         dtype: Dtype of the weights, such as ``"bfloat16"``; ``"auto"`` is decided by :meth:`start`.
         max_num_seqs: Maximum requests that run at once; more are given, which wait in order of arrival.
         max_model_len: Maximum tokens of prompt and answer together that the engine is made for; ``None``: what the
-            prompts need, or the model's context with a workflow of the user's own.
+            prompts need, or the model's context with a workflow of the user's own. :meth:`start` may lower it to
+            what its memory holds.
 
     Attributes:
         version: Version of the weights, ``-1`` before the first :meth:`load`.

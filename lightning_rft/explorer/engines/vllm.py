@@ -178,7 +178,10 @@ class VLLMEngine(Engine):
         config = EngineArgs(**(settings | self.engine_args)).create_engine_config()
         if on_cpu:
             _keep_small(config)
+        if self.max_model_len is None and "max_model_len" not in self.engine_args:
+            config.model_config.original_max_model_len = -1  # shortened to what the KV cache holds
         self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        self.max_model_len = self._engine.model_config.max_model_len
         if "generation_config" in self.engine_args:  # in place of all that the model itself says
             named = self._engine.model_config.try_get_generation_config().get("eos_token_id")
             self._eos = frozenset(named if isinstance(named, list) else [] if named is None else [named])

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import time
 from array import array
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
+from itertools import count
 from typing import Any, Protocol
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.settings import Sampling
+from lightning_rft.tasks.prompts import Prompt, encode_prompt
 
-__all__ = ["Encoded", "Policy", "Prompt", "Workflow", "encode_prompt"]
+__all__ = ["Encoded", "Policy", "Workflow"]
 
-Prompt = str | Sequence[Mapping[str, Any]]
 Encoded = dict[bytes, tuple[tuple[int, ...], bytes]]  # a pickled prompt to its token ids, as such and packed
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a prompt: plain text as it is, chat messages through the tokenizer's chat template."""
-    if isinstance(prompt, str):
-        return tuple(tokenizer(prompt)["input_ids"])
-    messages = [dict(message) for message in prompt]
-    return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
 class Policy:
     """What a workflow calls to have the current policy answer; it keeps every call as a turn.
 
-    Args:
-        sample: Runs one request on the engine.
-        tokenizer: A transformers tokenizer.
-        name: Prefix of the request ids, unique among the samples that run at the same time.
-        sampling: How every answer is sampled, with nothing left out.
-        max_model_len: Maximum tokens of prompt and answer together.
-        seed: Seed of this sample.
-        encoded: Prompts that were encoded and packed before, to be shared by the samples of a group, which mostly have
-            the same.
+    A workflow may make several calls at the same time; turns, and the random numbers of each, are in the order in which
+    the calls were made. ``name`` begins the request ids, ``encoded`` holds prompts that the samples of a group share.
     """
 
     def __init__(
@@ -52,19 +39,27 @@ class Policy:
         seed: int,
         encoded: Encoded | None = None,
     ) -> None:
-        self.turns: list[Turn] = []
+        assert sampling.max_new_tokens is not None and sampling.temperature is not None, "filled by the data module"
         self.seconds = 0.0
         self._sample = sample
         self._tokenizer = tokenizer
         self._name = name
-        assert sampling.max_new_tokens is not None and sampling.temperature is not None, "filled by the data module"
         self._max_new_tokens, self._temperature = sampling.max_new_tokens, sampling.temperature
         self._max_model_len = max_model_len
         self._seed = seed
         self._encoded = {} if encoded is None else encoded
+        self._calls = count()
+        self._turns: dict[int, Turn] = {}
+        self._asking: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
-    async def __call__(self, prompt: Prompt) -> str:
-        """Samples an answer.
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The calls that were answered, in the order in which they were made."""
+        return tuple(turn for _, turn in sorted(self._turns.items()))
+
+    def __call__(self, prompt: Prompt) -> Coroutine[Any, Any, str]:
+        """Samples an answer; to be awaited.
 
         Args:
             prompt: Plain text or chat messages, the whole conversation so far.
@@ -73,8 +68,24 @@ class Policy:
             The answer as text, special tokens left out.
 
         Raises:
-            ConfigurationError: Prompt and answer do not fit the model's context.
+            ConfigurationError: It is no prompt, or prompt and answer do not fit the model's context.
         """
+        return self._answer(prompt, next(self._calls))
+
+    def raw_text(self, turn: Turn) -> str:
+        """A turn's answer as text, special tokens included."""
+        text: str = self._tokenizer.decode(turn.token_ids.tolist(), skip_special_tokens=False)
+        return text
+
+    def close(self) -> None:
+        """Ends the calls that still wait, which nobody asks for any more, and refuses others."""
+        self._closed = True
+        for task in self._asking:
+            task.cancel()
+
+    async def _answer(self, prompt: Prompt, call: int) -> str:
+        if self._closed:
+            raise ConfigurationError("the policy was called after the end of its sample: await every call")
         prompt_ids, packed_ids = self._encode(prompt)
         if len(prompt_ids) + self._max_new_tokens > self._max_model_len:
             raise ConfigurationError(
@@ -82,28 +93,26 @@ class Policy:
                 f"of {self._max_model_len} tokens: shorten the prompt or lower max_new_tokens"
             )
         began = time.perf_counter()
-        turn = len(self.turns)
         # a generator of its own for every turn, else a second turn would repeat the first one's draws
-        request = Request(
-            f"{self._name}/{turn}",
-            prompt_ids,
-            self._max_new_tokens,
-            self._temperature,
-            (self._seed + turn * 7_919) % 2**31,
-        )
-        done = await self._sample(request)
+        seed = (self._seed + call * 7_919) % 2**31
+        request = Request(f"{self._name}/{call}", prompt_ids, self._max_new_tokens, self._temperature, seed)
+        asking = asyncio.current_task()
+        assert asking is not None
+        self._asking.add(asking)
+        try:
+            done = await self._sample(request)
+        finally:
+            self._asking.discard(asking)
         self.seconds += time.perf_counter() - began
-        self.turns.append(
-            Turn(
-                packed_ids,  # the same object in all samples of a group, so that it travels once
-                done.token_ids,
-                done.logprobs,
-                done.versions,
-                done.finish_reason,
-                temperature=request.temperature,
-                sampling=request.sampling,
-                support=done.support,
-            )
+        self._turns[call] = Turn(
+            packed_ids,  # the same object in all samples of a group, so that it travels once
+            done.token_ids,
+            done.logprobs,
+            done.versions,
+            done.finish_reason,
+            temperature=request.temperature,
+            sampling=request.sampling,
+            support=done.support,
         )
         text: str = self._tokenizer.decode(done.token_ids, skip_special_tokens=True)
         return text
@@ -118,6 +127,8 @@ class Policy:
 
 class Workflow(Protocol):
     r"""Any ``async`` callable of a task and a policy that returns the text to be scored.
+
+    The task is the sample's own copy.
 
     Example::
 

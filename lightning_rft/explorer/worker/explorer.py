@@ -1,0 +1,283 @@
+"""The explorer: it runs the groups it is given on one engine, and loads weights when told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import pickle
+from collections import Counter
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from lightning_rft.channel import Failure, unpack
+from lightning_rft.errors import ConfigurationError, LinkError
+from lightning_rft.experience import Experience, GroupKey, Task
+from lightning_rft.explorer.messages import (
+    Advanced,
+    Cancel,
+    Connect,
+    Ended,
+    Explore,
+    Explored,
+    Load,
+    Loaded,
+    LoadFailed,
+    Several,
+    Started,
+)
+from lightning_rft.explorer.spec import ExplorerSpec
+from lightning_rft.explorer.worker.scorer import Scorer
+from lightning_rft.explorer.worker.stepper import Stepper
+from lightning_rft.explorer.worker.users_code import as_exception, in_time, note_tasks
+from lightning_rft.explorer.workflows.policy import Encoded, Policy
+from lightning_rft.pickling import dumps
+from lightning_rft.rewards import Sample
+from lightning_rft.tasks.prompts import text_problem
+
+__all__ = ["Explorer", "next_message"]
+
+_REPORT_S = 1.0
+
+
+class _Sends(Protocol):
+    def send(self, message: Any) -> None: ...
+
+
+@dataclass
+class _Group:
+    """A group that runs."""
+
+    asked: Explore
+    encoded: Encoded = field(default_factory=dict)  # prompts, which its samples share
+    ended: set[int] = field(default_factory=set)  # samples that rank 0 is told of, or about to be
+    retried: int = 0
+
+    @cached_property
+    def task(self) -> bytes:
+        """The task, pickled: each sample rebuilds a copy of its own, which it may change."""
+        return dumps(self.asked.task)
+
+
+class Explorer:
+    """Runs groups on one engine.
+
+    Args:
+        outbox: Sends messages to rank 0.
+        spec: What to run.
+    """
+
+    def __init__(self, outbox: _Sends, spec: ExplorerSpec) -> None:
+        loop = asyncio.get_running_loop()
+        note_tasks(loop)
+        self._outbox = outbox
+        self._spec = spec
+        self._max_model_len = spec.max_model_len
+        self._stepper = Stepper(spec.engine, loop)
+        self._scorer = Scorer(spec.reward, spec.timeouts.reward_s)
+        self._scored = 0
+        self._scoring = 0
+        self._ended: dict[int, Counter[tuple[GroupKey, int]]] = {}  # of each run; rank 0 is about to be told
+        self._work: dict[asyncio.Task[None], Explore] = {}  # running groups
+        self._inbox: asyncio.Queue[Any]
+        self._room = asyncio.Semaphore(1)  # once the engine is up, for as many samples as it takes at the same time
+        self._tokenizer: Any = None
+
+    async def serve(self, inbox: asyncio.Queue[Any]) -> None:
+        """Starts the engine, then does what is asked until the process is told to end."""
+        self._inbox, spec = inbox, self._spec
+        await self._stepper.call(spec.engine.start, spec.model, max_model_len=spec.max_model_len, seed=spec.seed)
+        self._max_model_len = min(spec.max_model_len, spec.engine.max_model_len or spec.max_model_len)
+        # After the engine, not beside it: two threads that import transformers at once may each see half of it.
+        self._tokenizer = await asyncio.to_thread(_tokenizer, spec.model)
+        gc.freeze()  # what was imported and loaded stays: never to be searched again
+        gc.enable()
+        engine = spec.engine
+        started = Started(engine.dtype, engine.world_size, engine.nccl, engine.max_num_seqs)
+        self._room = asyncio.Semaphore(started.room)
+        self._outbox.send(started)
+        report = self._in_background(self._report())
+        try:
+            while (message := await next_message(inbox)) is not None:
+                await self._handle(message)
+        finally:
+            report.cancel()
+
+    def stop(self) -> None:
+        """Ends the engine and the reward's process."""
+        self._scorer.stop()
+        self._stepper.stop(timeout_s=5)
+
+    async def _report(self) -> None:
+        """Tells when there was progress: that this process is alive says nothing about its engine."""
+        before = (0, 0)
+        while True:
+            await asyncio.sleep(_REPORT_S)
+            now = (self._stepper.steps, self._scored)
+            if now != before:
+                self._outbox.send(Advanced())
+            before = now
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs a part of the explorer, whose error ends it."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            error = None if task.cancelled() else task.exception()
+            if error is not None:
+                self._inbox.put_nowait(as_exception(error, "an explorer"))
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(ended)
+        return task
+
+    async def _handle(self, message: Any) -> None:
+        if isinstance(message, Several):
+            for one in message.messages:
+                await self._handle(one)
+        elif isinstance(message, Explore):
+            task = self._in_background(self._explore(message))
+            self._work[task] = message
+            task.add_done_callback(self._work.pop)
+        elif isinstance(message, Cancel):
+            for task, asked in list(self._work.items()):
+                if asked.run == message.run and message.key in (None, asked.key):
+                    task.cancel()
+        elif isinstance(message, Connect):
+            with contextlib.suppress(LinkError):  # rank 0 was to be in the same group: it notices, and invites again
+                await self._stepper.call(self._spec.engine.connect, message.link)
+        elif isinstance(message, Load):
+            try:
+                await self._stepper.load(message.manifest, message.version)
+            except LinkError as error:
+                self._outbox.send(LoadFailed(message.version, Failure.of(error)))
+            else:
+                self._outbox.send(Loaded(message.version))
+
+    async def _explore(self, request: Explore) -> None:
+        group = _Group(request)
+        samples = [asyncio.ensure_future(self._sample(group, index)) for index in range(len(request.seeds))]
+        try:
+            results = await asyncio.gather(*samples, return_exceptions=True)
+        finally:
+            for sample in samples:
+                sample.cancel()
+        engine_error = self._stepper.error
+        if engine_error is not None:  # no sample's fault: this process is of no use any more
+            raise engine_error
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, Exception):
+                raise result
+        experiences = tuple(result for result in results if isinstance(result, Experience))
+        # a user's reward or workflow: it goes to rank 0, this process lives on
+        failures = tuple(Failure.of(result) for result in results if isinstance(result, Exception))
+        self._outbox.send(
+            Explored(request.run, request.key, request.attempt, request.task.id, experiences, failures, group.retried)
+        )
+
+    async def _sample(self, group: _Group, index: int) -> Experience:
+        attempt = 0
+        while True:
+            try:
+                experience = await self._try(group, index, attempt)
+            except Exception as error:
+                attempt += 1
+                permanent = isinstance(error, ConfigurationError)  # trying again changes nothing
+                if permanent or attempt > self._spec.tolerance.retries or self._stepper.error is not None:
+                    self._end(group, index)
+                    raise
+                group.retried += 1
+            else:
+                self._end(group, index)
+                return experience
+
+    def _end(self, group: _Group, index: int) -> None:
+        """Tells rank 0 that a sample needs the engine no more, together with all others that end now."""
+        if index in group.ended or self._stepper.error is not None:
+            return
+        group.ended.add(index)
+        if not self._ended:
+            asyncio.get_running_loop().call_soon(self._tell_ended)
+        asked = group.asked
+        self._ended.setdefault(asked.run, Counter())[asked.key, asked.attempt] += 1
+
+    def _tell_ended(self) -> None:
+        ended, self._ended = self._ended, {}
+        for run, samples in ended.items():
+            self._outbox.send(Ended(run, dict(samples)))
+
+    async def _try(self, group: _Group, index: int, attempt: int) -> Experience:
+        spec, request = self._spec, group.asked
+        task: Task = pickle.loads(group.task)
+        policy = Policy(
+            self._stepper.sample,
+            self._tokenizer,
+            name=f"{request.run}/{request.key.batch}/{request.key.slot}/{request.attempt}/{index}/{attempt}",
+            sampling=request.sampling,
+            max_model_len=self._max_model_len,
+            seed=request.seeds[index],
+            encoded=group.encoded,
+        )
+        loop = asyncio.get_running_loop()
+        limit = spec.timeouts.sample_s
+        late = f"took longer than Timeouts(sample_s={limit:g}): make the workflow faster or raise the setting"
+        try:
+            async with self._room:  # validation asks for all at once, and a sample's clock starts when its turn comes
+                answering = _call(spec.workflow, task, policy)
+                answer = await in_time(answering, limit, f"a sample of task {request.task.id!r} {late}")
+        finally:
+            policy.close()
+        text = _text(answer, request.task.id)
+        turns = policy.turns
+        if not turns:
+            raise ConfigurationError(
+                f"the workflow answered task {request.task.id!r} without calling the policy: nothing to train"
+            )
+        sample = Sample(turns, tuple(map(policy.raw_text, turns))) if self._scorer.wants_sample else None
+        began = loop.time()
+        if self._scoring < spec.engine.max_num_seqs:  # else rewards are what is slow: sampling more helps nobody
+            self._end(group, index)
+        self._scoring += 1
+        try:
+            reward = await self._scorer(text, task, sample)
+        finally:
+            self._scoring -= 1
+        self._scored += 1
+        return Experience(
+            request.task.id, index, turns, reward, text, round(policy.seconds, 6), round(loop.time() - began, 6)
+        )
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+async def _call(workflow: Any, task: Task, policy: Policy) -> Any:
+    answer = workflow(task, policy)
+    if not inspect.isawaitable(answer):
+        raise ConfigurationError("the workflow is no coroutine: define it as `async def workflow(task, policy)`")
+    return await answer
+
+
+def _text(answer: Any, task_id: str) -> str:
+    """What a workflow returned, as exactly a ``str``, if that is what it is."""
+    problem = text_problem(answer, "a text that") if isinstance(answer, str) else f"a {type(answer).__name__}"
+    if problem:
+        raise ConfigurationError(
+            f"the workflow returned {problem} for task {task_id!r}: return the text that the reward shall score"
+        )
+    return str.encode(answer).decode()
+
+
+async def next_message(inbox: asyncio.Queue[Any]) -> Any:
+    """The next message; raises what came in place of one."""
+    message = await inbox.get()
+    if isinstance(message, Exception):
+        raise message
+    # Here and not on the listener's thread: what a reward's module imports would be imported beside what the engine
+    # needs, and two threads that import transformers at once may each see half of it.
+    return unpack(message) if isinstance(message, bytes) else message
