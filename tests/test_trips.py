@@ -17,6 +17,14 @@ def files(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     """By trip: the files of both processes, in the order of the first visit."""
     folder = tmp_path_factory.mktemp("trips")
     tracer = Tracer()
+
+    class Start(L.Callback):
+        """Traces from the second batch on: what is set up once, with all the tasks, is no trip."""
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            for found in tracer.files.values():
+                found.clear()
+
     data = rft.RFTDataModule(
         tasks=["1 + 1 =", "2 + 1 =", "3 + 1 ="],
         reward=lambda completion, task: float(len(completion) % 3),
@@ -29,7 +37,7 @@ def files(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     trainer = L.Trainer(
         max_steps=3,
         accelerator="cpu",
-        callbacks=[rft.Synchronous()],
+        callbacks=[rft.Synchronous(), Start()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -47,7 +55,7 @@ def files(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     return {trip: list(dict.fromkeys([*ours, *theirs[trip]])) for trip, ours in tracer.files.items()}
 
 
-@pytest.mark.parametrize(("trip", "most"), [("task", 11), ("group", 22), ("weight", 13)])
+@pytest.mark.parametrize(("trip", "most"), [("task", 11), ("group", 24), ("weight", 14)])
 def test_a_trip_does_not_grow(files: dict[str, list[str]], trip: str, most: int) -> None:
     print(f"{trip}: {len(files[trip])} files\n  " + "\n  ".join(files[trip]))
     assert len(files[trip]) <= most, files[trip]
