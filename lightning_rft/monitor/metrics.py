@@ -46,9 +46,9 @@ class BatchMetrics(nn.Module):
     def update_groups(self, groups: Sequence[Group], version: int) -> None:
         """Adds the groups of a micro-batch, trained as ``version``."""
         for group in groups:
-            rewards = torch.tensor([experience.reward for experience in group.experiences], dtype=torch.float32)
-            self.reward.update(rewards)
-            self.reward_std.update(rewards.std() if len(rewards) > 1 else 0.0)
+            rewards = torch.tensor([experience.reward for experience in group.experiences], dtype=torch.float64)
+            self.reward.update(rewards.float())
+            self.reward_std.update(rewards.std().float() if len(rewards) > 1 else 0.0)
             self.completion_length.update(
                 torch.tensor([experience.num_tokens for experience in group.experiences], dtype=torch.float32)
             )
@@ -60,7 +60,8 @@ class BatchMetrics(nn.Module):
 
     def update_loss(self, loss: Tensor) -> None:
         """Adds a share's part of the batch's loss."""
-        self.loss.update(loss.detach())
+        # the metric would leave NaN out of its sum
+        self.loss.update(loss.detach().nan_to_num(math.inf, math.inf, -math.inf))
 
     def update_tokens(self, entropy: Tensor, statistics: Mapping[str, Tensor], weight: float = 1.0) -> None:
         """Adds what the training step computed, one value per trained token [N]; a ``weight`` of 0 leaves them out."""

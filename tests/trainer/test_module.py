@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,18 @@ def test_share_without_work_gives_every_parameter_a_zero_gradient(tiny_model_pat
     assert all(parameter.grad is None for parameter in module.parameters())
     module.training_step(MicroBatch(0, groups, last=False, batch_tokens=9), 0).backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters())
+
+
+def test_turns_without_tokens_are_no_work(module: Module) -> None:
+    silent = Turn((5, 6), (), (), (), "stop")
+    one, other = make_group(7, (1, 0)).experiences
+    beside = (replace(one, turns=(silent, *one.turns)), replace(other, turns=(*other.turns, silent)))
+    alone = module.step([make_group(7, (1, 0))])
+    assert torch.equal(module.step([Group(GroupKey(0, 0), "7", beside)]), alone)
+    nothing = Group(GroupKey(0, 0), "7", (replace(one, turns=(silent,)), replace(other, turns=(silent,))))
+    for groups in ([nothing], []):
+        assert not module.step(groups).any()
+        assert module.logged["rft/loss"] == 0.0
 
 
 def test_groups_without_signal_are_skipped_and_yet_count(module: Module, monkeypatch: pytest.MonkeyPatch) -> None:
