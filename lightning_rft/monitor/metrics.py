@@ -41,7 +41,7 @@ class BatchMetrics(nn.Module):
         self.tokens = SumMetric()
         self.trained_tokens = SumMetric()
         self._began: float | None = None
-        self._clear()
+        self.clear()
 
     def update_groups(self, groups: Sequence[Group], version: int) -> None:
         """Adds the groups of a micro-batch, trained as ``version``."""
@@ -89,9 +89,10 @@ class BatchMetrics(nn.Module):
     def restart(self, now: float | None = None) -> None:
         """Forgets what was added; the clock starts now."""
         self._began = time.perf_counter() if now is None else now
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forgets what was added."""
         for _, metric in self._metrics():
             metric.reset()
             # so that a rank whose share is empty has something to add to

@@ -135,7 +135,8 @@ class Coordinator:
             Exception: Whatever failed in an explorer.
         """
         began = time.monotonic()
-        self._tell(lambda: self._schedule.wanted(batch))
+        if self._groups.leased is None:  # else a hook has ended the epoch before its batch was trained
+            self._tell(lambda: self._schedule.wanted(batch))
         with self._status:
             while True:
                 self._wait_served(

@@ -169,6 +169,10 @@ class RFTModule(L.LightningModule):
         for optimizer in self.trainer.optimizers:
             leave_unscaling_to_the_plugin(optimizer)
 
+    def on_train_epoch_start(self) -> None:
+        """Forgets a batch that ``on_train_batch_start`` ended the last epoch in the middle of: it begins anew."""
+        self.metrics.clear()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs ``rft/grad_norm``, the gradient's norm before it is clipped, and skips a step that is not finite."""
         norm = float(grad_norm(self.parameters()))

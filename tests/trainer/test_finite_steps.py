@@ -160,7 +160,7 @@ def test_a_run_that_only_skips_ends(tiny_model_path: Path, tmp_path: Path) -> No
         bad = tuple(range(1, 100))
 
     buffer = write_buffer(tmp_path / "buffer.sqlite", lambda batch: (0.0, 1.0, 3.0))
-    with pytest.raises(rft.NonFiniteError, match="5 batches in a row, up to batch 5, .* the loss and the norm of"):
+    with pytest.raises(rft.NonFiniteError, match=r"5 batches in a row, up to batch 5, .* the loss and the norm of"):
         fit(tiny_model_path, buffer, Lost, max_epochs=9)
 
 
