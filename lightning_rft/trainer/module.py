@@ -22,6 +22,7 @@ from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.objectives.grpo import GRPO
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin
+from lightning_rft.trainer.saving import write_model
 from lightning_rft.trainer.sharding import shard
 from lightning_rft.trainer.shortcuts import FastPath, probe
 from lightning_rft.trainer.step_guard import StepGuard
@@ -153,14 +154,16 @@ class RFTModule(L.LightningModule):
             name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
         }
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Writes policy and tokenizer as a folder that transformers and vLLM load; to be called on every rank."""
-        from transformers import AutoTokenizer
+    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Writes policy and tokenizer as a folder that transformers and vLLM load; to be called on every rank.
 
+        Args:
+            path: The folder.
+            dtype: Dtype of the weights. Left out, the one that the model's config names.
+        """
         weights = self._whole_state()
         if self.global_rank == 0:
-            self._policy.save_pretrained(path, state_dict=weights)
-            AutoTokenizer.from_pretrained(self.model).save_pretrained(path)
+            write_model(self._policy, weights, self.model, path, dtype)
 
     def on_train_start(self) -> None:
         """Starts the clock of ``rft/tokens_per_second``."""
