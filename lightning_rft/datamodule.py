@@ -251,7 +251,7 @@ class RFTDataModule(L.LightningDataModule):
             self._pool,
             tasks=self.tasks,
             steps_per_epoch=self.steps_per_epoch,
-            shuffle=self.task_set.shuffle,
+            shuffle=self.task_set.shuffle and not self._overfits,
             tasks_per_step=self.tasks_per_step,
             samples_per_task=self.samples_per_task,
             sampling=self.sampling,
@@ -306,13 +306,16 @@ class RFTDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ExperienceLoader:
         """One epoch of experience."""
         self.ranks.mind_sigterm()
-        stored = self._stored
+        stored, accumulate = self._stored, self._trainer.accumulate_grad_batches
+        items = micro_batches(self._trainer, self.steps_per_epoch)
+        if stored is not None:
+            stored.repeated = -(-items // accumulate) if self._overfits else None
         return ExperienceLoader(
             lambda: self._active if stored is None else stored,
             self.ranks,
             batches=self.steps_per_epoch,
-            accumulate=self._trainer.accumulate_grad_batches,
-            items=micro_batches(self._trainer, self.steps_per_epoch),
+            accumulate=accumulate,
+            items=items,
             max_staleness=sync_strategy(self._trainer).max_staleness if stored is None else None,
         )
 
@@ -330,6 +333,10 @@ class RFTDataModule(L.LightningDataModule):
             len(self.val_tasks),
             chunk,
         )
+
+    def test_dataloader(self) -> ValidationLoader | list[Any]:
+        """As in validation."""
+        return self.val_dataloader()
 
     def predict_dataloader(self) -> ExplorationLoader:
         """Every task once, explored with the weights as they are."""
@@ -364,6 +371,10 @@ class RFTDataModule(L.LightningDataModule):
     @property
     def _fits(self) -> bool:
         return self._trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def _overfits(self) -> bool:
+        return self._trainer.overfit_batches > 0  # type: ignore[attr-defined, no-any-return]
 
     @property
     def _active(self) -> Coordinator:

@@ -197,9 +197,8 @@ class Coordinator:
 
     def trained(self, batch: int) -> dict[str, float]:
         """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""
-        with self._lock:
-            self._groups.trained(batch)
-        self._tell(lambda: self._schedule.trained(batch))
+        self._listener.raise_failures()
+        self.take_in(batch + 1)
         began = time.monotonic()
         due = self._wait_due()
         waited = time.monotonic()
@@ -215,6 +214,13 @@ class Coordinator:
         if weights is not None:  # looked at when nobody waits for the push any more
             logged["rft/weights_changed"] = self.pusher.share_changed(weights)
         return logged | self.metrics()
+
+    def take_in(self, version: int) -> None:
+        """Notes that what is leased is part of the weights, which are this version: at the step's end, or when saved."""
+        with self._lock:
+            if self._groups.leased is not None and version == self.version + 1:
+                self._groups.trained(self.version)
+                self._carry_out(self._schedule.trained(self.version))
 
     def push_last(self) -> None:
         """Pushes the last version if it was not, and returns when explorers have loaded it."""

@@ -83,6 +83,7 @@ class Run:
         check_interrupt: Callable[[], None],
         gathered: Callable[[], Weights],
     ) -> None:
+        self._trainer = trainer
         explores_only = trainer.state.fn == TrainerFn.PREDICTING
         items = micro_batches(trainer, steps_per_epoch)
         progress = progress_at(trainer.global_step, saved, samples_per_task)
@@ -160,6 +161,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: tasks, buffer, and the generators of random numbers."""
+        self.coordinator.take_in(self._trainer.global_step)  # a callback may save before the strategy's hook comes
         return self.coordinator.state_dict() | {
             "path": None if self._path == ":memory:" else str(Path(self._path).absolute()),
             "samples_per_task": self._samples_per_task,

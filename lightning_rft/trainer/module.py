@@ -208,6 +208,13 @@ class RFTModule(L.LightningModule):
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Logs ``val/reward``, ``val/pass@1`` and ``val/version`` over answers to held-out tasks."""
+        self._log_answers(batch, "val")
+
+    def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        """Logs ``test/reward``, ``test/pass@1`` and ``test/version`` over answers to the same tasks."""
+        self._log_answers(batch, "test")
+
+    def _log_answers(self, batch: MicroBatch, stage: str) -> None:
         experiences = [experience for group in batch.groups for experience in group.experiences]
         if not experiences:  # all of these failed after every retry, which is counted and bounded elsewhere
             return
@@ -215,9 +222,9 @@ class RFTModule(L.LightningModule):
         passed = (rewards >= self.pass_threshold).float()
         version = float(max(experience.oldest_version for experience in experiences))
         size = len(experiences)
-        self.log("val/reward", rewards.mean(), batch_size=size, prog_bar=True, sync_dist=True)
-        self.log("val/pass@1", passed.mean(), batch_size=size, sync_dist=True)
-        self.log("val/version", version, batch_size=size, sync_dist=True)
+        self.log(f"{stage}/reward", rewards.mean(), batch_size=size, prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/pass@1", passed.mean(), batch_size=size, sync_dist=True)
+        self.log(f"{stage}/version", version, batch_size=size, sync_dist=True)
 
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
         """What explorers answered to some tasks: the weights that sample are theirs, and the buffer keeps all of it.
