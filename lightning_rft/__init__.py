@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lightning_rft.errors import ConfigurationError as ConfigurationError
     from lightning_rft.errors import DeadlineError as DeadlineError
     from lightning_rft.errors import ExplorerError as ExplorerError
+    from lightning_rft.errors import NonFiniteError as NonFiniteError
     from lightning_rft.errors import RFTError as RFTError
     from lightning_rft.errors import ScheduleError as ScheduleError
     from lightning_rft.errors import StorageError as StorageError
@@ -78,6 +79,7 @@ _MODULES = {
         "ConfigurationError",
         "DeadlineError",
         "ExplorerError",
+        "NonFiniteError",
         "RFTError",
         "ScheduleError",
         "StorageError",

@@ -217,8 +217,8 @@ class RFTDataModule(L.LightningDataModule):
         settings = RunSettings(
             tasks=self.tasks,
             steps_per_epoch=self.steps_per_epoch,
-            shuffle=self.task_set.shuffle,
-            goes_on=self.task_set.steps_per_epoch is not None,
+            shuffle=self.task_set.shuffle and not self._overfits,
+            goes_on=self.task_set.steps_per_epoch is not None and not self._overfits,
             tasks_per_step=self.tasks_per_step,
             samples_per_task=self.samples_per_task,
             sampling=self.sampling,
@@ -262,14 +262,17 @@ class RFTDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> ExperienceLoader:
-        session, stored = self._active, self._stored
+        session, stored, accumulate = self._active, self._stored, self._trainer.accumulate_grad_batches
         session.ranks.mind_sigterm()
+        items = micro_batches(self._trainer, self.steps_per_epoch)
+        if stored is not None:
+            stored.repeated = -(-items // accumulate) if self._overfits else None
         return ExperienceLoader(
             lambda: session.coordinator if stored is None else stored,
             session.ranks,
             batches=self.steps_per_epoch,
-            accumulate=self._trainer.accumulate_grad_batches,
-            items=micro_batches(self._trainer, self.steps_per_epoch),
+            accumulate=accumulate,
+            items=items,
             max_staleness=sync_strategy(self._trainer).max_staleness if stored is None else None,
         )
 
@@ -288,6 +291,10 @@ class RFTDataModule(L.LightningDataModule):
             len(self.val_tasks),
             chunk,
         )
+
+    @override
+    def test_dataloader(self) -> ValidationLoader | list[Any]:
+        return self.val_dataloader()
 
     @override
     def predict_dataloader(self) -> ExplorationLoader:
@@ -324,6 +331,10 @@ class RFTDataModule(L.LightningDataModule):
     def _active(self) -> Session:
         assert self._session is not None, "setup has not run"
         return self._session
+
+    @property
+    def _overfits(self) -> bool:
+        return self._trainer.overfit_batches > 0  # type: ignore[attr-defined, no-any-return]
 
     def _stop(self, *, keep_explorers: bool = False) -> None:
         session, self._session = self._session, None

@@ -5,6 +5,7 @@ __all__ = [
     "DeadlineError",
     "ExplorerError",
     "LinkError",
+    "NonFiniteError",
     "RFTError",
     "RankError",
     "ScheduleError",
@@ -23,6 +24,10 @@ class ConfigurationError(RFTError, ValueError):
 
 class ScheduleError(RFTError, RuntimeError):
     """Order, version or staleness breaks the strategy's promise: to continue training would be silently wrong."""
+
+
+class NonFiniteError(RFTError, ArithmeticError):
+    """Loss or gradient was not finite in several batches in a row; the weights are those before the first of them."""
 
 
 class StorageError(RFTError, OSError):

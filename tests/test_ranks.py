@@ -64,24 +64,28 @@ TRAIN = """
 """
 
 
-@pytest.fixture
-def buffer(tmp_path: Path) -> Path:
-    """Seven groups, of which one without signal: in batches of 3, 3 and 1, some ranks have nothing to do."""
+def write_buffer(folder: Path, rewards: list[list[float]]) -> Path:
+    """A buffer with a group of samples for each list of rewards."""
     from lightning_rft.buffer.ledger import Ledger
     from lightning_rft.experience import Experience, Group, GroupKey, Turn
 
-    path = tmp_path / "old.sqlite"
+    path = folder / "old.sqlite"
     with Ledger.open(path) as ledger:
         ledger.begin()
-        for number in range(7):
+        for number, scores in enumerate(rewards):
             key = GroupKey(number // 3, number % 3)
             ledger.issue(key, str(number), epoch=0, explorer=0)
             length = 3 + 2 * number
             turn = Turn((4, 5, 6 + number), tuple(range(7, 7 + length)), (-3.0,) * length, (0,) * length, "stop")
-            rewards = [0.0] * 4 if number == 6 else [0.0, 1.0, 0.5, float(number)]
-            experiences = [Experience(str(number), i, (turn,), reward) for i, reward in enumerate(rewards)]
+            experiences = [Experience(str(number), i, (turn,), reward) for i, reward in enumerate(scores)]
             ledger.ready(Group(key, str(number), tuple(experiences)))
     return path
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> Path:
+    """Seven groups, of which one without signal: in batches of 3, 3 and 1, some ranks have nothing to do."""
+    return write_buffer(tmp_path, [[0.0, 1.0, 0.5, float(number)] for number in range(6)] + [[0.0] * 4])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -129,6 +133,37 @@ def on_one_and_two(
         for script in [start(source)] if devices == 1 else start_ranks(source):
             assert script.wait() == 0, script.stderr
     return [torch.load(result) for result in results]
+
+
+@pytest.mark.parametrize("strategy", ["'ddp'", SHARDED])
+def test_both_ranks_skip_what_is_not_finite_on_one(strategy: str, start_ranks: StartRanks, tmp_path: Path) -> None:
+    """Unscaled, an advantage of 1e300 is beyond float32; one rank has that group, the other an ordinary one."""
+    path = write_buffer(tmp_path, [[0.0, 1.0]] * 3 + [[0.0, 1e300]] + [[0.0, 1.0]] * 2)
+    scripts = start_ranks(f"""
+        import os, torch
+        import lightning as L
+        from lightning.pytorch.strategies import ModelParallelStrategy
+        import lightning_rft as rft
+        from tests.processes import MODEL
+
+        class Note(L.Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                weights = torch.cat([tensor.reshape(-1) for _, tensor in pl_module.weights()])
+                print(float(trainer.callback_metrics["rft/skipped_steps"]), float(weights.double().sum()))
+
+        data = rft.RFTDataModule(explorers=0, buffer=rft.Buffer("{path}", shuffle=False), tasks_per_step=2)
+        L.Trainer(
+            devices=2, strategy={strategy}, accelerator="cpu", callbacks=[Note()], logger=False, max_epochs=1,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ).fit(rft.RFTModule(os.environ[MODEL], rft.GRPO(scale_rewards=False),
+              lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)), data)
+    """)
+    for script in scripts:
+        assert script.wait() == 0, script.stderr
+    assert scripts[0].stdout == scripts[1].stdout
+    lines = [line.split() for line in scripts[0].stdout.splitlines()]
+    assert [skipped for skipped, _ in lines] == ["0.0", "1.0", "1.0"]
+    assert lines[0][1] == lines[1][1] != lines[2][1]
 
 
 @pytest.mark.parametrize("strategy", ["'ddp'", SHARDED])

@@ -95,6 +95,8 @@ class StoredExperience:
         self._seed = seed
         self._version = version
         self._keys = stored_keys(self._path)
+        #: How many batches are trained again and again; None for all.
+        self.repeated: int | None = None
         if not self._keys:
             raise ConfigurationError(f"buffer={str(path)!r} holds no experience to train on: explore some first")
 
@@ -110,7 +112,7 @@ class StoredExperience:
 
     def wanted(self, batch: int) -> list[Group]:
         """Reads a batch; the same number always means the same groups."""
-        epoch, index = divmod(batch, self.batches)
+        epoch, index = divmod(batch % self.repeated if self.repeated else batch, self.batches)
         order = list(range(len(self._keys)))
         if self._shuffle:
             random.Random(f"{self._seed} {epoch}").shuffle(order)

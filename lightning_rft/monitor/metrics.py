@@ -41,14 +41,14 @@ class BatchMetrics(nn.Module):
         self.tokens = SumMetric()
         self.trained_tokens = SumMetric()
         self._began: float | None = None
-        self._clear()
+        self.clear()
 
     def update_groups(self, groups: Sequence[Group], version: int) -> None:
         """Adds the groups of a micro-batch, trained as ``version``."""
         for group in groups:
-            rewards = torch.tensor([experience.reward for experience in group.experiences], dtype=torch.float32)
-            self.reward.update(rewards)
-            self.reward_std.update(rewards.std() if len(rewards) > 1 else 0.0)
+            rewards = torch.tensor([experience.reward for experience in group.experiences], dtype=torch.float64)
+            self.reward.update(rewards.float())
+            self.reward_std.update(rewards.std().float() if len(rewards) > 1 else 0.0)
             self.completion_length.update(
                 torch.tensor([experience.num_tokens for experience in group.experiences], dtype=torch.float32)
             )
@@ -60,7 +60,8 @@ class BatchMetrics(nn.Module):
 
     def update_loss(self, loss: Tensor) -> None:
         """Adds a share's part of the batch's loss."""
-        self.loss.update(loss.detach())
+        # the metric would leave NaN out of its sum
+        self.loss.update(loss.detach().nan_to_num(math.inf, math.inf, -math.inf))
 
     def update_tokens(self, entropy: Tensor, statistics: Mapping[str, Tensor], weight: float = 1.0) -> None:
         """Adds what the training step computed, one value per trained token [N]; a ``weight`` of 0 leaves them out."""
@@ -88,9 +89,10 @@ class BatchMetrics(nn.Module):
     def restart(self, now: float | None = None) -> None:
         """Forgets what was added; the clock starts now."""
         self._began = time.perf_counter() if now is None else now
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forgets what was added."""
         for _, metric in self._metrics():
             metric.reset()
             # so that a rank whose share is empty has something to add to

@@ -114,8 +114,8 @@ def check_together(
             f"samples_per_task={samples_per_task} with {type(module.objective).__name__}, whose advantages "
             "are relative to the other samples of a task: set samples_per_task to 2 or more"
         )
-    if trainer.state.fn == TrainerFn.VALIDATING and not validates:
-        raise ConfigurationError("trainer.validate() needs RFTDataModule(val_tasks=[...])")
+    if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING) and not validates:
+        raise ConfigurationError(f"trainer.{trainer.state.fn.value}() needs RFTDataModule(val_tasks=[...])")
     return module
 
 

@@ -90,7 +90,8 @@ class Coordinator:
     def wanted(self, batch: int) -> list[Group]:
         """Waits for a batch and leases it; returns it, and what is replayed along with it."""
         began = time.monotonic()
-        self._dispatcher.tell(self._schedule.wanted, batch)
+        if self._groups.leased is None:  # else a hook has ended the epoch before its batch was trained
+            self._dispatcher.tell(self._schedule.wanted, batch)
         with self._status:
             self._wait_for_batch(batch, lambda: self._groups.leased is not None)
         self._status.bar_only = True
@@ -127,9 +128,8 @@ class Coordinator:
 
     def trained(self, batch: int) -> dict[str, float]:
         """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""
-        with self._listener.locked():
-            self._groups.trained(batch)
-        self._dispatcher.tell(self._schedule.trained, batch)
+        self._listener.raise_failures()
+        self.take_in(batch + 1)
         began = time.monotonic()
         due = self._wait_for_push()
         waited = time.monotonic()
@@ -145,6 +145,11 @@ class Coordinator:
         if weights is not None:  # looked at when nobody waits for the push any more
             logged["rft/weights_changed"] = self._pusher.share_changed(weights)
         return logged | self._metrics()
+
+    def take_in(self, version: int) -> None:
+        """Notes that what is leased is part of the weights, which are this version: after a step, or when saved."""
+        if self._groups.leased is not None and version == self.version + 1:
+            self._dispatcher.trained(self.version)
 
     def push_last(self) -> None:
         """Pushes the last version if it was not, and returns when explorers have loaded it."""

@@ -93,6 +93,12 @@ class Dispatcher:
         with self.listener.locked():
             self._carry_out(event(*args, **kwargs))
 
+    def trained(self, batch: int) -> None:
+        """Notes that what is leased is part of the weights; also while the run ends with an error."""
+        with self.listener.locked():
+            self.groups.trained(batch)
+            self._carry_out(self.schedule.trained(batch))
+
     def take_push(self) -> bool:
         """Whether a push has become due since the last call."""
         with self.listener.locked():

@@ -87,6 +87,7 @@ class Run:
         gathered: Callable[[], Weights],
         observers: Sequence[Callable[[Span], None]],
     ) -> None:
+        self._trainer = trainer
         explores_only = trainer.state.fn == TrainerFn.PREDICTING
         rule: Rule = Exploration() if explores_only else strategy
         cursor = TaskCursor(_plan(trainer, settings, explores_only), saved.get("cursor"))
@@ -129,6 +130,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: tasks, buffer, and the generators of random numbers."""
+        self.coordinator.take_in(self._trainer.global_step)  # a callback may save before the strategy's hook comes
         return self.coordinator.state_dict() | {
             "path": None if self._path == ":memory:" else str(Path(self._path).absolute()),
             "samples_per_task": self._samples_per_task,

@@ -70,7 +70,7 @@ class SyncStrategy(Callback, Rule):
         _run_of(trainer).begin(self)
 
     # The run begins, and the first version is pushed, with the first of these that fires
-    on_sanity_check_start = on_validation_start = on_predict_start = on_train_start = _begin
+    on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = on_train_start = _begin
 
     @override
     def on_train_batch_start(

@@ -28,11 +28,17 @@ def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
     if trainer.max_steps not in (None, -1):
         stops.append(trainer.max_steps)
     if trainer.max_epochs not in (None, -1):
-        stops.append(trainer.global_step + max(0, trainer.max_epochs - trainer.current_epoch) * per_epoch)
+        epochs = trainer.fit_loop.epoch_progress.current
+        left = max(0, trainer.max_epochs - epochs.processed) * per_epoch
+        if epochs.started > epochs.processed:  # a resumed run goes on in the middle of an epoch
+            items = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            left -= min(per_epoch, items // trainer.accumulate_grad_batches)
+        stops.append(trainer.global_step + left)
     return max(trainer.global_step, min(stops)) if stops else None
 
 
 def validation_batches(trainer: L.Trainer) -> int:
-    """Batches of the current validation."""
-    limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    """Batches of the current validation or test."""
+    limits = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    limits = trainer.num_sanity_val_batches if trainer.sanity_checking else limits
     return int(limits[0])

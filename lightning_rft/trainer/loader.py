@@ -129,7 +129,9 @@ class ExperienceLoader:
             if self._max_staleness is not None:
                 check_staleness(groups, batch, self._max_staleness)
             tokens = sum(group.num_tokens for group in groups)
-            shares = split(groups, min(self._accumulate, left) * ranks.count)[ranks.rank :: ranks.count]
+            # a checkpoint from the middle of a batch has lost half of its gradient, and Lightning steps where it did
+            parts = min(self._accumulate - self._done % self._accumulate, left)
+            shares = split(groups, parts * ranks.count)[ranks.rank :: ranks.count]
             for index, share in enumerate(shares, start=1):
                 last = index == len(shares)
                 self._done += 1

@@ -22,8 +22,10 @@ from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.objectives.grpo import GRPO
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin
+from lightning_rft.trainer.saving import write_model
 from lightning_rft.trainer.sharding import shard
 from lightning_rft.trainer.shortcuts import FastPath, probe
+from lightning_rft.trainer.step_guard import StepGuard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +87,9 @@ class RFTModule(L.LightningModule):
         self.metrics = BatchMetrics()
         self.policy: PreTrainedModel | None = None
         self._fast_path: FastPath | None = None
+        self._guard = StepGuard()
+        self._batch = 0
+        self._batch_loss = 0.0
 
     def configure_model(self) -> None:
         """Loads the policy in float32, once; precision plugins take it from there.
@@ -149,24 +154,36 @@ class RFTModule(L.LightningModule):
             name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
         }
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Writes policy and tokenizer as a folder that transformers and vLLM load; to be called on every rank."""
-        from transformers import AutoTokenizer
+    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Writes policy and tokenizer as a folder that transformers and vLLM load; to be called on every rank.
 
+        Args:
+            path: The folder.
+            dtype: Dtype of the weights. Left out, the one that the model's config names.
+        """
         weights = self._whole_state()
         if self.global_rank == 0:
-            self._policy.save_pretrained(path, state_dict=weights)
-            AutoTokenizer.from_pretrained(self.model).save_pretrained(path)
+            write_model(self._policy, weights, self.model, path, dtype)
 
     def on_train_start(self) -> None:
         """Starts the clock of ``rft/tokens_per_second``."""
         self.metrics.restart()
+        self._guard = StepGuard()
         for optimizer in self.trainer.optimizers:
             leave_unscaling_to_the_plugin(optimizer)
 
+    def on_train_epoch_start(self) -> None:
+        """Forgets a batch that ``on_train_batch_start`` ended the last epoch in the middle of: it begins anew."""
+        self.metrics.clear()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs ``rft/grad_norm``, the gradient's norm before it is clipped."""
-        self.log("rft/grad_norm", grad_norm(self.parameters()), batch_size=1)
+        """Logs ``rft/grad_norm``, the gradient's norm before it is clipped, and skips a step that is not finite."""
+        norm = float(grad_norm(self.parameters()))
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if self._guard.refuses(self._batch, self._batch_loss, norm, scaler):
+            for parameter in self.parameters():
+                parameter.grad = None  # which every optimizer passes over, its state included
+        self.log_dict({"rft/grad_norm": norm, "rft/skipped_steps": float(self._guard.skipped)}, batch_size=1)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The share's part of the batch's loss.
@@ -180,16 +197,24 @@ class RFTModule(L.LightningModule):
             micro-batches and ranks.
         """
         self.metrics.update_groups(batch.groups, batch.batch)
-        loss = self._loss(batch.groups) / batch.batch_tokens
+        loss = self._loss(batch.groups) / max(1, batch.batch_tokens)
         self.metrics.update_loss(loss)
         if batch.last:
             values = self.metrics.collect()
+            self._batch, self._batch_loss = batch.batch, values["rft/loss"]
             self.log("rft/reward", values.pop("rft/reward"), prog_bar=True, batch_size=1)
             self.log_dict(values | {"rft/wait_experience_s": batch.wait_seconds}, batch_size=1)
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Logs ``val/reward``, ``val/pass@1`` and ``val/version`` over answers to held-out tasks."""
+        self._log_answers(batch, "val")
+
+    def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        """Logs ``test/reward``, ``test/pass@1`` and ``test/version`` over answers to the same tasks."""
+        self._log_answers(batch, "test")
+
+    def _log_answers(self, batch: MicroBatch, stage: str) -> None:
         experiences = [experience for group in batch.groups for experience in group.experiences]
         if not experiences:  # all of these failed after every retry, which is counted and bounded elsewhere
             return
@@ -197,9 +222,9 @@ class RFTModule(L.LightningModule):
         passed = (rewards >= self.pass_threshold).float()
         version = float(max(experience.oldest_version for experience in experiences))
         size = len(experiences)
-        self.log("val/reward", rewards.mean(), batch_size=size, prog_bar=True, sync_dist=True)
-        self.log("val/pass@1", passed.mean(), batch_size=size, sync_dist=True)
-        self.log("val/version", version, batch_size=size, sync_dist=True)
+        self.log(f"{stage}/reward", rewards.mean(), batch_size=size, prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/pass@1", passed.mean(), batch_size=size, sync_dist=True)
+        self.log(f"{stage}/version", version, batch_size=size, sync_dist=True)
 
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
         """What explorers answered to some tasks: the weights that sample are theirs, and the buffer keeps all of it.
@@ -244,20 +269,19 @@ class RFTModule(L.LightningModule):
         """Each group's turns with their sample's advantage, those left out that cannot contribute to the gradient."""
         rewards = [experience.reward for group in groups for experience in group.experiences]
         index = [i for i, group in enumerate(groups) for _ in group.experiences]
-        advantages = iter(self.objective.advantages(_float32(rewards), torch.tensor(index)).tolist())
+        scores = torch.tensor(rewards, dtype=torch.float64)
+        advantages = iter(self.objective.advantages(scores, torch.tensor(index)).tolist())
         paired = [
             [
                 (turn, advantage)
                 for experience in group.experiences
                 for advantage in [next(advantages)]
                 for turn in experience.turns
+                if turn.num_tokens and not (self.objective.skips_zero_advantage and advantage == 0.0)
             ]
             for group in groups
         ]
-        if not self.objective.skips_zero_advantage:
-            return paired
-        kept = [[pair for pair in group if pair[1] != 0.0] for group in paired]
-        return [group for group in kept if group]
+        return [group for group in paired if group]
 
     def _zero(self) -> Tensor:
         """A zero that touches every parameter, so that the optimizer counts this step, too."""

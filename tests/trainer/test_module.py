@@ -6,12 +6,13 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rft.errors import ConfigurationError
@@ -148,6 +149,18 @@ def test_share_without_work_gives_every_parameter_a_zero_gradient(tiny_model_pat
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters())
 
 
+def test_turns_without_tokens_are_no_work(module: Module) -> None:
+    silent = Turn((5, 6), (), (), (), "stop")
+    one, other = make_group(7, (1, 0)).experiences
+    beside = (replace(one, turns=(silent, *one.turns)), replace(other, turns=(*other.turns, silent)))
+    alone = module.step([make_group(7, (1, 0))])
+    assert torch.equal(module.step([Group(GroupKey(0, 0), "7", beside)]), alone)
+    nothing = Group(GroupKey(0, 0), "7", (replace(one, turns=(silent,)), replace(other, turns=(silent,))))
+    for groups in ([nothing], []):
+        assert not module.step(groups).any()
+        assert module.logged["rft/loss"] == 0.0
+
+
 def test_groups_without_signal_are_skipped_and_yet_count(module: Module, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     forward = module.policy.forward  # type: ignore[union-attr]
@@ -238,6 +251,70 @@ def test_saved_folder_loads(module: Module, tmp_path: Path) -> None:
     for name, tensor in module.weights():
         assert torch.equal(loaded.state_dict()[name], tensor)
     assert AutoTokenizer.from_pretrained(tmp_path)("1 + 1")["input_ids"]
+
+
+def changed_model(model: Path, folder: Path, **files: dict[str, Any]) -> Path:
+    """A copy of a model folder with other settings in its JSON files."""
+    shutil.copytree(model, folder)
+    for name, settings in files.items():
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False, "temperature": 0.6, "top_p": 0.9},
+        {"do_sample": False, "top_k": 20},
+        {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0},
+        {"cache_implementation": "hybrid"},
+        {"pad_token_id": -1},
+    ],
+    ids=str,
+)
+def test_a_generation_config_that_contradicts_itself_is_saved_as_it_was(
+    settings: dict[str, Any], tiny_model_path: Path, tmp_path: Path
+) -> None:
+    module = Module(changed_model(tiny_model_path, tmp_path / "model", generation_config=settings))
+    module.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {name: saved[name] for name in settings} == settings
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("1 + 1")["input_ids"]
+    module.save_pretrained(tmp_path / "again")
+
+
+def test_generation_settings_in_the_models_config_are_no_obstacle(tiny_model_path: Path, tmp_path: Path) -> None:
+    folder = changed_model(tiny_model_path, tmp_path / "model", config={"do_sample": False, "temperature": 0.6})
+    (folder / "generation_config.json").unlink()
+    Module(folder).save_pretrained(tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("config", "told", "expected"),
+    [
+        ({"dtype": "bfloat16"}, None, torch.bfloat16),
+        ({"dtype": None, "torch_dtype": "float16"}, None, torch.float16),
+        ({"dtype": "bfloat16"}, torch.float32, torch.float32),
+        ({"dtype": None}, None, torch.float32),
+    ],
+    ids=str,
+)
+def test_weights_are_saved_in_the_models_own_dtype(
+    config: dict[str, Any], told: torch.dtype | None, expected: torch.dtype, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    module = Module(changed_model(tiny_model_path, tmp_path / "model", config=config))
+    module.save_pretrained(tmp_path / "saved", **{} if told is None else {"dtype": told})
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {expected}  # noqa: SIM118
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.dtype == loaded.config.dtype == expected
+    for name, tensor in module.weights():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], tensor.to(expected))
 
 
 def test_optimizer_and_scheduler_are_those_given(tiny_model_path: Path) -> None:

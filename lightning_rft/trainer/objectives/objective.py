@@ -33,7 +33,7 @@ class Objective(ABC):
         """Computes the advantage of each sample, which all of its tokens get.
 
         Args:
-            rewards: Score of each sample [S].
+            rewards: Score of each sample [S], float64, since a reward may be beyond float32.
             groups: Which group each sample belongs to [S], int64.
 
         Returns:

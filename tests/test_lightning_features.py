@@ -1,0 +1,275 @@
+"""Features of Lightning's own either work with experience, or are refused in one sentence before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+import lightning_rft as rft
+from lightning_rft.buffer.ledger import Ledger
+from tests.processes import LightEngine
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+TASKS = [f"{index} + 1 =" for index in range(10)]  # batches of 4, 4 and 2
+
+
+def make_data(**changes: Any) -> rft.RFTDataModule:
+    settings: dict[str, Any] = {
+        "tasks": TASKS,
+        "reward": lambda completion, task: float(sum(map(ord, completion)) % 7),
+        "engine": LightEngine(mean_tokens=4),
+        "tasks_per_step": 4,
+        "samples_per_task": 2,
+        "max_new_tokens": 6,
+        "sampling": rft.Sampling(seed=3),
+    }
+    return rft.RFTDataModule(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def data() -> Iterator[rft.RFTDataModule]:
+    """Its explorers serve most of the runs of this file."""
+    with make_data() as data:
+        yield data
+
+
+class Noted(rft.RFTModule):
+    """Notes what it is trained on, and which values are not finite."""
+
+    def __init__(self, model: Path, **settings: Any) -> None:
+        super().__init__(model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **settings)
+        self.trained: list[tuple[int, list[str]]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        assert torch.isfinite(loss)
+        self.trained.append((batch.batch, sorted(group.task_id for group in batch.groups)))
+        return loss
+
+    def batches(self) -> list[int]:
+        return [batch for batch, _ in self.trained]
+
+
+def make_trainer(folder: Path, strategy: rft.SyncStrategy | None = None, **settings: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "callbacks": [strategy or rft.Synchronous()],
+        "default_root_dir": folder,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(**defaults | settings)
+
+
+# A hook that ends the epoch
+
+
+class EndsEpochs(Noted):
+    """Ends the first epoch before its second batch, or in the middle of it."""
+
+    ends = ((0, 1),)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if (self.trainer.current_epoch, batch_idx) in self.ends else None
+
+
+@pytest.mark.parametrize("strategy", [rft.Synchronous, lambda: rft.FullyAsynchronous(max_staleness=2)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_epoch_that_a_hook_ends_goes_on_in_the_next(
+    strategy: Any, accumulate: int, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    class Ends(EndsEpochs):
+        ends = ((0, 1),) if accumulate == 1 else ((0, 3),)
+
+    module = Ends(tiny_model_path)
+    make_trainer(tmp_path, strategy(), max_epochs=3, accumulate_grad_batches=accumulate).fit(module, data)
+    cut = [] if accumulate == 1 else [1]  # the half that is thrown away
+    assert module.batches() == [0] * accumulate + cut + [batch for batch in range(1, 7) for _ in range(accumulate)]
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    with Ledger.open(tmp_path / "rft" / "buffer.sqlite") as ledger:
+        groups = 4 + 4 + 2 + 4 + 4 + 2 + 4
+        assert len(ledger.trained_tasks()) == groups
+        assert ledger.counts()["leased"] == 0
+    whole = [tasks for _, tasks in module.trained[accumulate + len(cut) :]]
+    assert sum(map(len, whole)) == groups - 4
+    assert float(module.trainer.callback_metrics["rft/tokens_per_second"]) > 0
+
+
+def test_what_the_last_epoch_did_not_train_goes_back(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    module = EndsEpochs(tiny_model_path)
+    make_trainer(tmp_path).fit(module, data)
+    assert module.batches() == [0]
+    with Ledger.open(tmp_path / "rft" / "buffer.sqlite") as ledger:
+        assert (len(ledger.trained_tasks()), ledger.counts()["leased"]) == (4, 0)
+        assert ledger.counts()["ready"] >= 4
+
+
+def test_metrics_of_half_a_batch_are_not_counted_twice(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    class Ends(EndsEpochs):
+        ends = ((0, 1),)
+
+    rewards = []
+    for module in (Noted(tiny_model_path), Ends(tiny_model_path)):
+        trainer = make_trainer(tmp_path / type(module).__name__, max_epochs=2, max_steps=1, accumulate_grad_batches=2)
+        trainer.fit(module, data)
+        rewards.append([float(trainer.callback_metrics[f"rft/{name}"]) for name in ("reward", "loss", "entropy")])
+    assert rewards[0] == pytest.approx(rewards[1])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_is_resumed_after_an_epoch_that_a_hook_ended(
+    accumulate: int, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def train(module: Noted, epochs: int, resume: Path | None = None) -> list[int]:
+        saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+        make_trainer(
+            tmp_path, max_epochs=epochs, callbacks=[rft.Synchronous(), saves], enable_checkpointing=True,
+            accumulate_grad_batches=accumulate,
+        ).fit(module, data, ckpt_path=resume)  # fmt: skip
+        return module.batches()
+
+    class Ends(EndsEpochs):
+        ends = ((0, accumulate),)
+
+    assert train(Ends(tiny_model_path), 1) == [0] * accumulate
+    rest = train(Noted(tiny_model_path), 3, tmp_path / "epoch=0.ckpt")
+    assert rest == [batch for batch in range(1, 7) for _ in range(accumulate)]
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_is_loaded_without_arguments(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    module = Noted(tiny_model_path, pass_threshold=0.5, gradient_checkpointing=True)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    for kind in (rft.RFTModule, Noted):
+        loaded = kind.load_from_checkpoint(tmp_path / "end.ckpt")
+        assert (loaded.model, loaded.pass_threshold, loaded.gradient_checkpointing) == (str(tiny_model_path), 0.5, True)
+        weights = dict(module.weights())
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.weights())
+        loaded.save_pretrained(tmp_path / kind.__name__)
+    again = rft.RFTModule.load_from_checkpoint(tmp_path / "end.ckpt", pass_threshold=0.1)
+    assert (again.pass_threshold, again.gradient_checkpointing) == (0.1, True)
+
+
+def test_another_objective_than_the_checkpoints_is_said(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(Noted(tiny_model_path, objective=rft.GRPO(clip_high=0.28)), data)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.warns(UserWarning, match=r"trained with GRPO\(.*clip_high=0.28.*: set objective="):
+        rft.RFTModule.load_from_checkpoint(tmp_path / "end.ckpt")
+
+
+# What is asked of explorers without training
+
+
+def test_test_does_what_validate_does(tiny_model_path: Path, tmp_path: Path) -> None:
+    val_tasks = [rft.Task(f"{index} + 2 =", answer=float(index % 2)) for index in range(10)]
+    with make_data(reward=lambda completion, task: task.answer or 0.0, val_tasks=val_tasks) as data:
+        trainer, module = make_trainer(tmp_path), Noted(tiny_model_path)
+        (validated,) = trainer.validate(module, data, verbose=False)
+        (tested,) = trainer.test(module, data, verbose=False)
+        assert tested == {"test/reward": 0.5, "test/pass@1": 0.5, "test/version": 0.0}
+        assert list(tested.values()) == list(validated.values())
+        trainer.fit(module, data)
+        (tested,) = trainer.test(module, data, verbose=False)
+        assert tested["test/version"] == 3.0
+        (tested,) = make_trainer(tmp_path, limit_test_batches=1).test(module, data, verbose=False)
+        assert tested["test/reward"] == 0.5
+
+
+# One set of batches again and again
+
+
+@pytest.mark.parametrize("overfit", [1, 2])
+def test_overfitting_trains_the_same_batches_every_epoch(
+    overfit: int, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    module = Noted(tiny_model_path)
+    make_trainer(tmp_path, max_epochs=3, overfit_batches=overfit).fit(module, data)
+    tasks = [tasks for _, tasks in module.trained]
+    assert tasks == 3 * tasks[:overfit]
+    assert module.batches() == list(range(3 * overfit))
+
+
+# Where a run ends
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"), [("on_train_batch_end", 1), ("on_train_batch_end", 3), ("on_train_epoch_end", 3)]
+)
+def test_a_resumed_run_explores_no_batch_after_its_end(
+    hook: str, step: int, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    def save(self: L.Callback, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == step:
+            trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    saves = type("Saves", (L.Callback,), {hook: save})()
+    make_trainer(tmp_path, max_epochs=2, callbacks=[rft.Synchronous(), saves]).fit(Noted(tiny_model_path), data)
+    module, ahead = Noted(tiny_model_path), rft.FullyAsynchronous(max_staleness=8)
+    make_trainer(tmp_path, ahead, max_epochs=2).fit(module, data, ckpt_path=tmp_path / "saved.ckpt")
+    assert module.batches() == list(range(step, 6))
+    rows = list(rft.read_buffer(tmp_path / "rft" / "buffer.sqlite", tokens=False))
+    assert {row["batch"] for row in rows} == set(range(6))
+
+
+def test_a_checkpoint_from_the_middle_of_a_batch_begins_it_anew(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
+            if index == 2:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    settings: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 2}
+    make_trainer(tmp_path, callbacks=[rft.Synchronous(), Saves()], **settings).fit(Noted(tiny_model_path), data)
+    module = Noted(tiny_model_path)
+    make_trainer(tmp_path, **settings).fit(module, data, ckpt_path=tmp_path / "saved.ckpt")
+    assert module.batches() == [1, 2, 2]
+    assert len(module.trained[0][1]) == 4, "the whole batch in the one item that is left of it"
+
+
+@pytest.mark.parametrize("strategy", [rft.Synchronous, lambda: rft.FullyAsynchronous(max_staleness=2)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_checkpoint_of_a_callback_in_front_of_the_strategy_is_resumed(
+    strategy: Any, accumulate: int, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2 and not (tmp_path / "saved.ckpt").exists():
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    whole = Noted(tiny_model_path)
+    settings: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+    make_trainer(tmp_path, callbacks=[Saves(), strategy()], **settings).fit(whole, data)
+    rest = Noted(tiny_model_path)
+    make_trainer(tmp_path, strategy(), **settings).fit(rest, data, ckpt_path=tmp_path / "saved.ckpt")
+    assert rest.batches() == [batch for batch in range(2, 6) for _ in range(accumulate)]
+    with Ledger.open(tmp_path / "rft" / "buffer.sqlite") as ledger:
+        assert sorted(ledger.trained_tasks()) == sorted(2 * [str(index) for index in range(10)])
