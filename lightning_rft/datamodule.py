@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Self
 
@@ -193,7 +194,19 @@ class RFTDataModule(L.LightningDataModule):
                 spec = self._spec(module.model)
                 gpus = explorer_gpus(self._trainer, self.explorers, self.engine.world_size)
                 threads, _ = cpu_threads(self._trainer, sync_strategy(self._trainer), self.explorers)
+                self._check_folder()
                 self._pool.start(spec, self._folder, gpus, threads)
+
+    def _check_folder(self) -> None:
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise ConfigurationError(
+                f"the run's folder {str(self._folder)!r} cannot be written ({error.strerror}): set "
+                "Trainer(default_root_dir=...), and save_dir of its logger, to a folder that can"
+            ) from error
 
     def _spec(self, model: str) -> ExplorerSpec:
         """What every explorer runs, once it is certain that it can."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_rft.errors import ConfigurationError
@@ -104,6 +106,8 @@ def check_together(
     module = trainer.lightning_module
     if not isinstance(module, RFTModule):
         raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
+    module.check_policy()
+    _check_features(trainer, module)
     if trainer.precision == "16-true":
         raise ConfigurationError(
             "Trainer(precision='16-true') lets small gradients vanish, since nothing scales the loss: set '16-mixed', "
@@ -139,6 +143,26 @@ def sync_strategies(trainer: L.Trainer) -> list[SyncStrategy]:
     """All sync strategies among a trainer's callbacks."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, SyncStrategy)]
+
+
+def _check_features(trainer: L.Trainer, module: RFTModule) -> None:
+    """Refuses what Lightning offers and what cannot be right here."""
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise ConfigurationError(
+            f"{type(trainer.strategy).__name__} gives the weights other names or keeps them for itself: set "
+            "Trainer(strategy='ddp'), or ModelParallelStrategy to shard the model (FSDP2)"
+        )
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise ConfigurationError(
+            "torch.compile(module) would compile the training step anew for every batch, since no two have the same "
+            "shapes: give the trainer the module itself"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise ConfigurationError(
+                f"{type(callback).__name__}, or Tuner, takes the sync strategy out of the trainer's callbacks while it "
+                "tries values: compare short runs, such as Trainer(max_steps=20), instead"
+            )
 
 
 def _check_strategy(trainer: L.Trainer, explorers: int, buffer: Buffer) -> None:

@@ -216,7 +216,7 @@ class Coordinator:
         return logged | self.metrics()
 
     def take_in(self, version: int) -> None:
-        """Notes that what is leased is part of the weights, which are this version: at the step's end, or when saved."""
+        """Notes that what is leased is part of the weights, which are this version now."""
         with self._lock:
             if self._groups.leased is not None and version == self.version + 1:
                 self._groups.trained(self.version)
