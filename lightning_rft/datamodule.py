@@ -27,7 +27,7 @@ from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.renamed import refuses_old_names
 from lightning_rft.rewards import check_answers
-from lightning_rft.run.checks import check_counts, check_source, check_together, sync_strategy
+from lightning_rft.run.checks import check_counts, check_folder, check_source, check_together, sync_strategy
 from lightning_rft.run.lifecycle import RunSettings
 from lightning_rft.run.placement import cpu_threads, explorer_gpus
 from lightning_rft.run.session import Session
@@ -179,6 +179,7 @@ class RFTDataModule(L.LightningDataModule):
                 spec = self._spec(module.model)
                 gpus = explorer_gpus(self._trainer, self.explorers, self.engine.world_size)
                 threads, _ = cpu_threads(self._trainer, sync_strategy(self._trainer), self.explorers)
+                check_folder(self._active.folder)
                 self._pool.start(spec, self._active.folder, gpus, threads)
 
     def _spec(self, model: str) -> ExplorerSpec:

@@ -9,9 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.tuner import Tuner
 
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.run.checks import check_together
 from tests.processes import LightEngine
 
 pytestmark = [
@@ -273,3 +277,75 @@ def test_a_checkpoint_of_a_callback_in_front_of_the_strategy_is_resumed(
     assert rest.batches() == [batch for batch in range(2, 6) for _ in range(accumulate)]
     with Ledger.open(tmp_path / "rft" / "buffer.sqlite") as ledger:
         assert sorted(ledger.trained_tasks()) == sorted(2 * [str(index) for index in range(10)])
+
+
+# What is refused before anything starts
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spawn(*_: Any, **__: Any) -> None:
+        pytest.fail("an explorer process was started")
+
+    monkeypatch.setattr("lightning_rft.explorer.local.spawn", spawn)
+
+
+@pytest.mark.usefixtures("no_process")
+@pytest.mark.parametrize("find", [
+    lambda trainer, *given: Tuner(trainer).lr_find(*given[:1], datamodule=given[1]),
+    lambda trainer, *given: Tuner(trainer).scale_batch_size(*given[:1], datamodule=given[1]),
+    lambda trainer, *given: trainer.fit(*given),
+], ids=["lr_find", "scale_batch_size", "callback"])  # fmt: skip
+def test_a_tuner_is_refused(find: Any, tiny_model_path: Path, tmp_path: Path) -> None:
+    module = Noted(tiny_model_path)
+    module.batch_size, module.lr = 1, 1.0  # type: ignore[assignment]
+    trainer = make_trainer(tmp_path)
+    if "fit" in find.__code__.co_names:
+        trainer.callbacks.append(LearningRateFinder())  # type: ignore[attr-defined]
+    with pytest.raises(rft.ConfigurationError, match=r"Finder, or Tuner, takes the sync strategy out .*max_steps=20"):
+        find(trainer, module, make_data())
+
+
+@pytest.mark.usefixtures("no_process")
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_rename_weights_are_refused(strategy: type, tiny_model_path: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    given = strategy.__new__(strategy)  # which only starts on a GPU
+    given._lightning_module = Noted(tiny_model_path)
+    trainer._accelerator_connector.strategy = given
+    with pytest.raises(rft.ConfigurationError, match=rf"{strategy.__name__} gives .*'ddp'\), or ModelParallelStrategy"):
+        check_together(trainer, explorers=1, buffer=rft.Buffer(), samples_per_task=2, validates=False)
+
+
+@pytest.mark.usefixtures("no_process")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_compiled_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(rft.ConfigurationError, match=r"torch.compile\(module\) .* give the trainer"):
+        make_trainer(tmp_path).fit(torch.compile(Noted(tiny_model_path)), make_data())  # type: ignore[arg-type]
+    module = Noted(tiny_model_path)
+    module.configure_model()
+    module.policy = torch.compile(module.policy)  # type: ignore[assignment]
+    with pytest.raises(rft.ConfigurationError, match=r"policy is a OptimizedModule, .* without a wrapper"):
+        make_trainer(tmp_path).fit(module, make_data())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_policy_that_is_wrapped_while_it_is_loaded_is_refused(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    class Wraps(Noted):
+        def configure_model(self) -> None:
+            super().configure_model()
+            self.policy = torch.compile(self.policy)  # type: ignore[assignment]
+
+    module = Wraps(tiny_model_path)
+    with pytest.raises(rft.ConfigurationError, match="policy is a OptimizedModule"):
+        make_trainer(tmp_path).fit(module, data)
+    assert not module.trained
+
+
+@pytest.mark.usefixtures("no_process")
+def test_a_folder_that_cannot_be_written_is_named(tiny_model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(rft.ConfigurationError, match=r"folder '.*/file/rft' cannot be written \(Not a .*default_root"):
+        make_trainer(tmp_path / "file").fit(Noted(tiny_model_path), make_data())

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_rft.errors import ConfigurationError
@@ -14,7 +18,7 @@ from lightning_rft.settings import Buffer, Sampling, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.trainer.module import RFTModule
 
-__all__ = ["check_counts", "check_source", "check_together", "sync_strategies", "sync_strategy"]
+__all__ = ["check_counts", "check_folder", "check_source", "check_together", "sync_strategies", "sync_strategy"]
 
 
 def check_counts(
@@ -104,6 +108,8 @@ def check_together(
     module = trainer.lightning_module
     if not isinstance(module, RFTModule):
         raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
+    module.check_policy()
+    _check_features(trainer, module)
     if trainer.precision == "16-true":
         raise ConfigurationError(
             "Trainer(precision='16-true') lets small gradients vanish, since nothing scales the loss: set '16-mixed', "
@@ -117,6 +123,19 @@ def check_together(
     if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING) and not validates:
         raise ConfigurationError(f"trainer.{trainer.state.fn.value}() needs RFTDataModule(val_tasks=[...])")
     return module
+
+
+def check_folder(folder: Path) -> None:
+    """Makes a run's folder, for its user alone; ConfigurationError if it cannot be written."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"the run's folder {str(folder)!r} cannot be written ({error.strerror}): set "
+            "Trainer(default_root_dir=...), and save_dir of its logger, to a folder that can"
+        ) from error
 
 
 def sync_strategy(trainer: L.Trainer) -> SyncStrategy:
@@ -139,6 +158,26 @@ def sync_strategies(trainer: L.Trainer) -> list[SyncStrategy]:
     """All sync strategies among a trainer's callbacks."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, SyncStrategy)]
+
+
+def _check_features(trainer: L.Trainer, module: RFTModule) -> None:
+    """Refuses what Lightning offers and what cannot be right here."""
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise ConfigurationError(
+            f"{type(trainer.strategy).__name__} gives the weights other names or keeps them for itself: set "
+            "Trainer(strategy='ddp'), or ModelParallelStrategy to shard the model (FSDP2)"
+        )
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise ConfigurationError(
+            "torch.compile(module) would compile the training step anew for every batch, since no two have the same "
+            "shapes: give the trainer the module itself"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise ConfigurationError(
+                f"{type(callback).__name__}, or Tuner, takes the sync strategy out of the trainer's callbacks while it "
+                "tries values: compare short runs, such as Trainer(max_steps=20), instead"
+            )
 
 
 def _check_strategy(trainer: L.Trainer, explorers: int, buffer: Buffer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -28,10 +30,11 @@ def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
     if trainer.max_steps not in (None, -1):
         stops.append(trainer.max_steps)
     if trainer.max_epochs not in (None, -1):
-        epochs = trainer.fit_loop.epoch_progress.current
+        epochs: Any = trainer.fit_loop.epoch_progress.current
         left = max(0, trainer.max_epochs - epochs.processed) * per_epoch
         if epochs.started > epochs.processed:  # a resumed run goes on in the middle of an epoch
-            items = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+            items = batches.processed
             left -= min(per_epoch, items // trainer.accumulate_grad_batches)
         stops.append(trainer.global_step + left)
     return max(trainer.global_step, min(stops)) if stops else None

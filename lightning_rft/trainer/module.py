@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_rft.errors import ConfigurationError
@@ -84,6 +85,9 @@ class RFTModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         self.pass_threshold = pass_threshold
         self.gradient_checkpointing = gradient_checkpointing
+        # plain values only, which torch.load reads without running code
+        kept = ("model", "attn_implementation", "pass_threshold", "gradient_checkpointing")
+        self.save_hyperparameters({name: getattr(self, name) for name in kept})
         self.metrics = BatchMetrics()
         self.policy: PreTrainedModel | None = None
         self._fast_path: FastPath | None = None
@@ -122,6 +126,21 @@ class RFTModule(L.LightningModule):
         if self.device_mesh is not None:
             shard(policy, self.device_mesh)
         return policy
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads the policy first where no trainer has: in ``load_from_checkpoint``, and after ``ddp_notebook``."""
+        self.configure_model()
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes the objective, which ``load_from_checkpoint`` does not restore."""
+        checkpoint["objective"] = repr(self.objective)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Warns in ``load_from_checkpoint`` if the objective is another."""
+        saved = checkpoint.get("objective", repr(self.objective))
+        if self._trainer is None and saved != repr(self.objective):
+            rank_zero_warn(f"the checkpoint was trained with {saved}: set objective=... to train on with that")
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler as given; the optimizer steps float32 copies where the weights are in less.
@@ -305,8 +324,19 @@ class RFTModule(L.LightningModule):
 
     @property
     def _policy(self) -> PreTrainedModel:
+        self.check_policy()
         assert self.policy is not None, "configure_model has not run"
         return self.policy
+
+    def check_policy(self) -> None:
+        """Raises :class:`ConfigurationError` if there is a policy whose weights have other names than its folder's."""
+        from transformers import PreTrainedModel
+
+        if self.policy is not None and not isinstance(self.policy, PreTrainedModel):
+            raise ConfigurationError(
+                f"policy is a {type(self.policy).__name__}, whose weights have other names than the model's: leave the "
+                "model of transformers as it is, without a wrapper"
+            )
 
 
 def _float32(values: Iterable[float]) -> Tensor:
