@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_rft.buffer.selection import reward_variance as reward_variance
     from lightning_rft.cli import RFTCLI as RFTCLI
     from lightning_rft.datamodule import RFTDataModule as RFTDataModule
+    from lightning_rft.errors import AgreementError as AgreementError
     from lightning_rft.errors import ConfigurationError as ConfigurationError
     from lightning_rft.errors import DeadlineError as DeadlineError
     from lightning_rft.errors import ExplorerError as ExplorerError
@@ -76,6 +77,7 @@ _MODULES = {
     "lightning_rft.cli": ["RFTCLI"],
     "lightning_rft.datamodule": ["RFTDataModule"],
     "lightning_rft.errors": [
+        "AgreementError",
         "ConfigurationError",
         "DeadlineError",
         "ExplorerError",

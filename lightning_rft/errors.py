@@ -46,6 +46,10 @@ class TransportError(RFTError, RuntimeError):
     """Weights did not reach an engine completely."""
 
 
+class AgreementError(RFTError, RuntimeError):
+    """Explorers and trainer compute different log-probs with what should be the same weights."""
+
+
 class LinkError(TransportError):
     """A weight transport broke off because one of its members is gone; the remaining members can try again."""
 

@@ -55,7 +55,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How many samples may fail, before their group has failed, and before the run ends.
+    """How many samples may fail before their group has failed, and before the run ends; how far both sides may differ.
 
     Args:
         retries: How often a sample is tried again when its reward or workflow raised.
@@ -63,6 +63,9 @@ class Tolerance:
             of ``samples_per_task``, and at least 2 where advantages are relative to the group.
         max_error_rate: Share of the samples of the last two batches that may fail, above 0 and at most 1; more end the
             run with the first error.
+        push_gap: Mean difference between explorers' and the trainer's log-probs, in nats, that is tolerated after a
+            push and on tokens that were sampled with the weights that are trained; left out, what the rounding of both
+            dtypes explains. ``rft/push_gap`` and ``rft/sampling_gap`` tell what it is.
 
     Raises:
         ConfigurationError: A setting is out of range.
@@ -75,6 +78,7 @@ class Tolerance:
     retries: int = 2
     min_samples: int | None = None
     max_error_rate: float = 0.3
+    push_gap: float | None = None
 
     def __post_init__(self) -> None:
         if self.retries < 0:
@@ -83,6 +87,8 @@ class Tolerance:
             raise ConfigurationError(f"min_samples={self.min_samples} must be at least 1")
         if not 0 < self.max_error_rate <= 1:
             raise ConfigurationError(f"max_error_rate={self.max_error_rate} must be above 0 and at most 1")
+        if self.push_gap is not None and not self.push_gap > 0:
+            raise ConfigurationError(f"push_gap={self.push_gap} must be above 0")
 
     def needed(self, samples_per_task: int, needs_group: bool) -> int:
         """Returns how many samples of a group must succeed.

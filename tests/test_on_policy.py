@@ -112,7 +112,18 @@ def test_a_rollout_before_the_sync_is_seen(data: rft.RFTDataModule, tiny_model_p
     assert min(others) > STALE
 
 
-def test_old_weights_under_a_new_name_are_seen(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
+def test_old_weights_under_a_new_name_end_the_run(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(rft.AgreementError, match="after the push of version 1: log-probs differ by"):
+        differences(rft.Synchronous(transport=Yesterday()), data, tiny_model_path, tmp_path)
+    assert not data._pool.running
+
+
+def test_old_weights_under_a_new_name_are_seen_in_the_tokens_too(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "tolerance", rft.Tolerance(push_gap=100.0))
     strategy = rft.Synchronous(transport=Yesterday())
     first, *others = differences(strategy, data, tiny_model_path, tmp_path)
     assert first <= SAME

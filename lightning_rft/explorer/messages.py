@@ -62,10 +62,11 @@ class Connect:
 
 @dataclass(frozen=True)
 class Load:
-    """To an explorer: receive ``version``."""
+    """To an explorer: receive ``version``, and say how it scores a text with it."""
 
     manifest: Sequence[TensorInfo]
     version: int
+    text_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class Started:
 
 @dataclass(frozen=True)
 class Loaded:
-    """From an explorer: it computes with ``version`` now."""
+    """From an explorer: it computes with ``version`` now, and scores the text so; not if it only simulates."""
 
     version: int
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
-from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.local import GRACE_S, LocalProcess, end_all
-from lightning_rft.explorer.messages import Connect, Died, Explored, Failed, Load, Prepare, Several, Started
+from lightning_rft.explorer.messages import Died, Explored, Failed, Prepare, Several, Started
 from lightning_rft.explorer.restarts import Restarts
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.hardware import available_cpus, share_cores
@@ -221,14 +220,6 @@ class ExplorerPool:
                 member.process.channel.send(messages[0] if len(messages) == 1 else Several(messages))
             except OSError:
                 self.kill(explorer, "does not read what is sent to it")
-
-    def connect(self, explorer: int, link: Any) -> None:
-        """Asks an explorer to join a weight transport."""
-        self.send(explorer, Connect(link))
-
-    def load(self, explorer: int, manifest: Sequence[TensorInfo], version: int) -> None:
-        """Asks an explorer to receive a version."""
-        self.send(explorer, Load(manifest, version))
 
     def kill(self, explorer: int, blame: str) -> None:
         """Ends an explorer; ``blame`` is what it did, for the message "explorer 3 ..."."""

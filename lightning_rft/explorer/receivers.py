@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_rft.errors import LinkError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.listener import GRACE_S, Listener
+from lightning_rft.explorer.messages import Connect, Load
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.roster import Roster
 from lightning_rft.sync.transports.transport import Explorers
@@ -26,6 +27,8 @@ class Receivers(Explorers):
         self, pool: ExplorerPool, roster: Roster, listener: Listener, folder: Path, changed: Callable[[], None]
     ) -> None:
         self.folder = folder
+        #: What explorers score after a load.
+        self.text_ids: tuple[int, ...] = ()
         self._pool = pool
         self._roster = roster
         self._listener = listener
@@ -47,14 +50,14 @@ class Receivers(Explorers):
 
     @override
     def connect(self, explorer: int, link: Any) -> None:
-        self._pool.connect(explorer, link)
+        self._pool.send(explorer, Connect(link))
 
     @override
     def load(self, explorer: int, manifest: Sequence[TensorInfo], version: int) -> None:
         with self._listener.locked():
             self._roster.begin_load(explorer, time.monotonic())
             self._changed()
-        self._pool.load(explorer, manifest, version)
+        self._pool.send(explorer, Load(manifest, version, self.text_ids))
 
     @override
     def raise_failures(self) -> None:

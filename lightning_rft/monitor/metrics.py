@@ -38,6 +38,7 @@ class BatchMetrics(nn.Module):
         self.staleness_mean = MeanMetric()
         self.staleness_max = MaxMetric()
         self.entropy = MeanMetric()
+        self.sampling_gap = MeanMetric()
         self.tokens = SumMetric()
         self.trained_tokens = SumMetric()
         self._began: float | None = None
@@ -72,6 +73,10 @@ class BatchMetrics(nn.Module):
                 self.add_module(name, MeanMetric().to(values.device))
             self.get_submodule(name).update(values, weight)  # type: ignore[operator]
 
+    def update_gap(self, gap: Tensor, on_policy: Tensor) -> None:
+        """Adds by how much each token's log-prob differs from the one it was sampled with [N], where it should not."""
+        self.sampling_gap.update(gap.nan_to_num(0.0, 0.0), on_policy.float())  # another check minds what is not finite
+
     def collect(self) -> dict[str, float]:
         """Returns the values of the batch, and starts the next."""
         now = time.perf_counter()
@@ -80,6 +85,8 @@ class BatchMetrics(nn.Module):
         tokens = values.pop("tokens")
         if not values.pop("trained_tokens"):
             values = {name: value for name, value in values.items() if name in _OF_ALL_GROUPS}
+        if math.isnan(values.get("sampling_gap", 0.0)):  # no token was sampled with the weights that are trained
+            del values["sampling_gap"]
         values = {f"rft/{name}": value for name, value in values.items()}
         if self._began is not None:
             values["rft/tokens_per_second"] = tokens / (now - self._began)

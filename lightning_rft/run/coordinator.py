@@ -17,6 +17,7 @@ from lightning_rft.run.pusher import Pusher
 from lightning_rft.run.validation import Validation
 from lightning_rft.settings import Sampling
 from lightning_rft.sync.transports.transport import Transport, Weights
+from lightning_rft.trainer.scoring import Scores
 
 __all__ = ["Coordinator"]
 
@@ -31,7 +32,7 @@ class Coordinator:
         dispatcher: Schedule and explorers.
         transport: How weights travel.
         background: Whether weights are pushed in the background.
-        gathered: Returns the policy's weights, whole; called on the trainer's thread.
+        gathered: Returns the policy's weights, whole, and its scores; called on the trainer's thread.
         folder: The run's own folder.
         status: Shows what is waited for, until the end of the first step.
     """
@@ -42,7 +43,7 @@ class Coordinator:
         transport: Transport,
         *,
         background: bool,
-        gathered: Callable[[], Weights],
+        gathered: Callable[[], tuple[Weights, Scores]],
         folder: Path,
         status: StatusLine,
     ) -> None:
@@ -61,6 +62,7 @@ class Coordinator:
             roster=self._roster,
             receivers=Receivers(self._pool, self._roster, self._listener, folder, dispatcher.look),
             gathered=gathered,
+            expect=dispatcher.agreement.expect,
             pushed=lambda version: dispatcher.tell(dispatcher.schedule.pushed, version),
             failed=self._listener.failed,
             observe=self._activity.observe,
@@ -126,8 +128,11 @@ class Coordinator:
             self._pusher.share_changed(self._pusher.push(self.version))
             self._pusher.wait_loaded()
 
-    def trained(self, batch: int) -> dict[str, float]:
+    def trained(self, batch: int, sampling_gap: float | None = None) -> dict[str, float]:
         """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""
+        if sampling_gap is not None:
+            with self._listener.locked():
+                self._dispatcher.agreement.sampled(batch, sampling_gap)
         self._listener.raise_failures()
         self.take_in(batch + 1)
         began = time.monotonic()
@@ -200,6 +205,7 @@ class Coordinator:
                 **self._activity.metrics(),
                 **self._groups.metrics(),
                 **self._dispatcher.error_rate.metrics(),
+                **self._dispatcher.agreement.metrics(),
                 "rft/explorer_restarts": float(self._pool.restarts - self._restarts),
             }
 

@@ -27,6 +27,7 @@ from lightning_rft.explorer.messages import (
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.roster import Roster
 from lightning_rft.monitor.activity import Activity
+from lightning_rft.run.agreement import Agreement
 from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.run.groups import Groups, Judged
 from lightning_rft.run.validation import Validation
@@ -52,6 +53,7 @@ class Dispatcher:
         pool: ExplorerPool,
         error_rate: ErrorRate,
         activity: Activity,
+        agreement: Agreement,
         *,
         timeouts: Timeouts,
         check_interrupt: Callable[[], None],
@@ -62,6 +64,7 @@ class Dispatcher:
         self.pool = pool
         self.error_rate = error_rate
         self.activity = activity
+        self.agreement = agreement
         self.roster = Roster(timeouts.progress_s)
         self.listener = Listener(pool, self.roster, self.handle, check_interrupt)
         #: The tasks that are answered beside the schedule.
@@ -182,6 +185,7 @@ class Dispatcher:
         elif isinstance(message, Loaded):
             began, alone = self.roster.loaded(explorer, message.version, now)
             self.activity.observe(f"explorer {explorer}", self._load_label, began, message.version)
+            self.agreement.loaded(explorer, message.version, message.logprobs)
             self._carry_out(self.schedule.loaded(explorer, message.version, alone=alone))
             self.ask()
         elif isinstance(message, LoadFailed):

@@ -21,6 +21,7 @@ from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.monitor.activity import Activity
 from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
+from lightning_rft.run.agreement import Agreement
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.dispatcher import Dispatcher
 from lightning_rft.run.error_rate import ErrorRate
@@ -35,6 +36,7 @@ from lightning_rft.sync.transports.transport import Weights
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
 from lightning_rft.tasks.stream import TaskStream
 from lightning_rft.trainer.limits import micro_batches, stop_batch
+from lightning_rft.trainer.scoring import Scores
 
 __all__ = ["Run", "RunSettings"]
 
@@ -66,7 +68,7 @@ class Run:
         folder: The run's own folder.
         saved: What :meth:`state_dict` returned, to go on from there; empty for a new run.
         check_interrupt: Called during every wait; raises to end it.
-        gathered: Returns the policy's weights, whole; called on the trainer's thread.
+        gathered: Returns the policy's weights, whole, and its scores; called on the trainer's thread.
         observers: Called with every span of the timeline.
 
     Raises:
@@ -84,7 +86,7 @@ class Run:
         folder: Path,
         saved: Mapping[str, Any],
         check_interrupt: Callable[[], None],
-        gathered: Callable[[], Weights],
+        gathered: Callable[[], tuple[Weights, Scores]],
         observers: Sequence[Callable[[Span], None]],
     ) -> None:
         self._trainer = trainer
@@ -104,6 +106,7 @@ class Run:
                 pool,
                 ErrorRate(settings.tolerance.max_error_rate, 2 * settings.tasks_per_step * settings.samples_per_task),
                 Activity(observers),
+                Agreement(settings.tolerance.push_gap, lambda: pool.dtype),
                 timeouts=settings.timeouts,
                 check_interrupt=check_interrupt,
                 load_label=strategy.transport.load_label,

@@ -13,6 +13,7 @@ from lightning_rft.errors import DeadlineError
 from lightning_rft.explorer.receivers import Receivers
 from lightning_rft.explorer.roster import Roster
 from lightning_rft.sync.transports.transport import Transport, Weights
+from lightning_rft.trainer.scoring import Scores
 
 __all__ = ["Background", "Pusher", "snapshot"]
 
@@ -27,7 +28,8 @@ class Pusher:
         background: Whether pushes happen in the background, from a snapshot, so that nobody waits for them.
         roster: Knows which explorers need weights before the next push.
         receivers: How the transport reaches explorers.
-        gathered: Returns the policy's weights, whole; called on the trainer's thread.
+        gathered: Returns the policy's weights, whole, and its scores; called on the trainer's thread.
+        expect: Called with a version and its scores before it is pushed.
         pushed: Called with the version once it is pushed, or in the background can be loaded.
         failed: Called with what went wrong in the background.
         observe: Called with track, label, begin and version of what is to be seen in the timeline.
@@ -40,7 +42,8 @@ class Pusher:
         background: bool,
         roster: Roster,
         receivers: Receivers,
-        gathered: Callable[[], Weights],
+        gathered: Callable[[], tuple[Weights, Scores]],
+        expect: Callable[[int, Scores], None],
         pushed: Callable[[int], None],
         failed: Callable[[BaseException], None],
         observe: Callable[[str, str, float, int], None],
@@ -51,6 +54,7 @@ class Pusher:
         self._roster = roster
         self._receivers = receivers
         self._gathered = gathered
+        self._expect = expect
         self._pushed = pushed
         self._observe = observe
         self._sample: torch.Tensor | None = None  # of the last push
@@ -60,7 +64,7 @@ class Pusher:
         """Pushes the policy's weights to all explorers, or hands them to the background; returns them."""
         self.version = version
         began = time.monotonic()
-        weights = self._gathered()
+        weights = self._take(version)
         if self._background is not None:
             self._background.push(snapshot(weights, self._receivers.dtype), version)
         else:
@@ -84,8 +88,14 @@ class Pusher:
         """Pushes the policy's weights to the explorers that came up between two pushes, if there are any."""
         if late:
             began = time.monotonic()
-            self._transport.push(self._gathered(), version, self._receivers, sorted(late))
+            self._transport.push(self._take(version), version, self._receivers, sorted(late))
             self._observe("trainer", self._transport.push_label, began, version)
+
+    def _take(self, version: int) -> Weights:
+        weights, scores = self._gathered()
+        self._expect(version, scores)
+        self._receivers.text_ids = scores.ids
+        return weights
 
     def wait_loaded(self) -> None:
         """Returns when every explorer has loaded what was pushed in the background."""

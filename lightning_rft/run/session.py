@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ __all__ = ["Session"]
 class Session:
     """Brings the trainer's ranks together; rank 0's session holds the run, and all see what comes of it.
 
-    ``weights`` gathers the policy's weights, on all ranks together. Where nothing ``validates``, Lightning is kept from
+    ``pushed`` makes what is pushed, on all ranks together. Where nothing ``validates``, Lightning is kept from
     warning of an empty loader until :meth:`end`.
     """
 
-    def __init__(self, trainer: L.Trainer, weights: Callable[[], Iterable[Any]], *, validates: bool) -> None:
+    def __init__(self, trainer: L.Trainer, pushed: Callable[[], Any], *, validates: bool) -> None:
         #: The run's own folder; asked for here, since on several ranks ``log_dir`` is a collective.
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "rft"
-        self.ranks = Ranks.meet(trainer, weights)
+        self.ranks = Ranks.meet(trainer, pushed)
         #: Whether the run has begun, which only rank 0 has.
         self.begun = False
         self._trainer = trainer
@@ -82,7 +82,8 @@ class Session:
 
     def trained(self, batch: int) -> dict[str, float]:
         """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""
-        return self.ranks.agree(f"the end of batch {batch}", lambda: self.coordinator.trained(batch))
+        gap = self._trainer.lightning_module.sampling_gap
+        return self.ranks.agree(f"the end of batch {batch}", lambda: self.coordinator.trained(batch, gap))  # type: ignore[arg-type]
 
     def finish(self) -> None:
         """Pushes the last version, if it was not, so that what is sampled next is sampled with it."""

@@ -24,6 +24,7 @@ from lightning_rft.trainer.objectives.grpo import GRPO
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin
 from lightning_rft.trainer.saving import write_model
+from lightning_rft.trainer.scoring import Scores, encoded_text, score
 from lightning_rft.trainer.sharding import shard
 from lightning_rft.trainer.shortcuts import FastPath, probe
 from lightning_rft.trainer.step_guard import StepGuard
@@ -90,6 +91,10 @@ class RFTModule(L.LightningModule):
         self.save_hyperparameters({name: getattr(self, name) for name in kept})
         self.metrics = BatchMetrics()
         self.policy: PreTrainedModel | None = None
+        #: Mean difference, in nats, between the log-probs that the last batch's tokens were sampled and trained with,
+        #: where both are of the same weights; ``None`` if no weights were pushed, or there was no such token.
+        self.sampling_gap: float | None = None
+        self._text_ids: tuple[int, ...] | None = None
         self._fast_path: FastPath | None = None
         self._guard = StepGuard()
         self._batch = 0
@@ -167,6 +172,14 @@ class RFTModule(L.LightningModule):
         """
         yield from checkpoint_weights(self._policy, self._whole_state()).items()
 
+    def pushed(self) -> tuple[list[tuple[str, Tensor]], Scores]:
+        """The weights to push, and how the policy scores a fixed text with them; all ranks together."""
+        if self._text_ids is None:
+            self._text_ids = encoded_text(self.model)
+        weights = list(self.weights())
+        with self.trainer.precision_plugin.forward_context():
+            return weights, score(self._policy, self._text_ids, self.device)
+
     def _whole_state(self) -> dict[str, Tensor]:
         state = self._policy.state_dict()
         return {
@@ -216,11 +229,12 @@ class RFTModule(L.LightningModule):
             micro-batches and ranks.
         """
         self.metrics.update_groups(batch.groups, batch.batch)
-        loss = self._loss(batch.groups) / max(1, batch.batch_tokens)
+        loss = self._loss(batch.groups, batch.batch) / max(1, batch.batch_tokens)
         self.metrics.update_loss(loss)
         if batch.last:
             values = self.metrics.collect()
             self._batch, self._batch_loss = batch.batch, values["rft/loss"]
+            self.sampling_gap = values.get("rft/sampling_gap")
             self.log("rft/reward", values.pop("rft/reward"), prog_bar=True, batch_size=1)
             self.log_dict(values | {"rft/wait_experience_s": batch.wait_seconds}, batch_size=1)
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -262,8 +276,8 @@ class RFTModule(L.LightningModule):
             for sample in group.experiences
         ]
 
-    def _loss(self, groups: Sequence[Group]) -> Tensor:
-        """Loss summed over the sampled tokens of some groups."""
+    def _loss(self, groups: Sequence[Group], version: int) -> Tensor:
+        """Loss summed over the sampled tokens of some groups, trained as a version."""
         if self._fast_path is None:  # also where this share has no work: the other ranks' may have
             turns = [[turn for experience in group.experiences for turn in experience.turns] for group in groups]
             self._fast_path = probe(self._policy, turns, attn_implementation=self._policy.config._attn_implementation)
@@ -282,6 +296,10 @@ class RFTModule(L.LightningModule):
         logprobs, entropy = token_logprobs(self._policy, packed, chunked_head=self._fast_path.chunked_head)
         losses, statistics = self.objective.token_loss(logprobs, sampling, advantages)
         self.metrics.update_tokens(entropy, statistics, weight)
+        if self._text_ids is not None and weight:  # else the tokens are of another run, or do not count
+            versions = torch.from_numpy(np.concatenate([turn.versions for turn, _ in flat])).to(self.device)
+            scale = 1.0 if packed.temperature is None else packed.temperature  # as at temperature 1
+            self.metrics.update_gap((logprobs.detach() - sampling).abs() * scale, versions == version)
         return losses.sum() * weight
 
     def _with_advantages(self, groups: Sequence[Group]) -> list[list[tuple[Turn, float]]]:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing.connection import wait
@@ -66,8 +66,8 @@ class _Signal(Enum):
 class Ranks:
     """One of the trainer's ranks among the others; a single rank needs no connections.
 
-    ``peers`` are the connections: of rank 0 one to every other rank, of the others one to rank 0. ``weights`` gathers
-    the policy's weights, on all ranks together.
+    ``peers`` are the connections: of rank 0 one to every other rank, of the others one to rank 0. ``gather``
+    makes what :meth:`gathered` returns, on all ranks together.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Ranks:
         rank: int = 0,
         count: int = 1,
         peers: dict[int, Channel] | None = None,
-        weights: Callable[[], Iterable[Any]] = tuple,
+        gather: Callable[[], Any] = tuple,
     ) -> None:
         self.rank = rank
         self.count = count
         self._peers = peers or {}
-        self._weights = weights
+        self._gather = gather
         self._news = threading.Condition()
         self._inbox: deque[_Result | _Signal] = deque()
         self._failure: BaseException | None = None  # of another rank
@@ -94,10 +94,10 @@ class Ranks:
             self._thread.start()
 
     @classmethod
-    def meet(cls, trainer: L.Trainer, weights: Callable[[], Iterable[Any]]) -> Ranks:
+    def meet(cls, trainer: L.Trainer, gather: Callable[[], Any]) -> Ranks:
         """Connects the ranks of a trainer, each of which calls this; raises :class:`DeadlineError` if some do not."""
         if trainer.world_size == 1:
-            return cls(weights=weights)
+            return cls(gather=gather)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         host = "127.0.0.1" if environment is None or trainer.num_nodes == 1 else environment.main_address
         rank, count = trainer.global_rank, trainer.world_size
@@ -105,11 +105,11 @@ class Ranks:
         if rank != 0:
             where = trainer.strategy.broadcast(where)
             assert where is not None
-            return cls(rank, count, {0: _join(host, *where, rank)}, weights)
+            return cls(rank, count, {0: _join(host, *where, rank)}, gather)
         with socket.create_server((host, 0), backlog=count) as server:
             token = secrets.token_bytes(32)
             trainer.strategy.broadcast((server.getsockname()[1], token))
-            return cls(0, count, _welcome(server, token, count), weights)
+            return cls(0, count, _welcome(server, token, count), gather)
 
     @property
     def leads(self) -> bool:
@@ -138,10 +138,10 @@ class Ranks:
         self._send(_Result(what, result))
         return result
 
-    def gathered(self) -> list[Any]:
-        """The policy's whole weights, on rank 0 inside :meth:`agree`; the others take part without keeping them."""
+    def gathered(self) -> Any:
+        """What all ranks gather together, such as whole weights, on rank 0 inside :meth:`agree`."""
         self._send(_Signal.GATHER)
-        return list(self._weights())
+        return self._gather()
 
     def check(self) -> None:
         """Raises the error that ended another rank, or ``SIGTERMException`` if any rank got SIGTERM."""
@@ -192,7 +192,7 @@ class Ranks:
                 self._news.wait_for(lambda: self._inbox or self._failure or self._terminated, _POLL_S)
                 message = self._inbox.popleft() if self._inbox else None
             if message is _Signal.GATHER:
-                deque(self._weights(), maxlen=0)
+                self._gather()
             elif isinstance(message, _Result):
                 if message.what != what:
                     raise ScheduleError(

@@ -116,7 +116,7 @@ def test_the_share_of_weights_that_a_push_changed() -> None:
     nothing: Any = lambda *_: None  # noqa: E731
     pusher = Pusher(
         rft.CheckpointTransport(), background=False, roster=nothing, receivers=receivers,  # type: ignore[arg-type]
-        gathered=nothing, pushed=nothing, failed=nothing, observe=nothing,
+        gathered=nothing, expect=nothing, pushed=nothing, failed=nothing, observe=nothing,
     )  # fmt: skip
     weights = torch.ones(1000)
     assert pusher.share_changed([("w", weights)]) == 1.0

@@ -13,6 +13,7 @@ from lightning_rft.experience import GroupKey
 from lightning_rft.explorer.messages import Ended, Explore, Loaded, Several, Started
 from lightning_rft.explorer.pool import Died
 from lightning_rft.monitor.activity import Activity
+from lightning_rft.run.agreement import Agreement
 from lightning_rft.run.dispatcher import Dispatcher
 from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.run.groups import Groups
@@ -57,6 +58,7 @@ def run() -> tuple[Dispatcher, Pool]:
         pool,
         ErrorRate(0.1, 100),
         Activity(()),
+        Agreement(None, lambda: "float32"),
         timeouts=Timeouts(progress_s=60.0),
         check_interrupt=lambda: None,
         load_label="load",

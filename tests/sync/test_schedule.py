@@ -330,8 +330,6 @@ def test_the_best_are_taken_from_what_a_resumed_run_kept():
     rule, scores = rft.FullyAsynchronous(max_staleness=2), {GroupKey(6, 0): 1.0}
     schedule, _ = started(rule, first=5, ready=ready, scores=scores)
     assert schedule.wanted(5) == [Lease(5, (GroupKey(5, 0), GroupKey(6, 0)))]
-    # what was sent back as too old has no score any more, and the rest keeps its own
-    assert schedule.refused([GroupKey(5, 0)])[0] == Lease(5, (GroupKey(5, 1), GroupKey(6, 0)))
 
 
 def test_scores_change_nothing_where_order_is_kept():

@@ -112,6 +112,8 @@ class Engine(ABC):
 
     #: Whether :meth:`connect` takes an NCCL link; decided by :meth:`start`.
     nccl: bool = False
+    #: Whether what it samples follows from the weights; a simulation's does not.
+    computes: bool = True
     #: Weight-holding processes inside this engine.
     world_size: int = 1
     #: Settings that are whole numbers of at least 1, where they are set.

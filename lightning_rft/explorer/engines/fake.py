@@ -47,6 +47,8 @@ class FakeEngine(Engine):
 
     counts = (*Engine.counts, "mean_tokens", "vocab_size")
 
+    computes = False
+
     def __init__(
         self,
         model: str | None = None,

@@ -164,6 +164,7 @@ class VLLMEngine(Engine):
             "distributed_executor_backend": "uni" if self.world_size == 1 else "mp",
             "enforce_eager": on_cpu if self.enforce_eager is None else self.enforce_eager,
             "async_scheduling": False,
+            "scheduling_policy": "priority",  # in order of arrival, but for prompt_logprobs
             "logprobs_mode": "processed_logprobs",  # temperature applied: raw ones make wrong importance ratios
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
@@ -246,7 +247,8 @@ class VLLMEngine(Engine):
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        self._alive.add_request("prompt-logprobs", {"prompt_token_ids": list(prompt_ids)}, params)
+        prompt = {"prompt_token_ids": list(prompt_ids)}
+        self._alive.add_request("prompt-logprobs", prompt, params, priority=-1)  # others may wait for minutes
         while True:
             finished, others = self._step()
             self._finished += finished  # the next step returns them

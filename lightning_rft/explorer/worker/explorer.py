@@ -154,7 +154,13 @@ class Explorer:
             except LinkError as error:
                 self._outbox.send(LoadFailed(message.version, Failure.of(error)))
             else:
-                self._outbox.send(Loaded(message.version))
+                self._outbox.send(Loaded(message.version, await self._score(message.text_ids)))
+
+    async def _score(self, text_ids: tuple[int, ...]) -> tuple[float, ...]:
+        engine, ids = self._spec.engine, text_ids[: self._max_model_len - 1]
+        if not engine.computes or len(ids) < 2:
+            return ()
+        return tuple(await self._stepper.call(engine.prompt_logprobs, ids))
 
     async def _explore(self, request: Explore) -> None:
         group = _Group(request)
