@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group
 from lightning_rft.trainer.ranks import Ranks
 
@@ -81,7 +80,6 @@ class ExperienceLoader:
         batches: Batches of an epoch before limits.
         accumulate: Micro-batches per optimizer step.
         items: Micro-batches of an epoch after limits.
-        max_staleness: Maximum staleness of a token, in batches; ``None`` for experience of another run.
     """
 
     def __init__(
@@ -92,14 +90,12 @@ class ExperienceLoader:
         batches: int,
         accumulate: int,
         items: int,
-        max_staleness: int | None,
     ) -> None:
         self._source = source
         self._ranks = ranks
         self._batches = batches
         self._accumulate = accumulate
         self._items = items
-        self._max_staleness = max_staleness
         self._done = 0  # micro-batches of this epoch that were handed out
         self._resumed = 0
 
@@ -126,8 +122,6 @@ class ExperienceLoader:
             began = time.perf_counter()
             batch, groups = ranks.agree("a batch of experience", self._next)
             waited = time.perf_counter() - began
-            if self._max_staleness is not None:
-                check_staleness(groups, batch, self._max_staleness)
             tokens = sum(group.num_tokens for group in groups)
             # a checkpoint from the middle of a batch has lost half of its gradient, and Lightning steps where it did
             parts = min(self._accumulate - self._done % self._accumulate, left)
@@ -141,19 +135,6 @@ class ExperienceLoader:
     def _next(self) -> tuple[int, list[Group]]:
         source = self._source()
         return source.version, source.wanted(source.version)
-
-
-def check_staleness(groups: Sequence[Group], batch: int, bound: int) -> None:
-    """Raises :class:`ScheduleError` unless every token is 0 to ``bound`` batches older than the trained version."""
-    for group in groups:
-        for experience in group.experiences:
-            for turn in experience.turns:
-                versions = {version for version, _ in turn.version_runs}
-                if any(not 0 <= batch - version <= bound for version in versions):
-                    raise ScheduleError(
-                        f"task {group.task_id!r} reached the training step of version {batch} with tokens of versions "
-                        f"{sorted(versions)}, but the strategy allows a staleness of 0 to {bound}"
-                    )
 
 
 class ExplorationLoader:
