@@ -1,7 +1,7 @@
-"""Loaders that feed Lightning's loops with experience: plain iterables with a length, so that nothing is prefetched.
+"""Loaders that feed Lightning's loops with experience.
 
-From a loader without a length (and from every ``DataLoader`` with workers) Lightning fetches a batch ahead, before the
-weights that must sample it exist: strictly on-policy training would be a step stale, or wait for ever.
+They are plain iterables with a length: from any other Lightning fetches a batch ahead, before the weights that must
+sample it exist.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MicroBatch:
 
 
 def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
-    """Deals groups, the largest first, into ``parts`` shares with about the same number of sampled tokens.
+    """Deals groups, the largest first, into ``parts`` shares with about as many sampled tokens.
 
     Example:
         >>> from lightning_rft.experience import Experience, GroupKey, Turn
@@ -69,17 +69,10 @@ def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
 
 
 class ExperienceLoader:
-    """One epoch of micro-batches.
+    """One epoch of ``batches`` batches, each in ``accumulate`` items on each rank.
 
-    Each batch makes ``accumulate`` items on each rank, and the optimizer steps after the last. Where a limit ends the
-    epoch within a batch, that batch is made into as many items as are left, so that it is still trained whole.
-
-    Args:
-        source: Returns the current source; called on rank 0.
-        ranks: The trainer's ranks, which share each batch.
-        batches: Batches of an epoch before limits.
-        accumulate: Micro-batches per optimizer step.
-        items: Micro-batches of an epoch after limits.
+    Where limits leave ``items`` that end within a batch, it is made into as many items as are left, so that it is still
+    trained whole. ``source`` is called on rank 0.
     """
 
     def __init__(
@@ -96,11 +89,11 @@ class ExperienceLoader:
         self._batches = batches
         self._accumulate = accumulate
         self._items = items
-        self._done = 0  # micro-batches of this epoch that were handed out
+        self._done = 0
         self._resumed = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress of the epoch, for a checkpoint."""
+        """Micro-batches of this epoch that were handed out."""
         return {"done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,10 +131,7 @@ class ExperienceLoader:
 
 
 class ExplorationLoader:
-    """Batches that are explored and not trained, in order, shared among the ranks.
-
-    ``kept`` waits on rank 0 for the batch of an index, and returns its number and its groups.
-    """
+    """Batches that are explored and not trained: ``kept`` waits on rank 0 for the next, by its index in the run."""
 
     def __init__(self, kept: Callable[[int], tuple[int, list[Group]]], ranks: Ranks, batches: int) -> None:
         self._kept = kept
@@ -161,13 +151,10 @@ class ExplorationLoader:
 
 
 class ValidationLoader:
-    """Greedy answers to held-out tasks, explored all together when the loop begins and yielded in order.
+    """Answers to held-out tasks, ``chunk`` groups an item.
 
-    Args:
-        begin: Starts the exploration; returns the number of groups.
-        explored: Waits for the group of an index.
-        size: Groups before limits.
-        chunk: Groups of one item.
+    ``begin`` has all of them explored together and returns their number, ``explored`` waits for that of an index;
+    ``size`` is their number before limits.
     """
 
     def __init__(self, begin: Callable[[], int], explored: Callable[[int], Group], size: int, chunk: int) -> None:
