@@ -274,7 +274,6 @@ class RFTDataModule(L.LightningDataModule):
             batches=self.steps_per_epoch,
             accumulate=accumulate,
             items=items,
-            max_staleness=sync_strategy(self._trainer).max_staleness if stored is None else None,
         )
 
     @override

@@ -30,6 +30,28 @@ def test_lightnings_launcher(start: Start) -> None:
     assert "Traceback" not in script.stderr
 
 
+def test_weights_come_back_from_a_notebooks_processes(start: Start) -> None:
+    script = start("""
+        import os
+        import torch
+        import lightning_rft as rft
+        from tests.processes import MODEL, fit
+
+        class Module(rft.RFTModule):
+            def __init__(self, model):
+                super().__init__(model, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+
+        trained = fit(Module, devices=2, parallel="ddp_notebook",
+                      reward=lambda completion, task: float(sum(map(ord, completion)) % 7))
+        weights = dict(trained.lightning_module.weights())
+        before = rft.RFTModule(os.environ[MODEL])
+        before.configure_model()
+        print(all(bool((weights[name] != tensor).any()) for name, tensor in before.weights() if tensor.ndim == 2))
+    """)
+    assert script.wait() == 0, script.stderr
+    assert script.stdout.splitlines()[-1] == "True"
+
+
 # What is computed
 
 

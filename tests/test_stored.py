@@ -109,3 +109,20 @@ def test_what_cannot_work(stored: Path, tiny_model_path: Path, tmp_path: Path) -
     Ledger.open(empty).close()
     with pytest.raises(rft.ConfigurationError, match="holds no experience"):
         make_data(empty)
+
+
+def test_overfitting_trains_the_same_batches_every_epoch(stored: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+    module = fit(make_data(stored), tiny_model_path, tmp_path, max_epochs=3, overfit_batches=2)
+    assert module.seen == 3 * module.seen[:2]
+
+
+def test_an_epoch_that_a_hook_ends_goes_on_in_the_next(
+    stored: Path, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(module: Any, batch: Any, batch_idx: int) -> int | None:
+        return -1 if (module.trainer.current_epoch, batch_idx) == (0, 1) else None
+
+    monkeypatch.setattr(Looks, "on_train_batch_start", ends)
+    data = make_data(rft.Buffer(stored, shuffle=False))
+    seen = fit(data, tiny_model_path, tmp_path, max_epochs=2).seen
+    assert seen == [list("0123"), list("4567"), list("89"), list("0123")]

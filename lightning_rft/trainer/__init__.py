@@ -1,1 +1,1 @@
-"""Consumes: the LightningModule, its loader, and the maths of the update."""
+"""The LightningModule, its loader, and the maths of the update."""

@@ -1,7 +1,7 @@
-"""Loaders that feed Lightning's loops with experience: plain iterables with a length, so that nothing is prefetched.
+"""Loaders that feed Lightning's loops with experience.
 
-From a loader without a length (and from every ``DataLoader`` with workers) Lightning fetches a batch ahead, before the
-weights that must sample it exist: strictly on-policy training would be a step stale, or wait for ever.
+They are plain iterables with a length: from any other Lightning fetches a batch ahead, before the weights that must
+sample it exist.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group
 from lightning_rft.trainer.ranks import Ranks
 
@@ -50,7 +49,7 @@ class MicroBatch:
 
 
 def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
-    """Deals groups, the largest first, into ``parts`` shares with about the same number of sampled tokens.
+    """Deals groups, the largest first, into ``parts`` shares with about as many sampled tokens.
 
     Example:
         >>> from lightning_rft.experience import Experience, GroupKey, Turn
@@ -70,18 +69,10 @@ def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
 
 
 class ExperienceLoader:
-    """One epoch of micro-batches.
+    """One epoch of ``batches`` batches, each in ``accumulate`` items on each rank.
 
-    Each batch makes ``accumulate`` items on each rank, and the optimizer steps after the last. Where a limit ends the
-    epoch within a batch, that batch is made into as many items as are left, so that it is still trained whole.
-
-    Args:
-        source: Returns the current source; called on rank 0.
-        ranks: The trainer's ranks, which share each batch.
-        batches: Batches of an epoch before limits.
-        accumulate: Micro-batches per optimizer step.
-        items: Micro-batches of an epoch after limits.
-        max_staleness: Maximum staleness of a token, in batches; ``None`` for experience of another run.
+    Where limits leave ``items`` that end within a batch, it is made into as many items as are left, so that it is still
+    trained whole. ``source`` is called on rank 0.
     """
 
     def __init__(
@@ -92,19 +83,17 @@ class ExperienceLoader:
         batches: int,
         accumulate: int,
         items: int,
-        max_staleness: int | None,
     ) -> None:
         self._source = source
         self._ranks = ranks
         self._batches = batches
         self._accumulate = accumulate
         self._items = items
-        self._max_staleness = max_staleness
-        self._done = 0  # micro-batches of this epoch that were handed out
+        self._done = 0
         self._resumed = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress of the epoch, for a checkpoint."""
+        """Micro-batches of this epoch that were handed out."""
         return {"done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -126,8 +115,6 @@ class ExperienceLoader:
             began = time.perf_counter()
             batch, groups = ranks.agree("a batch of experience", self._next)
             waited = time.perf_counter() - began
-            if self._max_staleness is not None:
-                check_staleness(groups, batch, self._max_staleness)
             tokens = sum(group.num_tokens for group in groups)
             # a checkpoint from the middle of a batch has lost half of its gradient, and Lightning steps where it did
             parts = min(self._accumulate - self._done % self._accumulate, left)
@@ -143,24 +130,8 @@ class ExperienceLoader:
         return source.version, source.wanted(source.version)
 
 
-def check_staleness(groups: Sequence[Group], batch: int, bound: int) -> None:
-    """Raises :class:`ScheduleError` unless every token is 0 to ``bound`` batches older than the trained version."""
-    for group in groups:
-        for experience in group.experiences:
-            for turn in experience.turns:
-                versions = {version for version, _ in turn.version_runs}
-                if any(not 0 <= batch - version <= bound for version in versions):
-                    raise ScheduleError(
-                        f"task {group.task_id!r} reached the training step of version {batch} with tokens of versions "
-                        f"{sorted(versions)}, but the strategy allows a staleness of 0 to {bound}"
-                    )
-
-
 class ExplorationLoader:
-    """Batches that are explored and not trained, in order, shared among the ranks.
-
-    ``kept`` waits on rank 0 for the batch of an index, and returns its number and its groups.
-    """
+    """Batches that are explored and not trained: ``kept`` waits on rank 0 for the next, by its index in the run."""
 
     def __init__(self, kept: Callable[[int], tuple[int, list[Group]]], ranks: Ranks, batches: int) -> None:
         self._kept = kept
@@ -180,13 +151,10 @@ class ExplorationLoader:
 
 
 class ValidationLoader:
-    """Greedy answers to held-out tasks, explored all together when the loop begins and yielded in order.
+    """Answers to held-out tasks, ``chunk`` groups an item.
 
-    Args:
-        begin: Starts the exploration; returns the number of groups.
-        explored: Waits for the group of an index.
-        size: Groups before limits.
-        chunk: Groups of one item.
+    ``begin`` has all of them explored together and returns their number, ``explored`` waits for that of an index;
+    ``size`` is their number before limits.
     """
 
     def __init__(self, begin: Callable[[], int], explored: Callable[[int], Group], size: int, chunk: int) -> None:

@@ -1,4 +1,4 @@
-"""The trainer: a LightningModule that turns experience into gradient steps on a policy."""
+"""The LightningModule that turns experience into gradient steps on a policy."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, Turn
@@ -46,7 +47,8 @@ class RFTModule(L.LightningModule):
 
     It is an ordinary LightningModule with automatic optimization: clipping, precision plugins, schedulers, loggers and
     ``accumulate_grad_batches`` work as anywhere. The loss is normalised over the whole batch, so neither it nor its
-    gradient depends on the accumulation.
+    gradient depends on the accumulation. A step whose loss or gradient is not finite is skipped; five in a row are a
+    :class:`NonFiniteError`. ``load_from_checkpoint(path)`` restores all but objective, optimizer and scheduler.
 
     Args:
         model: Path of a folder, or hub name, of a causal language model of transformers.
@@ -100,11 +102,8 @@ class RFTModule(L.LightningModule):
         self._batch = 0
         self._batch_loss = 0.0
 
+    @override
     def configure_model(self) -> None:
-        """Loads the policy in float32, once; precision plugins take it from there.
-
-        Under ``ModelParallelStrategy`` it is sharded over the ranks.
-        """
         if self.policy is not None:
             return
         with StatusLine(self._trainer) as status:
@@ -122,7 +121,7 @@ class RFTModule(L.LightningModule):
         policy = AutoModelForCausalLM.from_pretrained(
             self.model,
             config=config,
-            dtype=torch.float32,
+            dtype=torch.float32,  # precision plugins take it from there
             attn_implementation=self.attn_implementation or right_attention(config),
         )
         policy.train()
@@ -132,27 +131,23 @@ class RFTModule(L.LightningModule):
             shard(policy, self.device_mesh)
         return policy
 
+    @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads the policy first where no trainer has: in ``load_from_checkpoint``, and after ``ddp_notebook``."""
-        self.configure_model()
+        self.configure_model()  # no trainer has: in load_from_checkpoint, and after ddp_notebook
         return super().load_state_dict(state_dict, strict, assign)
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes the objective, which ``load_from_checkpoint`` does not restore."""
         checkpoint["objective"] = repr(self.objective)
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Warns in ``load_from_checkpoint`` if the objective is another."""
         saved = checkpoint.get("objective", repr(self.objective))
         if self._trainer is None and saved != repr(self.objective):
             rank_zero_warn(f"the checkpoint was trained with {saved}: set objective=... to train on with that")
 
+    @override
     def configure_optimizers(self) -> Any:
-        """Optimizer and scheduler as given; the optimizer steps float32 copies where the weights are in less.
-
-        Raises:
-            ConfigurationError: The weights are in less than float32, and sharded.
-        """
         half = any(parameter.dtype != torch.float32 for parameter in self.parameters())
         if half and self.device_mesh is not None:
             raise ConfigurationError(
@@ -165,11 +160,7 @@ class RFTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of every weight of the policy as a checkpoint names them, aliases of tied weights included.
-
-        Some models (mixtures of experts above all) hold their weights in memory under other names than in checkpoints.
-        Where the policy is sharded, all ranks must iterate together: each tensor is put together as it is reached.
-        """
+        """Every weight as a checkpoint names it, aliases of tied weights included; all ranks must iterate together."""
         yield from checkpoint_weights(self._policy, self._whole_state()).items()
 
     def pushed(self) -> tuple[list[tuple[str, Tensor]], Scores]:
@@ -197,19 +188,19 @@ class RFTModule(L.LightningModule):
         if self.global_rank == 0:
             write_model(self._policy, weights, self.model, path, dtype)
 
+    @override
     def on_train_start(self) -> None:
-        """Starts the clock of ``rft/tokens_per_second``."""
         self.metrics.restart()
         self._guard = StepGuard()
         for optimizer in self.trainer.optimizers:
             leave_unscaling_to_the_plugin(optimizer)
 
+    @override
     def on_train_epoch_start(self) -> None:
-        """Forgets a batch that ``on_train_batch_start`` ended the last epoch in the middle of: it begins anew."""
-        self.metrics.clear()
+        self.metrics.clear()  # a batch that on_train_batch_start cut in two begins anew
 
+    @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs ``rft/grad_norm``, the gradient's norm before it is clipped, and skips a step that is not finite."""
         norm = float(grad_norm(self.parameters()))
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if self._guard.refuses(self._batch, self._batch_loss, norm, scaler):
@@ -217,17 +208,8 @@ class RFTModule(L.LightningModule):
                 parameter.grad = None  # which every optimizer passes over, its state included
         self.log_dict({"rft/grad_norm": norm, "rft/skipped_steps": float(self._guard.skipped)}, batch_size=1)
 
+    @override
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        """The share's part of the batch's loss.
-
-        Args:
-            batch: A share of a batch.
-            batch_idx: Position in the epoch.
-
-        Returns:
-            The loss, summed over the share's tokens and divided by the whole batch's, times what Lightning divides by:
-            micro-batches and ranks.
-        """
         self.metrics.update_groups(batch.groups, batch.batch)
         loss = self._loss(batch.groups, batch.batch) / max(1, batch.batch_tokens)
         self.metrics.update_loss(loss)
@@ -237,14 +219,15 @@ class RFTModule(L.LightningModule):
             self.sampling_gap = values.get("rft/sampling_gap")
             self.log("rft/reward", values.pop("rft/reward"), prog_bar=True, batch_size=1)
             self.log_dict(values | {"rft/wait_experience_s": batch.wait_seconds}, batch_size=1)
+        # Lightning divides by both
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
+    @override
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Logs ``val/reward``, ``val/pass@1`` and ``val/version`` over answers to held-out tasks."""
         self._log_answers(batch, "val")
 
+    @override
     def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Logs ``test/reward``, ``test/pass@1`` and ``test/version`` over answers to the same tasks."""
         self._log_answers(batch, "test")
 
     def _log_answers(self, batch: MicroBatch, stage: str) -> None:
@@ -259,17 +242,9 @@ class RFTModule(L.LightningModule):
         self.log(f"{stage}/pass@1", passed.mean(), batch_size=size, sync_dist=True)
         self.log(f"{stage}/version", version, batch_size=size, sync_dist=True)
 
+    @override
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """What explorers answered to some tasks: the weights that sample are theirs, and the buffer keeps all of it.
-
-        Args:
-            batch: A batch.
-            batch_idx: Its position.
-
-        Returns:
-            A row per sample with ``task_id``, ``sample``, ``reward`` and ``text``, named as in :func:`read_buffer`,
-            which has the tokens too.
-        """
+        # named as in read_buffer, which has the tokens too
         return [
             {"task_id": group.task_id, "sample": sample.sample, "reward": sample.reward, "text": sample.text}
             for group in batch.groups
@@ -303,7 +278,7 @@ class RFTModule(L.LightningModule):
         return losses.sum() * weight
 
     def _with_advantages(self, groups: Sequence[Group]) -> list[list[tuple[Turn, float]]]:
-        """Each group's turns with their sample's advantage, those left out that cannot contribute to the gradient."""
+        """Each group's turns with their sample's advantage, without those that cannot contribute to the gradient."""
         rewards = [experience.reward for group in groups for experience in group.experiences]
         index = [i for i, group in enumerate(groups) for _ in group.experiences]
         scores = torch.tensor(rewards, dtype=torch.float64)
@@ -324,12 +299,10 @@ class RFTModule(L.LightningModule):
         """A zero that touches every parameter, so that the optimizer counts this step, too."""
         return torch.stack([p.reshape(-1)[0] for p in self.parameters() if p.requires_grad]).sum() * 0.0
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RFTModule:
-        """Casts and moves the module as ever, but of the policy's buffers only moves them.
-
-        These are rotary frequencies, and in bfloat16 they would turn the tokens of a long text to other angles than the
-        explorers do.
-        """
+        # The policy's buffers are moved and not cast: they are rotary frequencies, and in bfloat16 they would turn the
+        # tokens of a long text to other angles than the explorers do.
         buffers = [] if self.policy is None else list(self.policy.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in buffers:

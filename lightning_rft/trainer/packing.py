@@ -28,31 +28,17 @@ _WORTH = 0.95  # of the time of ordinary rows; for less gain they stay
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows for a causal language model, and where among its logits each trained token is predicted.
+    """R rows of L columns, K of which are kept because their logits predict some of the N trained tokens."""
 
-    R rows, L columns, K kept columns, N trained tokens. Every index tensor is int64.
-
-    Args:
-        input_ids: Token ids [R, L].
-        position_ids: Position of each token in the text it belongs to [R, L]; 0 in padding.
-        attention_mask: Shared rows: what is added to the attention scores, 0 or the lowest finite number
-            [R, 1, L, L], floating point. Ordinary rows: 1 for tokens, 0 for padding [R, L], int64.
-        keep: Columns, ascending, whose logits predict a trained token in some row [K]; for ``logits_to_keep=``.
-        row: Row of each trained token [N].
-        column: Index into ``keep`` of the column that predicts each trained token [N].
-        target: Id of each trained token [N].
-        temperature: What the logits that predict each are divided by, as when it was sampled [N], float32; None where
-            all are 1.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
+    input_ids: Tensor  # [R, L]
+    position_ids: Tensor  # [R, L], within the text that a token belongs to; 0 in padding
+    #: Shared rows: added to the attention scores [R, 1, L, L]. Ordinary rows: 1 for tokens, 0 for padding [R, L].
     attention_mask: Tensor
-    keep: Tensor
-    row: Tensor
-    column: Tensor
-    target: Tensor
-    temperature: Tensor | None
+    keep: Tensor  # columns, ascending [K]
+    row: Tensor  # of each trained token [N]
+    column: Tensor  # index into ``keep`` of the column that predicts each trained token [N]
+    target: Tensor  # id of each trained token [N]
+    temperature: Tensor | None  # that each was sampled at [N], float32; None where all are 1
 
     def to(self, device: torch.device | str) -> Packed:
         """The same rows with every tensor on ``device``."""
@@ -67,26 +53,12 @@ def pack(
     pad_id: int = 0,
     balance: float = 3000.0,
 ) -> Packed:
-    """Lays turns out in rows.
+    """Lays groups of turns out in rows; trained tokens keep the order of the turns.
 
-    Trained tokens come out in the order of the turns, group after group, so ``n`` counts through all sampled tokens
-    as ``for group in turns for turn in group for token in turn.token_ids`` does. The last token of a turn gets no
-    input column, because nothing is predicted from it.
-
-    Args:
-        turns: Groups of turns.
-        shared: Whether turns of a group that have the same prompt may share a row. Exact only for models that
-            :func:`shares_prompts` accepts. They do as long as that is cheaper: in long rows attention, which goes over
-            what the mask hides too, takes longer than the prompts that are saved. Otherwise, and where nothing is
-            worth sharing, each turn is an ordinary row, padded on the right.
-        mask_dtype: Floating-point dtype of the mask of shared rows: that of the attention queries. Under autocast
-            :func:`~lightning_rft.trainer.logprobs.token_logprobs` casts it.
-        pad_id: Token id that fills the rows. Any valid id will do, since nothing is read from padding.
-        balance: Length of a shared row, in tokens, at which attention takes as long as the rest of the model.
-
-    Raises:
-        ValueError: No turn has a sampled token, or one that has was given an empty prompt.
-        ConfigurationError: A turn was sampled greedily: its tokens have no log-probabilities.
+    With ``shared``, turns of a group with the same prompt share a row where that is cheaper, which is exact only for
+    models that :func:`shares_prompts` accepts. ``mask_dtype`` is that of the attention queries, ``balance`` the length
+    of a shared row, in tokens, at which attention takes as long as the rest of the model. Raises ``ValueError`` if no
+    turn has a sampled token, or one that has was given an empty prompt.
 
     Example:
         >>> turns = [Turn((5, 6), tokens, (0, 0), (0, 0), "stop") for tokens in ((7, 8), (9, 4))]
@@ -135,7 +107,7 @@ def pack(
 
 
 class _Row:
-    """A row while turns with the same prompt are added to it; its columns, in parts."""
+    """A row to which turns with the same prompt are added."""
 
     def __init__(self) -> None:
         self.ids: list[np.ndarray] = []
@@ -241,16 +213,11 @@ _UNSUITABLE = frozenset(
 
 
 def shares_prompts(config: Any, attn_implementation: str) -> bool:
-    """Whether rows with a shared prompt are exact for a model.
+    """Whether rows with a shared prompt are exact for a model, judged cautiously from its ``transformers`` config.
 
     They are where every layer is full causal attention that adds the mask it is given and takes positions from
     ``position_ids``. Linear, state-space and convolution layers ignore the mask, sliding-window layers silently
-    discard a 4-D one, and ALiBi ignores the positions. Judged from the configuration, cautiously: a model that looks
-    unusual is given ordinary rows, which are always right.
-
-    Args:
-        config: A ``transformers`` configuration.
-        attn_implementation: What the model's attention runs on: ``"sdpa"`` and ``"eager"`` add the mask.
+    discard a 4-D one, and ALiBi ignores the positions.
     """
     if attn_implementation not in ("sdpa", "eager"):
         return False

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
+
 from lightning_rft.errors import NonFiniteError
 
 __all__ = ["StepGuard"]
@@ -28,16 +30,17 @@ class StepGuard:
         Raises:
             NonFiniteError: So had those of some batches before.
         """
-        if math.isfinite(loss) and math.isfinite(norm):
+        values = {"loss": loss, "norm of the gradient": norm}
+        found = " and ".join(f"the {name}" for name, value in values.items() if not math.isfinite(value))
+        if not found:
             self._in_a_row = 0
             return False
         self.skipped += 1
+        rank_zero_info(f"The optimizer skips batch {batch}, because {found} is not finite.")
         if scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1:
             return True
         self._in_a_row += 1
         if self._in_a_row == _IN_A_ROW:
-            values = {"loss": loss, "norm of the gradient": norm}
-            found = " and ".join(f"the {name}" for name, value in values.items() if not math.isfinite(value))
             raise NonFiniteError(
                 f"{_IN_A_ROW} batches in a row, up to batch {batch}, were not trained on, because {found} was not "
                 "finite: look at rft/reward and rft/kl of the batches before, lower the learning rate, set "

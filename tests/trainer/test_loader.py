@@ -1,4 +1,4 @@
-"""How batches become items of a loop, and what may enter a training step."""
+"""How batches become items of a loop."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
-from lightning_rft.trainer.loader import ExperienceLoader, MicroBatch, ValidationLoader, check_staleness, split
+from lightning_rft.trainer.loader import ExperienceLoader, MicroBatch, ValidationLoader, split
 from lightning_rft.trainer.ranks import Ranks
 
 
-def make_group(batch: int, slot: int, *lengths: int, versions: Sequence[int] | None = None) -> Group:
-    """A group whose samples have ``lengths`` tokens each, all of the batch's own version unless told otherwise."""
+def make_group(batch: int, slot: int, *lengths: int) -> Group:
+    """A group whose samples have ``lengths`` tokens each, all of the batch's own version."""
     experiences = tuple(
         Experience(
             str(slot),
             sample,
-            (Turn((1, 2), (3,) * n, (-1.0,) * n, versions[:n] if versions else (batch,) * n, "stop"),),
+            (Turn((1, 2), (3,) * n, (-1.0,) * n, (batch,) * n, "stop"),),
             float(sample),
         )
         for sample, n in enumerate(lengths or (1, 2))
@@ -54,43 +53,24 @@ def test_split_does_not_depend_on_the_order_of_arrival() -> None:
     assert slots(split(groups, 7))[5:] == [[], []]
 
 
-# check_staleness
-
-
-def test_staleness_within_the_bound_passes() -> None:
-    for bound in (0, 2):
-        check_staleness([make_group(5, 0, 3, versions=[5 - bound, 5, 5])], 5, bound)
-    check_staleness([], 5, 0)
-
-
-@pytest.mark.parametrize(
-    ("versions", "bound"), [([4, 5, 5], 0), ([5, 5, 6], 3), ([2, 5, 5], 2), ([5, 5, 1], 3), ([-1, -1, -1], 5)]
-)
-def test_one_token_outside_the_bound_is_refused(versions: list[int], bound: int) -> None:
-    groups = [make_group(5, 0), make_group(5, 1, 3, versions=versions)]
-    with pytest.raises(ScheduleError, match=r"task '1' .* of version 5 with tokens of versions .* 0 to "):
-        check_staleness(groups, 5, bound)
-
-
 # ExperienceLoader
 
 
 class Batches:
     """A source that has every batch ready, of ``size`` groups, and counts up when the last share was used."""
 
-    def __init__(self, size: int = 4, lag: int = 0) -> None:
+    def __init__(self, size: int = 4) -> None:
         self.version = 0
         self.asked: list[int] = []
         self._size = size
-        self._lag = lag
 
     def wanted(self, batch: int) -> list[Group]:
         self.asked.append(batch)
-        return [make_group(batch, slot, versions=[max(0, batch - self._lag)] * 2) for slot in range(self._size)]
+        return [make_group(batch, slot) for slot in range(self._size)]
 
 
-def make_loader(source: Batches, items: int, *, accumulate: int = 1, bound: int = 0) -> ExperienceLoader:
-    return ExperienceLoader(lambda: source, Ranks(), batches=3, accumulate=accumulate, items=items, max_staleness=bound)
+def make_loader(source: Batches, items: int, *, accumulate: int = 1) -> ExperienceLoader:
+    return ExperienceLoader(lambda: source, Ranks(), batches=3, accumulate=accumulate, items=items)
 
 
 def consume(loader: ExperienceLoader, source: Batches) -> list[MicroBatch]:
@@ -147,18 +127,6 @@ def test_shares_outnumber_groups() -> None:
 def test_time_waited_is_told_once_a_batch() -> None:
     source = Batches()
     assert [item.wait_seconds > 0 for item in make_loader(source, 2, accumulate=2)] == [False, True]
-
-
-def test_what_is_too_old_reaches_no_step() -> None:
-    source = Batches(lag=1)
-    iterator = iter(make_loader(source, 3))
-    next(iterator)
-    source.version = 1
-    with pytest.raises(ScheduleError, match="staleness of 0 to 0"):
-        next(iterator)
-    assert len(consume(make_loader(Batches(lag=1), 0), source)) == 0
-    tolerated = Batches(lag=1)
-    assert len(consume(make_loader(tolerated, 3, bound=1), tolerated)) == 3
 
 
 # ValidationLoader
