@@ -123,8 +123,8 @@ class Poisoned(rft.RFTModule):
         self.poison = batch.batch in self.bad
         return super().training_step(batch, batch_idx)
 
-    def _loss(self, groups: Any) -> torch.Tensor:
-        loss = super()._loss(groups)
+    def _loss(self, groups: Any, version: int) -> torch.Tensor:
+        loss = super()._loss(groups, version)
         if not self.poison or not groups:
             return loss
         return loss + math.inf if self.loss_only else loss * math.nan

@@ -142,7 +142,7 @@ def test_share_without_work_gives_every_parameter_a_zero_gradient(tiny_model_pat
     module = Module(tiny_model_path)
     module._stub = Trainer(2)
     assert module.policy is not None
-    module._loss([])  # tries the model, once
+    module._loss([], 0)  # tries the model, once
     module.policy.forward = None  # type: ignore[assignment]  # it is not called
     assert all(parameter.grad is None for parameter in module.parameters())
     module.training_step(MicroBatch(0, groups, last=False, batch_tokens=9), 0).backward()
@@ -169,7 +169,7 @@ def test_groups_without_signal_are_skipped_and_yet_count(module: Module, monkeyp
         rows.append(len(kwargs["input_ids"]))
         return forward(*args, **kwargs)
 
-    module._loss([])  # tries the model, once
+    module._loss([], 0)  # tries the model, once
     monkeypatch.setattr(module.policy, "forward", counted)
     alone = module.step(GROUPS)
     loss = module.logged["rft/loss"]
