@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,8 @@ from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.renamed import refuses_old_names
 from lightning_rft.rewards import check_answers
-from lightning_rft.run.checks import check_counts, check_folder, check_source, check_together, sync_strategy
+from lightning_rft.run.checks import check_counts, check_source, check_together
 from lightning_rft.run.lifecycle import RunSettings
-from lightning_rft.run.placement import cpu_threads, explorer_gpus
 from lightning_rft.run.session import Session
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
@@ -102,7 +100,7 @@ class RFTDataModule(L.LightningDataModule):
         buffer: Buffer | str | Path | None = None,
     ) -> None:
         super().__init__()
-        self.sampling = _training(sampling, max_new_tokens)
+        self.sampling = sampling.for_training(max_new_tokens)
         self.val_sampling = val_sampling.filled(replace(self.sampling, temperature=0.0))
         self.tolerance = tolerance
         self.timeouts = timeouts
@@ -176,11 +174,7 @@ class RFTDataModule(L.LightningDataModule):
             with StatusLine(self._trainer) as status:
                 several = "s" if self.explorers > 1 else ""
                 status.say(f"starting {self.explorers} explorer{several} ({type(self.engine).__name__})")
-                spec = self._spec(module.model)
-                gpus = explorer_gpus(self._trainer, self.explorers, self.engine.world_size)
-                threads, _ = cpu_threads(self._trainer, sync_strategy(self._trainer), self.explorers)
-                check_folder(self._active.folder)
-                self._pool.start(spec, self._active.folder, gpus, threads)
+                self._active.start(self._pool, self._spec(module.model))
 
     def _spec(self, model: str) -> ExplorerSpec:
         """What every explorer runs, once it is certain that it can."""
@@ -346,13 +340,3 @@ class RFTDataModule(L.LightningDataModule):
                 ends.callback(self._pool.stop)
             if session is not None:
                 self._last = session.end() or self._last
-
-
-def _training(sampling: Sampling, max_new_tokens: int | None) -> Sampling:
-    """How training samples: as is set, by two arguments that may both name ``max_new_tokens``, else by default."""
-    if max_new_tokens is not None and sampling.max_new_tokens not in (None, max_new_tokens):
-        raise ConfigurationError(
-            f"max_new_tokens={max_new_tokens} and sampling=Sampling(max_new_tokens={sampling.max_new_tokens}): set one"
-        )
-    default = Sampling(max_new_tokens=256, temperature=1.0, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
-    return sampling.filled(Sampling(max_new_tokens=max_new_tokens)).filled(default)

@@ -5,6 +5,7 @@ Explorers' processes import this file, so it imports neither torch nor Lightning
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -51,6 +52,15 @@ class Sampling:
         """Returns these settings, with what is left out taken from ``default``."""
         missing = [field.name for field in fields(self) if getattr(self, field.name) is None]
         return replace(self, **{name: getattr(default, name) for name in missing})
+
+    def for_training(self, max_new_tokens: int | None) -> Sampling:
+        """Returns these settings as training takes them, where two arguments may both name ``max_new_tokens``."""
+        if max_new_tokens is not None and self.max_new_tokens not in (None, max_new_tokens):
+            raise ConfigurationError(
+                f"max_new_tokens={max_new_tokens} and sampling=Sampling(max_new_tokens={self.max_new_tokens}): set one"
+            )
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return self.filled(Sampling(256 if max_new_tokens is None else max_new_tokens, 1.0, seed))
 
 
 @dataclass(frozen=True)

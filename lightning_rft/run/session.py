@@ -12,9 +12,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.monitor.spans import Span
+from lightning_rft.run.checks import check_folder, sync_strategy
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.lifecycle import Run, RunSettings
+from lightning_rft.run.placement import cpu_threads, explorer_gpus
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.trainer.ranks import SIGTERM_STATUS, Ranks
 
@@ -51,6 +54,13 @@ class Session:
         """What asks explorers; on rank 0 alone."""
         assert self._run is not None, "experience was asked for before the run began"
         return self._run.coordinator
+
+    def start(self, pool: ExplorerPool, spec: ExplorerSpec) -> None:
+        """Starts the explorers, with the GPUs and cores that the trainer leaves them."""
+        gpus = explorer_gpus(self._trainer, pool.count, spec.engine.world_size)
+        threads, _ = cpu_threads(self._trainer, sync_strategy(self._trainer), pool.count)
+        check_folder(self.folder)
+        pool.start(spec, self.folder, gpus, threads)
 
     def begin(
         self,
