@@ -65,6 +65,7 @@ def live(
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
     import lightning_rft as rft
+    from tests.trainer_and_data import fake_data, quiet_trainer
 
     class Announce(Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -80,29 +81,20 @@ def live(
     )
     defaults: dict[str, Any] = {
         "tasks": TASKS,
-        "reward": lambda completion, task: float(len(completion) % 3),
         "explorers": pool,
         "tasks_per_step": TASKS_PER_STEP,
-        "samples_per_task": 2,
         "max_new_tokens": 8,
         "sampling": rft.Sampling(seed=0),
         "timeouts": rft.Timeouts(start_s=60.0, progress_s=30.0),
     }
-    data = rft.RFTDataModule(**defaults | settings)
+    data = fake_data(**defaults | settings)
     killer = ExplorerKiller(data, explorer_kills, seed, pause_s)
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
+        os.getcwd(),
+        Announce(),
+        getattr(rft, strategy)(transport=transport, **STRATEGIES[strategy]),
+        ModelCheckpoint(every_n_train_steps=1, save_last=True, save_top_k=1, monitor=None),
         max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=[
-            Announce(),
-            getattr(rft, strategy)(transport=transport, **STRATEGIES[strategy]),
-            ModelCheckpoint(every_n_train_steps=1, save_last=True, save_top_k=1, monitor=None),
-        ],
-        default_root_dir=os.getcwd(),
-        logger=False,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     began = time.monotonic()
     killer.start()

@@ -183,34 +183,26 @@ def fit(
     **settings: Any,
 ) -> Any:
     """Trains the tiny model for three steps in the current folder, and returns the trainer. For scripts."""
-    import lightning as L
     import torch
 
     import lightning_rft as rft
+    from tests.trainer_and_data import fake_data, quiet_trainer
 
     torch.set_num_threads(1)
     defaults: dict[str, Any] = {
         "tasks": ["1 + 1 =", "1 + 2 =", "1 + 3 ="],
-        "reward": lambda completion, task: float(len(completion) % 3),
         "explorers": rft.ExplorerPool(engine or LightEngine(), explorer_count, max_restarts=max_restarts),
         "tasks_per_step": 1,
-        "samples_per_task": 2,
         "max_new_tokens": 8,
         "buffer": ":memory:",
         "timeouts": rft.Timeouts(start_s=30.0, progress_s=30.0),
     }
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=devices,
-        strategy=parallel,
-        callbacks=[*callbacks, getattr(rft, strategy)(transport=transport)],
-        default_root_dir=os.getcwd(),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **(trainer_settings or {}),
+    trainer = quiet_trainer(
+        os.getcwd(),
+        *callbacks,
+        getattr(rft, strategy)(transport=transport),
+        **{"max_epochs": 1, "devices": devices, "strategy": parallel, "limit_val_batches": None}
+        | (trainer_settings or {}),
     )
-    trainer.fit((module or rft.RFTModule)(os.environ[MODEL]), datamodule=rft.RFTDataModule(**defaults | settings))
+    trainer.fit((module or rft.RFTModule)(os.environ[MODEL]), datamodule=fake_data(**defaults | settings))
     return trainer

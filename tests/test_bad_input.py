@@ -23,6 +23,7 @@ import lightning_rft as rft
 from lightning_rft.renamed import MOVED
 from lightning_rft.rewards import last_number
 from tests.processes import Zygote
+from tests.trainer_and_data import quiet_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +56,8 @@ def fit(tmp_path: Path, tiny_model_path: Path) -> Fit:
         method: str = "fit",
         **settings: Any,
     ) -> None:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_steps=1,
-            callbacks=[rft.Synchronous()] if callbacks is None else callbacks,
-            default_root_dir=tmp_path,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+        trainer = quiet_trainer(
+            tmp_path, *([rft.Synchronous()] if callbacks is None else callbacks), max_steps=1, limit_val_batches=None
         )
         getattr(trainer, method)(module or rft.RFTModule(model), datamodule=make_data(**settings))
 
@@ -287,9 +281,7 @@ def test_other_module(fit: Fit) -> None:
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize("kind", ["datamodule", "dataloader"])
 def test_other_data(tmp_path: Path, tiny_model_path: Path, kind: str) -> None:
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=1, callbacks=[rft.Synchronous()], default_root_dir=tmp_path, logger=False
-    )
+    trainer = quiet_trainer(tmp_path, rft.Synchronous(), max_steps=1)
     data = L.LightningDataModule.from_datasets([1, 2]) if kind == "datamodule" else [1, 2]
     with pytest.raises(rft.ConfigurationError, match=r"Synchronous needs an RFTDataModule: call trainer\.fit"):
         trainer.fit(rft.RFTModule(tiny_model_path), data)

@@ -13,7 +13,7 @@ import torch
 
 import lightning_rft as rft
 from lightning_rft.run import placement
-from tests.processes import LightEngine
+from tests.trainer_and_data import fake_data, quiet_trainer
 
 
 @pytest.fixture
@@ -49,24 +49,8 @@ def test_cores(
 ) -> None:
     monkeypatch.setattr(placement, "available_cpus", lambda: threads)
     look = Look()
-    data = rft.RFTDataModule(
-        tasks=["1 + 1 =", "1 + 2 ="],
-        reward=lambda completion, task: float(len(completion)),
-        engine=LightEngine(),
-        tasks_per_step=1,
-        samples_per_task=2,
-        max_new_tokens=4,
-        buffer=":memory:",
-    )
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=[look, strategy],
-        logger=False,
-        default_root_dir=tmp_path,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    data = fake_data(tasks=["1 + 1 =", "1 + 2 ="], tasks_per_step=1, max_new_tokens=4, buffer=":memory:")
+    trainer = quiet_trainer(tmp_path, look, strategy, max_epochs=1)
     trainer.fit(rft.RFTModule(tiny_model_path), data)
     assert look.trainers == trainers
     assert look.explorers == f"OMP_NUM_THREADS={explorers}".encode()

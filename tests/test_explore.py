@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger, State
-from tests.processes import LightEngine, Script, Zygote
+from tests.processes import Script, Zygote
+from tests.trainer_and_data import SUMS, fake_data, quiet_trainer, stored_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TASKS = [f"{index} + 1 =" for index in range(10)]
 STRATEGIES: dict[str, Callable[[], rft.SyncStrategy]] = {
     "Synchronous": rft.Synchronous,
     "FullyAsynchronous": lambda: rft.FullyAsynchronous(max_staleness=2, transport=rft.CheckpointTransport()),
@@ -35,16 +35,11 @@ STRATEGIES: dict[str, Callable[[], rft.SyncStrategy]] = {
 
 def make_data(folder: Path, **changes: Any) -> rft.RFTDataModule:
     settings: dict[str, Any] = {
-        "tasks": TASKS,
         "reward": lambda completion, task: 1 / 0 if task.answer == "bad" else float(len(completion) % 3),
-        "engine": LightEngine(mean_tokens=4),
-        "tasks_per_step": 4,
-        "samples_per_task": 2,
-        "max_new_tokens": 6,
         "buffer": folder / "explored.sqlite",
         "sampling": rft.Sampling(seed=3),
     }
-    return rft.RFTDataModule(**settings | changes)
+    return fake_data(**settings | changes)
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +49,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rft.RFTDataModule
         yield data
 
 
-def make_trainer(folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "default_root_dir": folder,
-        "logger": False,
-        "limit_val_batches": 0,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return L.Trainer(callbacks=list(callbacks), **defaults | settings)
-
-
 def explore(
     data: rft.RFTDataModule, model: Path, folder: Path, strategy: rft.SyncStrategy | None = None, **settings: Any
 ) -> list[list[dict[str, Any]]]:
-    trainer = make_trainer(folder, strategy or rft.Synchronous(), **settings)
+    trainer = quiet_trainer(folder, strategy or rft.Synchronous(), **settings)
     found: list[list[dict[str, Any]]] = trainer.predict(rft.RFTModule(model), data)  # type: ignore[assignment]
     return found
 
@@ -103,7 +85,7 @@ class Looks(rft.RFTModule):
 def train_from(buffer: Path, model: Path, folder: Path) -> Counter[tuple[Any, ...]]:
     """The samples that an epoch without explorers trains on."""
     module = Looks(model)
-    make_trainer(folder, max_epochs=1).fit(module, rft.RFTDataModule(explorers=0, buffer=buffer, tasks_per_step=4))
+    quiet_trainer(folder, max_epochs=1).fit(module, stored_data(buffer))
     return module.seen
 
 
@@ -160,12 +142,12 @@ def test_explores_with_the_weights_of_the_module_or_a_checkpoint(tiny_model_path
     with torch.no_grad():
         for parameter in module.policy.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    data = make_data(tmp_path, tasks=TASKS[:2], engine=rft.TransformersEngine(dtype="float32"))
+    data = make_data(tmp_path, tasks=SUMS[:2], engine=rft.TransformersEngine(dtype="float32"))
     with data:
-        trainer = make_trainer(tmp_path, rft.Synchronous())
+        trainer = quiet_trainer(tmp_path, rft.Synchronous())
         trainer.predict(module, data)
         trainer.save_checkpoint(tmp_path / "changed.ckpt", weights_only=True)
-        again = make_trainer(tmp_path, rft.Synchronous())
+        again = quiet_trainer(tmp_path, rft.Synchronous())
         again.predict(rft.RFTModule(tiny_model_path), data, ckpt_path=tmp_path / "changed.ckpt")
     assert samples(tmp_path / "explored.sqlite", run=1) == samples(tmp_path / "explored.sqlite", run=2) != Counter()
     original = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
@@ -185,11 +167,11 @@ def test_limits_and_precision(data: rft.RFTDataModule, tiny_model_path: Path, tm
 
 def test_a_second_time_adds_to_the_file(tiny_model_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "explored.sqlite"
-    with make_data(tmp_path, tasks=rft.TaskSet(TASKS, shuffle=False)) as data:
+    with make_data(tmp_path, tasks=rft.TaskSet(SUMS, shuffle=False)) as data:
         explore(data, tiny_model_path, tmp_path)
         first = samples(path)
         # a run that trains comes between: what it leaves ready is its own, and what was there stays
-        make_trainer(tmp_path, rft.Synchronous(), max_steps=1).fit(rft.RFTModule(tiny_model_path), data)
+        quiet_trainer(tmp_path, rft.Synchronous(), max_steps=1).fit(rft.RFTModule(tiny_model_path), data)
         assert samples(path, run=1) == first
         data.sampling = replace(data.sampling, seed=4)
         explore(data, tiny_model_path, tmp_path)
@@ -208,7 +190,7 @@ def test_a_second_time_adds_to_the_file(tiny_model_path: Path, tmp_path: Path) -
 def test_after_a_fit_with_its_weights(tiny_model_path: Path, tmp_path: Path) -> None:
     """The version is that of the weights, and a checkpoint saved afterwards still goes on with the fit."""
     with make_data(tmp_path) as data:
-        trainer = make_trainer(tmp_path, rft.Synchronous(), max_steps=2)
+        trainer = quiet_trainer(tmp_path, rft.Synchronous(), max_steps=2)
         module = rft.RFTModule(tiny_model_path)
         trainer.fit(module, data)
         trainer.predict(module, data)
@@ -216,7 +198,7 @@ def test_after_a_fit_with_its_weights(tiny_model_path: Path, tmp_path: Path) -> 
         rows = [row for row in rft.read_buffer(tmp_path / "explored.sqlite") if row["run"] == 2]
         assert {row["oldest_version"] for row in rows} == {row["newest_version"] for row in rows} == {2}
         assert len(rows) == 20
-        again = make_trainer(tmp_path, rft.Synchronous(), max_steps=3)
+        again = quiet_trainer(tmp_path, rft.Synchronous(), max_steps=3)
         again.fit(rft.RFTModule(tiny_model_path), data, ckpt_path=tmp_path / "late.ckpt")
     found = rft.read_buffer(tmp_path / "explored.sqlite", tokens=False)
     trained = {(row["run"], row["task_id"]) for row in found if row["state"] == "trained"}
@@ -229,7 +211,7 @@ def test_after_a_fit_with_its_weights(tiny_model_path: Path, tmp_path: Path) -> 
 def test_tasks_that_fail_are_replaced_and_counted(
     tiny_model_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tasks = [rft.Task(prompt, answer="bad" if index in (2, 5) else None) for index, prompt in enumerate(TASKS)]
+    tasks = [rft.Task(prompt, answer="bad" if index in (2, 5) else None) for index, prompt in enumerate(SUMS)]
     data = make_data(tmp_path, tasks=rft.TaskSet(tasks, False), tolerance=rft.Tolerance(0, max_error_rate=1.0))
     with caplog.at_level(logging.INFO):
         explore(data, tiny_model_path, tmp_path, limit_predict_batches=2)
@@ -242,7 +224,7 @@ def test_tasks_that_fail_are_replaced_and_counted(
 
 
 def test_too_many_failures_end_it(tiny_model_path: Path, tmp_path: Path) -> None:
-    tasks = [rft.Task(prompt, answer="bad" if index > 2 else None) for index, prompt in enumerate(TASKS)]
+    tasks = [rft.Task(prompt, answer="bad" if index > 2 else None) for index, prompt in enumerate(SUMS)]
     data = make_data(tmp_path, tasks=rft.TaskSet(tasks, False), tolerance=rft.Tolerance(0), tasks_per_step=2)
     with pytest.raises(ZeroDivisionError):
         explore(data, tiny_model_path, tmp_path)
@@ -253,7 +235,7 @@ def test_what_cannot_work(tiny_model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(rft.ConfigurationError, match=r"buffer=':memory:' would be gone .* set buffer to a file"):
         explore(make_data(tmp_path, buffer=":memory:"), tiny_model_path, tmp_path)
     with pytest.raises(rft.ConfigurationError, match="needs exactly one sync strategy, but has none"):
-        make_trainer(tmp_path).predict(rft.RFTModule(tiny_model_path), make_data(tmp_path))
+        quiet_trainer(tmp_path).predict(rft.RFTModule(tiny_model_path), make_data(tmp_path))
     with Ledger.open(tmp_path / "explored.sqlite") as held:
         held.begin()
         with pytest.raises(rft.ConfigurationError, match="in use by another run"):
@@ -273,21 +255,17 @@ SCRIPT = """
     import lightning as L
     import lightning_rft as rft
     from tests.processes import MODEL, LightEngine, touch
+    from tests.trainer_and_data import fake_data, quiet_trainer
 
     class Announce(L.Callback):
         def on_predict_batch_end(self, *arguments):
             touch("explored")
 
-    data = rft.RFTDataModule(
-        tasks=[f"{{index}} + 1 =" for index in range(10_000)],
-        reward=lambda completion, task: float(len(completion) % 3),
-        explorers=rft.ExplorerPool(LightEngine({engine}), 1),
-        tasks_per_step=2, samples_per_task=2, max_new_tokens=8, timeouts=rft.Timeouts(start_s=60.0),
+    data = fake_data(
+        tasks=[f"{{index}} + 1 =" for index in range(10_000)], engine=LightEngine({engine}),
+        tasks_per_step=2, max_new_tokens=8, timeouts=rft.Timeouts(start_s=60.0),
     )
-    trainer = L.Trainer(
-        accelerator="cpu", callbacks=[Announce(), rft.{strategy}], logger=False, enable_progress_bar=False,
-        {trainer}
-    )
+    trainer = quiet_trainer(os.getcwd(), Announce(), rft.{strategy}, {trainer})
     trainer.predict(rft.RFTModule(os.environ[MODEL]), data, return_predictions=False)
 """
 

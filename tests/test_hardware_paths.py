@@ -22,6 +22,7 @@ import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from lightning_rft.hardware import fast_dtype, fast_precision
+from tests.trainer_and_data import quiet_trainer, stored_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,20 +127,9 @@ def make_module(model: Path, optimizer: str) -> rft.RFTModule:
 
 
 def fit(module: rft.RFTModule, stored: Path, folder: Path, **settings: Any) -> L.Trainer:
-    ckpt_path = settings.pop("ckpt_path", None)
-    data = rft.RFTDataModule(explorers=0, buffer=stored, tasks_per_step=2, sampling=rft.Sampling(seed=1))
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_steps": STEPS,
-        "default_root_dir": folder,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = L.Trainer(**defaults | settings)
-    trainer.fit(module, data, ckpt_path=ckpt_path)
+    ckpt_path, callbacks = settings.pop("ckpt_path", None), settings.pop("callbacks", [])
+    trainer = quiet_trainer(folder, *callbacks, **{"devices": 1, "max_steps": STEPS} | settings)
+    trainer.fit(module, stored_data(stored, tasks_per_step=2), ckpt_path=ckpt_path)
     return trainer
 
 

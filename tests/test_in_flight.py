@@ -10,6 +10,7 @@ import pytest
 
 import lightning_rft as rft
 from tests.halfway import HalfwayTransformersEngine
+from tests.trainer_and_data import fake_data
 from tests.versions import run
 
 STEPS = 6
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rft.RFTDataModule]:
     engine = HalfwayTransformersEngine(dtype="float32", device="cpu")
     engine.switch = tmp_path_factory.mktemp("engine") / "wait"
-    with rft.RFTDataModule(
+    with fake_data(
         tasks=[f"{index} + 1 =" for index in range(3 * STEPS)],
         reward=lambda completion, task: float(sum(map(ord, completion)) % 7),
         engine=engine,

@@ -16,27 +16,20 @@ from lightning.pytorch.tuner import Tuner
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.run.checks import check_together
-from tests.processes import LightEngine
+from tests.trainer_and_data import fake_data, quiet_trainer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
-TASKS = [f"{index} + 1 =" for index in range(10)]  # batches of 4, 4 and 2
-
 
 def make_data(**changes: Any) -> rft.RFTDataModule:
     settings: dict[str, Any] = {
-        "tasks": TASKS,
         "reward": lambda completion, task: float(sum(map(ord, completion)) % 7),
-        "engine": LightEngine(mean_tokens=4),
-        "tasks_per_step": 4,
-        "samples_per_task": 2,
-        "max_new_tokens": 6,
         "sampling": rft.Sampling(seed=3),
     }
-    return rft.RFTDataModule(**settings | changes)
+    return fake_data(**settings | changes)
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +57,9 @@ class Noted(rft.RFTModule):
 
 
 def make_trainer(folder: Path, strategy: rft.SyncStrategy | None = None, **settings: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "devices": 1,
-        "callbacks": [strategy or rft.Synchronous()],
-        "default_root_dir": folder,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return L.Trainer(**defaults | settings)
+    callbacks = settings.pop("callbacks", [strategy or rft.Synchronous()])
+    defaults: dict[str, Any] = {"max_epochs": 1, "devices": 1, "limit_val_batches": None}
+    return quiet_trainer(folder, *callbacks, **defaults | settings)
 
 
 # A hook that ends the epoch

@@ -17,6 +17,7 @@ import lightning_rft as rft
 from lightning_rft.sync.transports.gloo import GlooSender
 from lightning_rft.trainer import ranks
 from tests.processes import LightEngine
+from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,24 +54,9 @@ def check(engine: rft.Engine, explorers: int, model: Path, folder: Path, monkeyp
         join(sender, members, *rest)
 
     monkeypatch.setattr(GlooSender, "join", watched)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=2,
-        callbacks=[rft.Synchronous(transport=rft.CollectiveTransport(backend="gloo")), look],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
-    data = rft.RFTDataModule(
-        tasks=["1 =", "2 =", "3 ="],
-        reward=lambda completion, task: float(len(completion) % 3),
-        engine=engine,
-        explorers=explorers,
-        tasks_per_step=1,
-        samples_per_task=2,
-        max_new_tokens=8,
-    )
+    strategy = rft.Synchronous(transport=rft.CollectiveTransport(backend="gloo"))
+    trainer = quiet_trainer(folder, strategy, look, max_steps=2)
+    data = fake_data(tasks=SUMS[:3], engine=engine, explorers=explorers, tasks_per_step=1)
     trainer.fit(rft.RFTModule(model), data)
     assert look.looks == 2
     assert look.seen, "a Gloo group listens, for its members"

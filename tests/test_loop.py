@@ -22,8 +22,8 @@ import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.sync.transports.collective import CollectiveTransport
 from tests.processes import LightEngine
+from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
 
-TASKS = [f"{index} + 1 =" for index in range(10)]
 SIZES = [4, 4, 2]  # groups of the batches of an epoch
 VAL_TASKS = [rft.Task(f"{index} + 2 =", answer=1.0 if index < 8 else 0.5) for index in range(10)]
 
@@ -33,15 +33,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def make_data(**changes: Any) -> rft.RFTDataModule:
     settings: dict[str, Any] = {
-        "tasks": TASKS,
         "reward": lambda completion, task: float(len(completion) % 3) if task.answer is None else task.answer,
         "engine": rft.FakeEngine(mean_tokens=4),
-        "tasks_per_step": 4,
-        "samples_per_task": 2,
-        "max_new_tokens": 6,
         "val_tasks": VAL_TASKS,
     }
-    return rft.RFTDataModule(**settings | changes)
+    return fake_data(**settings | changes)
 
 
 @pytest.fixture(scope="module")
@@ -126,21 +122,9 @@ def make_run(
     settings: dict[str, Any] | None = None,
 ) -> Run:
     events: list[tuple[Any, ...]] = []
-    defaults: dict[str, Any] = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-        "limit_val_batches": 0,
-    }
-    settings = defaults | (settings or {})
+    settings = {"max_epochs": 1, "num_sanity_val_steps": 0} | (settings or {})
     strategy = rft.Synchronous(k, transport=WatchedTransport(events))
-    callbacks = [strategy, *settings.pop("callbacks", [])]
-    trainer = L.Trainer(default_root_dir=folder, callbacks=callbacks, **settings)
+    trainer = quiet_trainer(folder, strategy, *settings.pop("callbacks", []), **settings)
     module = module or WatchedModule(model)
     module.events = events
     return Run(folder, trainer, module, events)
@@ -214,7 +198,7 @@ def check_buffer(run: Run, shares: list[list[int]], k: int, incarnation: int = 1
     for (epoch,) in run.sql(f"SELECT DISTINCT epoch FROM groups {mine}"):
         tasks = Counter(task for (task,) in run.sql(f"SELECT task_id FROM groups {mine} AND epoch = {epoch}"))
         assert max(tasks.values()) == 1
-        assert len(tasks) <= len(TASKS)
+        assert len(tasks) <= len(SUMS)
 
 
 def test_every_epoch_trains_every_task_once_in_an_order_of_its_own(

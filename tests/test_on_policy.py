@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
 import lightning_rft as rft
 from lightning_rft.sync.transports.collective import CollectiveTransport
+from tests.trainer_and_data import fake_data, quiet_trainer, stored_data
 
 SAME, STALE = 1e-4, 1e-2
 STEPS = 4
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def data() -> Iterator[rft.RFTDataModule]:
-    with rft.RFTDataModule(
+    with fake_data(
         tasks=[f"{index} + {index} =" for index in range(3 * STEPS)],
         reward=lambda completion, task: float(sum(map(ord, completion)) % 7),
         engine=rft.TransformersEngine(dtype="float32", device="cpu"),
@@ -56,19 +56,7 @@ def differences(
     module = rft.RFTModule(
         model, objective=objective, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-3)
     )
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=[strategy],
-        accumulate_grad_batches=accumulate,
-        limit_val_batches=0,
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
+    trainer = quiet_trainer(folder, strategy, max_epochs=1, accumulate_grad_batches=accumulate)
     trainer.fit(module, data)
     assert trainer.global_step == STEPS
     assert len(objective.differences) == STEPS * accumulate
@@ -139,28 +127,15 @@ def test_a_rollout_before_the_sync_is_refused(data: rft.RFTDataModule, tiny_mode
 def test_stored_experience_is_trained_at_the_temperatures_it_was_sampled_at(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def make_trainer(*callbacks: L.Callback) -> L.Trainer:
-        return L.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            callbacks=list(callbacks),
-            limit_val_batches=0,
-            default_root_dir=tmp_path,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-
     path = tmp_path / "explored.sqlite"
     monkeypatch.setattr(data, "buffer", rft.Buffer(path))
     for temperature in (0.5, 1.3):
         monkeypatch.setattr(data, "sampling", replace(data.sampling, temperature=temperature))
-        make_trainer(rft.Synchronous()).predict(rft.RFTModule(tiny_model_path), data)
+        quiet_trainer(tmp_path, rft.Synchronous()).predict(rft.RFTModule(tiny_model_path), data)
     objective = Watched()
     module = rft.RFTModule(
         tiny_model_path, objective=objective, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0)
     )
-    make_trainer().fit(module, rft.RFTDataModule(explorers=0, buffer=path, tasks_per_step=6))
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, stored_data(path, tasks_per_step=6))
     assert len(objective.differences) == STEPS  # 24 groups of two runs, 6 in each batch
     assert max(objective.differences) < SAME

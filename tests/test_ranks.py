@@ -61,6 +61,7 @@ TRAIN = """
     from lightning.pytorch.strategies import ModelParallelStrategy
     import lightning_rft as rft
     from tests.processes import MODEL
+    from tests.trainer_and_data import quiet_trainer, stored_data
 
     module = rft.RFTModule(os.environ[MODEL], optimizer=lambda parameters: torch.optim.{optimizer})
     logged = []
@@ -72,13 +73,11 @@ TRAIN = """
                 wanted += ("rft/grad_norm",)
                 logged.append([float(trainer.callback_metrics[name]) for name in wanted])
 
-    data = rft.RFTDataModule(explorers=0, buffer="{buffer}", tasks_per_step=3, sampling=rft.Sampling(seed=1))
-    trainer = L.Trainer(
-        devices={devices}, strategy={strategy}, accelerator="cpu", callbacks=[Note()], logger=False, max_epochs=1,
+    trainer = quiet_trainer(
+        os.getcwd(), Note(), devices={devices}, strategy={strategy}, max_epochs=1,
         accumulate_grad_batches={accumulate}, gradient_clip_val=0.5, precision="{precision}",
-        enable_checkpointing=False, enable_progress_bar=False,
     )
-    trainer.fit(module, data)
+    trainer.fit(module, stored_data("{buffer}", tasks_per_step=3))
     weights = dict(module.weights())
     module.save_pretrained("saved")
     if trainer.global_rank == 0:
@@ -167,18 +166,17 @@ def test_both_ranks_skip_what_is_not_finite_on_one(strategy: str, start_ranks: S
         from lightning.pytorch.strategies import ModelParallelStrategy
         import lightning_rft as rft
         from tests.processes import MODEL
+        from tests.trainer_and_data import quiet_trainer, stored_data
 
         class Note(L.Callback):
             def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
                 weights = torch.cat([tensor.reshape(-1) for _, tensor in pl_module.weights()])
                 print(float(trainer.callback_metrics["rft/skipped_steps"]), float(weights.double().sum()))
 
-        data = rft.RFTDataModule(explorers=0, buffer=rft.Buffer("{path}", shuffle=False), tasks_per_step=2)
-        L.Trainer(
-            devices=2, strategy={strategy}, accelerator="cpu", callbacks=[Note()], logger=False, max_epochs=1,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ).fit(rft.RFTModule(os.environ[MODEL], rft.GRPO(scale_rewards=False),
-              lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)), data)
+        data = stored_data(rft.Buffer("{path}", shuffle=False), tasks_per_step=2)
+        trainer = quiet_trainer(os.getcwd(), Note(), devices=2, strategy={strategy}, max_epochs=1)
+        optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
+        trainer.fit(rft.RFTModule(os.environ[MODEL], rft.GRPO(scale_rewards=False), optimizer), data)
     """)
     for script in scripts:
         assert script.wait() == 0, script.stderr

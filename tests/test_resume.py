@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,9 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.buffer.reader import read_buffer
-from tests.processes import LightEngine
-
-TASKS = [f"{index} + 1 =" for index in range(10)]  # batches of 4, 4 and 2
+from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -30,15 +27,10 @@ pytestmark = [
 
 def make_data(**changes: Any) -> rft.RFTDataModule:
     settings: dict[str, Any] = {
-        "tasks": TASKS,
         "reward": lambda completion, task: float(sum(map(ord, completion)) % 7),
-        "engine": LightEngine(mean_tokens=4),
-        "tasks_per_step": 4,
-        "samples_per_task": 2,
-        "max_new_tokens": 6,
         "sampling": rft.Sampling(seed=3),
     }
-    return rft.RFTDataModule(**settings | changes)
+    return fake_data(**settings | changes)
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +53,10 @@ def train(
     **changes: Any,
 ) -> rft.RFTModule:
     trained = module(model)
-    L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        callbacks=[
-            strategy or rft.Synchronous(),
-            ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}", save_last=True),
-        ],
-        default_root_dir=folder,
-        logger=False,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **trainer or {},
-    ).fit(trained, data or make_data(**changes), ckpt_path=resume)
+    checkpoints = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}", save_last=True)
+    quiet_trainer(folder, strategy or rft.Synchronous(), checkpoints, max_steps=steps, **trainer or {}).fit(
+        trained, data or make_data(**changes), ckpt_path=resume
+    )
     return trained
 
 
@@ -155,7 +137,7 @@ def test_an_earlier_checkpoint_takes_back_what_came_after(
     train(tmp_path, tiny_model_path, data=data, steps=6, strategy=strategy(), resume=checkpoint(tmp_path, 2))
     tasks = trained_tasks(tmp_path)
     assert Counter(tasks) == Counter({task: 2 for task in set(tasks)})
-    assert len(tasks) == 2 * len(TASKS)
+    assert len(tasks) == 2 * len(SUMS)
     assert tasks[:8] == once[:8] or strategy().asynchronous
     # what has been taken back cannot be gone on from
     with warned("written on from another checkpoint since"):
@@ -203,8 +185,8 @@ def test_with_another_strategy(tmp_path: Path, tiny_model_path: Path, data: rft.
     [
         ("tasks_per_step", {"tasks_per_step": 2}),
         ("seed", {"sampling": rft.Sampling(seed=4)}),
-        ("shuffle", {"tasks": rft.TaskSet(TASKS, shuffle=False)}),
-        ("tasks", {"tasks": TASKS[:9]}),
+        ("shuffle", {"tasks": rft.TaskSet(SUMS, shuffle=False)}),
+        ("tasks", {"tasks": SUMS[:9]}),
         ("samples_per_task", {"samples_per_task": 3}),
     ],
 )
@@ -218,21 +200,13 @@ def test_settings_that_would_lose_or_repeat_tasks(
 
 def test_a_checkpoint_saved_after_fit(tmp_path: Path, tiny_model_path: Path) -> None:
     data = make_data(val_tasks=["2 + 2 ="])
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "default_root_dir": tmp_path,
-        "logger": False,
-        "num_sanity_val_steps": 0,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    trainer = L.Trainer(max_steps=2, callbacks=[rft.Synchronous()], **settings)
+    settings: dict[str, Any] = {"num_sanity_val_steps": 0, "limit_val_batches": None}
+    trainer = quiet_trainer(tmp_path, rft.Synchronous(), max_steps=2, **settings)
     module = rft.RFTModule(tiny_model_path)
     trainer.fit(module, data)
     trainer.validate(module, data, verbose=False)  # which is not what the checkpoint is of
     trainer.save_checkpoint(tmp_path / "late.ckpt")
-    L.Trainer(max_steps=3, callbacks=[rft.Synchronous()], **settings).fit(
+    quiet_trainer(tmp_path, rft.Synchronous(), max_steps=3, **settings).fit(
         rft.RFTModule(tiny_model_path), data, ckpt_path=tmp_path / "late.ckpt"
     )
     assert Counter(trained_tasks(tmp_path)) == Counter(map(str, range(10)))

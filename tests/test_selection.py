@@ -16,6 +16,7 @@ import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.monitor.spans import Span
 from tests.processes import LightEngine
+from tests.trainer_and_data import fake_data, quiet_trainer
 
 TASKS = [f"{index} + 1 =" for index in range(12)]
 EASY = {"2", "5", "6", "11"}  # every answer to these earns the same
@@ -33,12 +34,11 @@ def explorers() -> Iterator[rft.RFTDataModule]:
     def reward(completion: str, task: rft.Task) -> float:
         return 1.0 if task.id in EASY else float(sum(map(ord, completion)) % 1009)
 
-    with rft.RFTDataModule(
+    with fake_data(
         tasks=TASKS,
         reward=reward,
         engine=LightEngine(mean_tokens=6),
         tasks_per_step=2,
-        samples_per_task=2,
         max_new_tokens=8,
         sampling=rft.Sampling(seed=3),
     ) as data:
@@ -83,22 +83,9 @@ def fit(
     **settings: Any,
 ) -> Watched:
     module = Watched(model)
-    defaults: dict[str, Any] = {
-        "max_steps": 4,
-        "accelerator": "cpu",
-        "callbacks": [
-            strategy,
-            ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"),
-            *(callbacks or []),
-        ],
-        "default_root_dir": folder,
-        "logger": False,
-        "limit_val_batches": 0,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-    }
-    L.Trainer(**defaults | settings).fit(module, data, ckpt_path=resume)
+    checkpoints = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    trainer = quiet_trainer(folder, strategy, checkpoints, *(callbacks or []), **{"max_steps": 4} | settings)
+    trainer.fit(module, data, ckpt_path=resume)
     return module
 
 

@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
+from tests.trainer_and_data import quiet_trainer, stored_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,30 +55,15 @@ class Looks(rft.RFTModule):
 
 def fit(data: rft.RFTDataModule, model: Path, folder: Path, **settings: Any) -> Looks:
     module = Looks(model)
-    ckpt_path = settings.pop("ckpt_path", None)
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "default_root_dir": folder,
-        "logger": False,
-        "limit_val_batches": 0,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = L.Trainer(**defaults | settings)
+    ckpt_path, callbacks = settings.pop("ckpt_path", None), settings.pop("callbacks", [])
+    trainer = quiet_trainer(folder, *callbacks, **settings)
     trainer.fit(module, data, ckpt_path=ckpt_path)
     trainer.save_checkpoint(folder / "end.ckpt")
     return module
 
 
-def make_data(buffer: Path, **changes: Any) -> rft.RFTDataModule:
-    return rft.RFTDataModule(
-        **{"explorers": 0, "buffer": buffer, "tasks_per_step": 4, "sampling": rft.Sampling(seed=1)} | changes
-    )
-
-
 def test_every_epoch_trains_every_group_once(stored: Path, tiny_model_path: Path, tmp_path: Path) -> None:
-    module = fit(make_data(stored), tiny_model_path, tmp_path, max_epochs=2)
+    module = fit(stored_data(stored), tiny_model_path, tmp_path, max_epochs=2)
     assert [len(batch) for batch in module.seen] == [4, 4, 2, 4, 4, 2]
     first, second = ([task for batch in module.seen[start : start + 3] for task in batch] for start in (0, 3))
     assert Counter(first) == Counter(second) == Counter(map(str, range(GROUPS)))
@@ -88,7 +73,7 @@ def test_every_epoch_trains_every_group_once(stored: Path, tiny_model_path: Path
 
 
 def test_in_order_and_resumed_in_mid_epoch(stored: Path, tiny_model_path: Path, tmp_path: Path) -> None:
-    data = make_data(rft.Buffer(stored, shuffle=False))
+    data = stored_data(rft.Buffer(stored, shuffle=False))
     assert fit(data, tiny_model_path, tmp_path, max_steps=2).seen == [list("0123"), list("4567")]
     rest = fit(data, tiny_model_path, tmp_path, max_steps=4, ckpt_path=tmp_path / "end.ckpt")
     assert rest.seen == [list("89"), list("0123")]
@@ -98,21 +83,21 @@ def test_what_cannot_work(stored: Path, tiny_model_path: Path, tmp_path: Path) -
     with pytest.raises(rft.ConfigurationError, match=r"explorers=0 .* set buffer"):
         rft.RFTDataModule(explorers=0)
     with pytest.raises(rft.ConfigurationError, match=r"leave val_tasks out"):
-        make_data(stored, val_tasks=["1 + 1 ="])
+        stored_data(stored, val_tasks=["1 + 1 ="])
     with pytest.raises(rft.ConfigurationError, match=r"no buffer .*nowhere.sqlite"):
-        make_data(tmp_path / "nowhere.sqlite")
+        stored_data(tmp_path / "nowhere.sqlite")
     with pytest.raises(rft.ConfigurationError, match="reward is missing"):
         rft.RFTDataModule(tasks=["1 + 1 ="])
     with pytest.raises(rft.ConfigurationError, match="take Synchronous out of"):
-        fit(make_data(stored), tiny_model_path, tmp_path, max_steps=1, callbacks=[rft.Synchronous()])
+        fit(stored_data(stored), tiny_model_path, tmp_path, max_steps=1, callbacks=[rft.Synchronous()])
     empty = tmp_path / "empty.sqlite"
     Ledger.open(empty).close()
     with pytest.raises(rft.ConfigurationError, match="holds no experience"):
-        make_data(empty)
+        stored_data(empty)
 
 
 def test_overfitting_trains_the_same_batches_every_epoch(stored: Path, tiny_model_path: Path, tmp_path: Path) -> None:
-    module = fit(make_data(stored), tiny_model_path, tmp_path, max_epochs=3, overfit_batches=2)
+    module = fit(stored_data(stored), tiny_model_path, tmp_path, max_epochs=3, overfit_batches=2)
     assert module.seen == 3 * module.seen[:2]
 
 
@@ -123,6 +108,6 @@ def test_an_epoch_that_a_hook_ends_goes_on_in_the_next(
         return -1 if (module.trainer.current_epoch, batch_idx) == (0, 1) else None
 
     monkeypatch.setattr(Looks, "on_train_batch_start", ends)
-    data = make_data(rft.Buffer(stored, shuffle=False))
+    data = stored_data(rft.Buffer(stored, shuffle=False))
     seen = fit(data, tiny_model_path, tmp_path, max_epochs=2).seen
     assert seen == [list("0123"), list("4567"), list("89"), list("0123")]

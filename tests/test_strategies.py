@@ -19,8 +19,8 @@ import lightning_rft as rft
 from lightning_rft.explorer.engines.engine import Completion
 from lightning_rft.monitor.spans import Span
 from tests.processes import LightEngine
+from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
 
-TASKS = [f"{index} + 1 =" for index in range(10)]
 STEPS = 8  # of 4, 4 and 2 groups in turn: two epochs and most of a third
 
 STRATEGIES = {
@@ -42,16 +42,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def make_data(**changes: Any) -> rft.RFTDataModule:
     settings: dict[str, Any] = {
-        "tasks": TASKS,
-        "reward": lambda completion, task: float(len(completion) % 3),
         "engine": LightEngine(tokens_per_second=300.0, mean_tokens=6),
         "explorers": 2,
-        "tasks_per_step": 4,
-        "samples_per_task": 2,
         "max_new_tokens": 40,
-        "val_tasks": TASKS[:3],
+        "val_tasks": SUMS[:3],
     }
-    return rft.RFTDataModule(**settings | changes)
+    return fake_data(**settings | changes)
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +57,7 @@ def data() -> Iterator[rft.RFTDataModule]:
 
 
 def fit(strategy: rft.SyncStrategy, data: rft.RFTDataModule, model: Path, folder: Path, **changes: Any) -> L.Trainer:
-    settings: dict[str, Any] = {
-        "max_steps": STEPS,
-        "accelerator": "cpu",
-        "callbacks": [strategy],
-        "limit_val_batches": 0,
-        "default_root_dir": folder,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-    }
-    trainer = L.Trainer(**settings | changes)
+    trainer = quiet_trainer(folder, *changes.pop("callbacks", [strategy]), **{"max_steps": STEPS} | changes)
     trainer.fit(rft.RFTModule(model), data)
     return trainer
 

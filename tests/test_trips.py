@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 
 import lightning_rft as rft
+from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
 from tests.trips import TracedEngine, Tracer
 
 
@@ -25,25 +26,9 @@ def files(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> di
             for found in tracer.files.values():
                 found.clear()
 
-    data = rft.RFTDataModule(
-        tasks=["1 + 1 =", "2 + 1 =", "3 + 1 ="],
-        reward=lambda completion, task: float(len(completion) % 3),
-        engine=TracedEngine(folder / "explorer.json"),
-        tasks_per_step=1,
-        samples_per_task=2,
-        max_new_tokens=8,
-        buffer=":memory:",
-    )
-    trainer = L.Trainer(
-        max_steps=3,
-        accelerator="cpu",
-        callbacks=[rft.Synchronous(), Start()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    engine = TracedEngine(folder / "explorer.json")
+    data = fake_data(tasks=SUMS[:3], engine=engine, tasks_per_step=1, buffer=":memory:")
+    trainer = quiet_trainer(folder, rft.Synchronous(), Start(), max_steps=3)
     module = rft.RFTModule(tiny_model_path)
     tracer.start()
     try:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lightning_rft as rft
+from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
 
 pytestmark = [pytest.mark.vllm]
 pytest.importorskip("vllm")
@@ -54,8 +55,8 @@ def test_vllm_samples_with_the_weights_that_are_trained(
             changed.append(float(trainer.callback_metrics["rft/weights_changed"]))
 
     module = rft.RFTModule(tiny_model_path, objective=objective, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
-    data = rft.RFTDataModule(
-        tasks=[f"{i} + 1 =" for i in range(8)],
+    data = fake_data(
+        tasks=SUMS[:8],
         val_tasks=["1 + 1 =", "2 + 2 ="],
         reward=letters,
         engine=rft.VLLMEngine(),
@@ -63,16 +64,7 @@ def test_vllm_samples_with_the_weights_that_are_trained(
         samples_per_task=4,
         max_new_tokens=8,
     )
-    trainer = L.Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        callbacks=[rft.Synchronous(), Note()],
-        logger=False,
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = quiet_trainer(tmp_path, rft.Synchronous(), Note(), max_steps=STEPS, limit_val_batches=None)
     trainer.fit(module, data)
     assert trainer.global_step == STEPS
     assert trainer.callback_metrics["val/version"] == STEPS

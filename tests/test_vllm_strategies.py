@@ -15,6 +15,7 @@ import pytest
 
 import lightning_rft as rft
 from tests.halfway import HalfwayVLLMEngine
+from tests.trainer_and_data import fake_data
 from tests.versions import run
 
 pytestmark = [pytest.mark.vllm]
@@ -34,7 +35,7 @@ TRANSPORTS = {"collective": rft.CollectiveTransport, "checkpoint": rft.Checkpoin
 def make_data(dtype: str, explorers: int, folder: Path) -> rft.RFTDataModule:
     engine = HalfwayVLLMEngine(dtype=dtype)
     engine.switch = folder / "wait"
-    return rft.RFTDataModule(
+    return fake_data(
         tasks=[f"{i} + 1 =" for i in range(3 * STEPS)],
         reward=lambda completion, task: float(sum(character.isalpha() for character in completion)),
         engine=engine,

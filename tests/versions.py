@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 import lightning_rft as rft
+from tests.trainer_and_data import quiet_trainer
 
 
 class Keep(L.Callback):
@@ -66,17 +67,7 @@ def run(
     """Trains a tiny model at a rate at which every version shows, and looks at every token."""
     keep = Keep()
     module = rft.RFTModule(model, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3))
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        callbacks=[keep, strategy],
-        logger=False,
-        limit_val_batches=0,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = quiet_trainer(folder, keep, strategy, max_steps=steps)
     trainer.fit(module, data)
     assert trainer.global_step == steps
     assert 0 <= min(keep.staleness) <= max(keep.staleness) <= strategy.max_staleness

@@ -8,7 +8,8 @@ from random import Random
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import GroupKey
 from lightning_rft.sync.schedule import Rule
-from lightning_rft.testing.driver import Crash, Event, drive
+from lightning_rft.testing.driver import drive
+from lightning_rft.testing.events import Crash, Event
 
 __all__ = ["check_events", "check_strategy"]
 
@@ -40,85 +41,18 @@ def check_events(
     Raises:
         ScheduleError: A rule is broken; the message says which, and where.
     """
-
-    def must(holds: bool, what: str, event: Event) -> None:
-        if not holds:
-            raise ScheduleError(f"{type(rule).__name__}: {what}: {event}")
-
-    def groups_before(stop: int) -> list[GroupKey]:
-        return [GroupKey(batch, slot) for batch in range(stop) for slot in range(size(batch))]
-
     size = groups_per_batch if callable(groups_per_batch) else lambda batch: groups_per_batch
-    resumes = iter(sorted(crashes, key=lambda crash: crash.time))
-    version_of: dict[GroupKey, int] = {}
-    steps: list[tuple[GroupKey, ...]] = []  # of the lineage so far
-    loading: set[int] = set()
-    working: dict[GroupKey, int] = {}
-    pushed, kept, changed, straight = -1, set[GroupKey](), False, True
+    witness = _Witness(rule, size, crashes)
     for event in events:
-        if event.what == "resumed":
-            crash = next(resumes)
-            rule, changed = crash.rule or rule, changed or crash.rule is not None
-            must(event.version <= len(steps), "goes on from a version that was not trained", event)
-            del steps[event.version :]
-            trained = {group for groups in steps for group in groups}
-            kept, straight = set(event.groups), trained == set(groups_before(event.version))
-            must(not kept & trained, "goes on with groups that are trained", event)
-            version_of = {group: version for group, version in version_of.items() if group in kept | trained}
-            for group in kept:
-                age = event.version - version_of[group]
-                must(0 <= age <= rule.max_staleness, f"goes on with {group}, which is {age} batches old", event)
-            loading, working, pushed = set(), {}, event.version - 1
-        if event.group is not None and event.explorer is not None:
-            if event.what == "issued":
-                must(event.explorer not in loading, "was given to an explorer that loads", event)
-                must(event.group not in working, "was given to two explorers", event)
-                working[event.group] = event.explorer
-            elif event.what == "ended":
-                must(working.get(event.group) == event.explorer, "a sample of another explorer's group ended", event)
-            else:
-                working.pop(event.group)
-        if event.group is not None and event.what == "issued":
-            admitted = event.version >= rule.admit(event.group.batch) or (changed and event.group in kept)
-            must(admitted, "began with weights older than admitted", event)
-        if event.group is not None and event.what == "ready":
-            version_of[event.group] = event.version
-        if event.what == "dropped":
-            must(rule.overdue == "drop" or (changed and event.group in kept), "dropped, though a step waits", event)
-        if event.what == "training":
-            must(event.version == len(steps), f"trained instead of batch {len(steps)}", event)
-            must(len(event.groups) == size(event.version), f"not the {size(event.version)} groups of the batch", event)
-            for group in event.groups:
-                age = event.version - version_of.get(group, event.version + 1)
-                must(age >= 0, f"{group} was never explored, or with weights from the future", event)
-                must(age <= rule.max_staleness, f"{group} is {age} batches old", event)
-                in_order = group.batch == event.version if straight else group.batch <= event.version
-                must(rule.asynchronous or in_order, f"{group} is of another batch", event)
-            steps.append(event.groups)
-        if event.what == "pushed":
-            must(event.version > pushed, f"pushed after {pushed}", event)
-            must(event.version <= len(steps), "pushed before it was trained", event)
-            pushed = event.version
-        if event.explorer is not None and event.what == "loading":
-            must(not (rule.staggered and loading), f"loads while {sorted(loading)} does", event)
-            loading.add(event.explorer)
-        if event.explorer is not None and event.what in ("loading", "loaded"):
-            must(rule.in_flight or event.explorer not in working.values(), "loads while it works", event)
-        if event.explorer is not None and event.what in ("loaded", "died"):
-            loading.discard(event.explorer)
-            if event.what == "died":
-                working = {group: explorer for group, explorer in working.items() if explorer != event.explorer}
-    last = events[-1]
-    must(len(steps) == batches and pushed == batches, f"ended after {len(steps)} batches, with {pushed} pushed", last)
-    everything = sorted(group for groups in steps for group in groups)
-    must(everything == groups_before(batches), "some group was lost, or trained twice", last)
+        witness.see(event)
+    witness.ends(batches)
 
 
 def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
     """The conformance test of a strategy: runs its schedule under many random circumstances and checks the rules.
 
-    Samples take heavy-tailed times, groups fail, explorers die and others take their place, the trainer dies and goes
-    on from a checkpoint, batches are short, room is scarce, and scores say which groups are to be trained first.
+    Samples take heavy-tailed times, groups fail, explorers die and others take their place, the trainer dies and
+    resumes from a checkpoint, batches are short, room is scarce, and scores say which groups are to be trained first.
 
     Args:
         rule: The strategy.
@@ -179,3 +113,108 @@ def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
             score=score,
         )
         check_events(rule, events, batches=batches, groups_per_batch=groups, crashes=crashes)
+
+
+class _Witness:
+    """Follows a run event by event, and objects to the first that breaks a rule."""
+
+    def __init__(self, rule: Rule, size: Callable[[int], int], crashes: Sequence[Crash]) -> None:
+        self._rule, self._size = rule, size
+        self._crashes = iter(sorted(crashes, key=lambda crash: crash.time))
+        self._version_of: dict[GroupKey, int] = {}  # of groups that have come back
+        self._steps: list[tuple[GroupKey, ...]] = []  # of the lineage so far
+        self._loading: set[int] = set()
+        self._working: dict[GroupKey, int] = {}  # group -> explorer
+        self._pushed = -1
+        self._kept: set[GroupKey] = set()  # by the last resume
+        self._changed = False  # whether a resume has changed the rule
+        self._straight = True  # whether the run began with whole batches trained
+
+    def see(self, event: Event) -> None:
+        self._event = event
+        if event.what == "resumed":
+            self._resumed(event)
+        elif event.what == "training":
+            self._training(event)
+        elif event.what == "pushed":
+            self._newly_pushed(event)
+        elif event.group is not None:
+            self._of_group(event, event.group)
+        elif event.explorer is not None:
+            self._of_explorer(event, event.explorer)
+
+    def ends(self, batches: int) -> None:
+        steps, pushed = len(self._steps), self._pushed
+        self._must(steps == pushed == batches, f"ended after {steps} batches, with {pushed} pushed")
+        everything = sorted(group for groups in self._steps for group in groups)
+        self._must(everything == self._groups_before(batches), "some group was lost, or trained twice")
+
+    def _must(self, holds: bool, what: str) -> None:
+        if not holds:
+            raise ScheduleError(f"{type(self._rule).__name__}: {what}: {self._event}")
+
+    def _groups_before(self, stop: int) -> list[GroupKey]:
+        return [GroupKey(batch, slot) for batch in range(stop) for slot in range(self._size(batch))]
+
+    def _resumed(self, event: Event) -> None:
+        crash = next(self._crashes)
+        self._rule, self._changed = crash.rule or self._rule, self._changed or crash.rule is not None
+        self._must(event.version <= len(self._steps), "resumes from a version that was not trained")
+        del self._steps[event.version :]
+        trained = {group for groups in self._steps for group in groups}
+        self._kept, self._straight = set(event.groups), trained == set(self._groups_before(event.version))
+        self._must(not self._kept & trained, "resumes with groups that are trained")
+        self._version_of = {
+            group: version for group, version in self._version_of.items() if group in self._kept | trained
+        }
+        for group in self._kept:
+            age = event.version - self._version_of[group]
+            self._must(0 <= age <= self._rule.max_staleness, f"resumes with {group}, which is {age} batches old")
+        self._loading, self._working, self._pushed = set(), {}, event.version - 1
+
+    def _of_group(self, event: Event, group: GroupKey) -> None:
+        exempt = self._changed and group in self._kept
+        if event.what == "issued":
+            self._must(event.explorer not in self._loading, "was given to an explorer that loads")
+            self._must(group not in self._working, "was given to two explorers")
+            admitted = event.version >= self._rule.admit(group.batch)
+            self._must(admitted or exempt, "began with weights older than admitted")
+            assert event.explorer is not None
+            self._working[group] = event.explorer
+        elif event.what == "ended":
+            self._must(self._working.get(group) == event.explorer, "a sample of another explorer's group ended")
+        elif event.explorer is not None:
+            del self._working[group]
+        if event.what == "ready":
+            self._version_of[group] = event.version
+        if event.what == "dropped":
+            self._must(self._rule.overdue == "drop" or exempt, "dropped, though a step waits")
+
+    def _training(self, event: Event) -> None:
+        self._must(event.version == len(self._steps), f"trained instead of batch {len(self._steps)}")
+        size = self._size(event.version)
+        self._must(len(event.groups) == size, f"not the {size} groups of the batch")
+        for group in event.groups:
+            age = event.version - self._version_of.get(group, event.version + 1)
+            self._must(age >= 0, f"{group} was never explored, or with weights from the future")
+            self._must(age <= self._rule.max_staleness, f"{group} is {age} batches old")
+            in_order = group.batch == event.version if self._straight else group.batch <= event.version
+            self._must(self._rule.asynchronous or in_order, f"{group} is of another batch")
+        self._steps.append(event.groups)
+
+    def _newly_pushed(self, event: Event) -> None:
+        self._must(event.version > self._pushed, f"pushed after {self._pushed}")
+        self._must(event.version <= len(self._steps), "pushed before it was trained")
+        self._pushed = event.version
+
+    def _of_explorer(self, event: Event, explorer: int) -> None:
+        if event.what == "loading":
+            one_by_one = not (self._rule.staggered and self._loading)
+            self._must(one_by_one, f"loads while {sorted(self._loading)} does")
+            self._loading.add(explorer)
+        if event.what in ("loading", "loaded"):
+            self._must(self._rule.in_flight or explorer not in self._working.values(), "loads while it works")
+        if event.what in ("loaded", "died"):
+            self._loading.discard(explorer)
+        if event.what == "died":
+            self._working = {group: other for group, other in self._working.items() if other != explorer}

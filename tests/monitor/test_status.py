@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
 
 import lightning_rft as rft
 from tests.terminal import HeldEngine, Recording
+from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,27 +69,20 @@ class Run:
         with recording:
             self.monkeypatch.setattr(sys, "stdout", recording.stream)
             try:
-                trainer = L.Trainer(
+                trainer = quiet_trainer(
+                    self.folder,
+                    *callbacks,
                     max_steps=2,
-                    accelerator="cpu",
-                    callbacks=callbacks,
-                    default_root_dir=self.folder,
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_model_summary=False,
                     enable_progress_bar=enable_progress_bar,
                     num_sanity_val_steps=0,
                     limit_val_batches=1.0 if call == "validate" else 0,
                 )
-                data = rft.RFTDataModule(
+                data = fake_data(
                     **{
-                        "tasks": [f"{index} + 1 =" for index in range(4)],
+                        "tasks": SUMS[:4],
                         "val_tasks": [f"{index} + 2 =" for index in range(4)],
-                        "reward": lambda completion, task: float(len(completion) % 3),
                         "engine": HeldEngine(self.folder),
                         "tasks_per_step": 2,
-                        "samples_per_task": 2,
-                        "max_new_tokens": 6,
                     }
                     | settings
                 )

@@ -29,6 +29,7 @@ from lightning_rft.monitor.timeline import TimelineCallback
 from lightning_rft.monitor.trace import trace
 from lightning_rft.trainer.loader import MicroBatch
 from tests.monitor.stories import STORIES
+from tests.trainer_and_data import quiet_trainer
 
 # Recording and summing up
 
@@ -284,20 +285,7 @@ class SlowPush(Callback):
 
 def fit(folder: Path, *callbacks: Callback, data: Any = None, fails_at: int = -1, **settings: Any) -> Batches:
     data = data or Batches()
-    trainer = L.Trainer(
-        **{
-            "default_root_dir": folder,
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "accumulate_grad_batches": 2,
-            "callbacks": list(callbacks),
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
-        | settings
-    )
+    trainer = quiet_trainer(folder, *callbacks, **{"max_epochs": 1, "accumulate_grad_batches": 2} | settings)
     module = Module()
     module.fails_at = fails_at
     trainer.fit(module, data)

@@ -15,7 +15,7 @@ import lightning_rft as rft
 from lightning_rft.errors import DeadlineError
 from lightning_rft.run.pusher import Background, Pusher
 from lightning_rft.sync.transports.transport import Transport
-from tests.processes import LightEngine, share_of_letters
+from tests.trainer_and_data import fake_data, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,14 +97,8 @@ def test_a_push_that_hangs_does_not_hide_the_error_that_ended_the_run(tiny_model
                 transport.timeout_s = 0.1  # which is for how long the end of the run waits for the push
                 raise ZeroDivisionError("of the user's callback")
 
-    data = rft.RFTDataModule(
-        tasks=["1 + 1 =", "1 + 2 ="], reward=share_of_letters, engine=LightEngine(),
-        tasks_per_step=1, samples_per_task=2, max_new_tokens=4,
-    )  # fmt: skip
-    trainer = L.Trainer(
-        max_steps=3, accelerator="cpu", callbacks=[rft.FullyAsynchronous(transport=transport), Fails()], logger=False,
-        default_root_dir=tmp_path, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    data = fake_data(tasks=["1 + 1 =", "1 + 2 ="], tasks_per_step=1, max_new_tokens=4)
+    trainer = quiet_trainer(tmp_path, rft.FullyAsynchronous(transport=transport), Fails(), max_steps=3)
     with pytest.raises(ZeroDivisionError, match="of the user's callback"):
         trainer.fit(rft.RFTModule(tiny_model_path), data)
     assert not data._pool.running

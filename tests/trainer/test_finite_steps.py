@@ -16,6 +16,7 @@ import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from lightning_rft.trainer.objectives.advantages import group_relative
+from tests.trainer_and_data import quiet_trainer, stored_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,18 +70,8 @@ class Steps(L.Callback):
 
 def fit(model: Path, buffer: Path, module: type[rft.RFTModule] = rft.RFTModule, **settings: Any) -> Steps:
     steps = Steps()
-    data = rft.RFTDataModule(explorers=0, buffer=rft.Buffer(buffer, shuffle=False), tasks_per_step=1)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        callbacks=[steps],
-        default_root_dir=buffer.parent,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_epochs": 1} | settings,
-    )
+    data = stored_data(rft.Buffer(buffer, shuffle=False), tasks_per_step=1)
+    trainer = quiet_trainer(buffer.parent, steps, **{"devices": 1, "max_epochs": 1} | settings)
     trainer.fit(module(model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)), data)
     return steps
 

@@ -14,6 +14,7 @@ from lightning_rft.trainer.loader import MicroBatch
 from lightning_rft.trainer.module import RFTModule
 from lightning_rft.trainer.precision import MasterWeights, grad_norm
 from tests.trainer.test_module import GROUPS, Module, close
+from tests.trainer_and_data import quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,10 +35,7 @@ class Batches:
 
 
 def train(module: RFTModule, precision: str, steps: int = 4, **settings) -> L.Trainer:
-    trainer = L.Trainer(
-        max_steps=steps, precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **settings,
-    )  # fmt: skip
+    trainer = quiet_trainer(".", max_steps=steps, precision=precision, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, train_dataloaders=Batches(GROUPS, steps))
