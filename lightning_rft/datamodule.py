@@ -35,7 +35,7 @@ from lightning_rft.tasks.plan import TaskPlan
 from lightning_rft.tasks.sources import Tasks, read_tasks
 from lightning_rft.tasks.stream import TaskStream
 from lightning_rft.tasks.task_set import TaskSet
-from lightning_rft.trainer.limits import micro_batches, validation_batches
+from lightning_rft.trainer.limits import micro_batches, micro_batches_done, validation_batches
 from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
 from lightning_rft.trainer.module import RFTModule
 
@@ -268,6 +268,7 @@ class RFTDataModule(L.LightningDataModule):
             batches=self.steps_per_epoch,
             accumulate=accumulate,
             items=items,
+            done=lambda: micro_batches_done(self._trainer),
         )
 
     @override

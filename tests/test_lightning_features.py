@@ -263,6 +263,29 @@ def test_a_checkpoint_of_a_callback_in_front_of_the_strategy_is_resumed(
         assert sorted(ledger.trained_tasks()) == sorted(2 * [str(index) for index in range(10)])
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_checkpoint_of_a_step_that_failed_begins_it_anew(
+    accumulate: int, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    class Fails(Noted):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 2 * accumulate - 1:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    class Saves(L.Callback):
+        def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "failed.ckpt")
+
+    settings: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": accumulate}
+    callbacks = [rft.Synchronous(), Saves()]
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(tmp_path, callbacks=callbacks, **settings).fit(Fails(tiny_model_path), make_data())
+    module = Noted(tiny_model_path)
+    make_trainer(tmp_path, **settings).fit(module, make_data(), ckpt_path=tmp_path / "failed.ckpt")
+    assert module.batches() == [1, *[2] * accumulate]
+
+
 # What is refused before anything starts
 
 

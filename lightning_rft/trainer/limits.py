@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-__all__ = ["micro_batches", "stop_batch", "validation_batches"]
+__all__ = ["micro_batches", "micro_batches_done", "stop_batch", "validation_batches"]
 
 
 def micro_batches(trainer: L.Trainer, batches: int) -> int:
@@ -15,6 +15,12 @@ def micro_batches(trainer: L.Trainer, batches: int) -> int:
     whole = batches * trainer.accumulate_grad_batches
     limit = trainer.limit_train_batches  # type: ignore[attr-defined]
     return min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+
+
+def micro_batches_done(trainer: L.Trainer) -> int:
+    """Micro-batches of the epoch that are trained; one that is being trained, or failed, is not."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(batches.processed)
 
 
 def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
@@ -33,9 +39,7 @@ def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
         epochs: Any = trainer.fit_loop.epoch_progress.current
         left = max(0, trainer.max_epochs - epochs.processed) * per_epoch
         if epochs.started > epochs.processed:  # a resumed run goes on in the middle of an epoch
-            batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-            items = batches.processed
-            left -= min(per_epoch, items // trainer.accumulate_grad_batches)
+            left -= min(per_epoch, micro_batches_done(trainer) // trainer.accumulate_grad_batches)
         stops.append(trainer.global_step + left)
     return max(trainer.global_step, min(stops)) if stops else None
 

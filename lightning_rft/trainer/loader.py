@@ -72,7 +72,7 @@ class ExperienceLoader:
     """One epoch of ``batches`` batches, each in ``accumulate`` items on each rank.
 
     Where limits leave ``items`` that end within a batch, it is made into as many items as are left, so that it is still
-    trained whole. ``source`` is called on rank 0.
+    trained whole. ``source`` is called on rank 0, ``done`` for a checkpoint: how many items of the epoch are trained.
     """
 
     def __init__(
@@ -83,18 +83,20 @@ class ExperienceLoader:
         batches: int,
         accumulate: int,
         items: int,
+        done: Callable[[], int],
     ) -> None:
         self._source = source
         self._ranks = ranks
         self._batches = batches
         self._accumulate = accumulate
         self._items = items
-        self._done = 0
+        self._trained = done
+        self._done = 0  # items that were handed out, of which the last may fail
         self._resumed = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Micro-batches of this epoch that were handed out."""
-        return {"done": self._done}
+        """Progress of the epoch."""
+        return {"done": self._trained()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes the next epoch the rest of the one that was saved."""

@@ -70,7 +70,7 @@ class Batches:
 
 
 def make_loader(source: Batches, items: int, *, accumulate: int = 1) -> ExperienceLoader:
-    return ExperienceLoader(lambda: source, Ranks(), batches=3, accumulate=accumulate, items=items)
+    return ExperienceLoader(lambda: source, Ranks(), batches=3, accumulate=accumulate, items=items, done=lambda: 0)
 
 
 def consume(loader: ExperienceLoader, source: Batches) -> list[MicroBatch]:
