@@ -1,6 +1,7 @@
 """Typed errors, whose messages name the setting and say what to do."""
 
 __all__ = [
+    "AgreementError",
     "ConfigurationError",
     "DeadlineError",
     "ExplorerError",
@@ -23,7 +24,7 @@ class ConfigurationError(RFTError, ValueError):
 
 
 class ScheduleError(RFTError, RuntimeError):
-    """Order, version or staleness breaks the strategy's promise: to continue training would be silently wrong."""
+    """Order, version or staleness breaks the strategy's promise; training on would be silently wrong."""
 
 
 class NonFiniteError(RFTError, ArithmeticError):
@@ -39,7 +40,7 @@ class ExplorerError(RFTError, RuntimeError):
 
 
 class RankError(RFTError, RuntimeError):
-    """Another of the trainer's ranks died or failed; the message carries its traceback, if it sent one."""
+    """Another rank of the trainer died or failed; the message carries its traceback, if it sent one."""
 
 
 class TransportError(RFTError, RuntimeError):
@@ -51,7 +52,7 @@ class AgreementError(RFTError, RuntimeError):
 
 
 class LinkError(TransportError):
-    """A weight transport broke off because one of its members is gone; the remaining members can try again."""
+    """A weight transport broke off because a member is gone; the others can try again."""
 
 
 class DeadlineError(RFTError, TimeoutError):

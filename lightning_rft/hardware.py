@@ -1,4 +1,4 @@
-"""What this machine is good at, for defaults only."""
+"""Defaults that depend on this machine's hardware."""
 
 from __future__ import annotations
 
@@ -22,19 +22,11 @@ def available_cpus() -> int:
 
 
 def share_cores(cores: int, explorers: int, *, overlap: bool) -> tuple[int, int]:
-    """How many threads each explorer and the trainer get, where all compute on CPUs.
+    """CPU threads of each explorer, and of the trainer.
 
-    Sides that work at the same time share the cores, since threads that wait for a core hold up all threads of their
-    operation; sides that take turns get all of them each. So do both sides on fewer than four cores: on two, training
-    fully asynchronously was a tenth slower with one core each, because each side leaves gaps that the other can fill.
-
-    Args:
-        cores: Cores of this machine.
-        explorers: Number of explorers.
-        overlap: Whether explorers work while the trainer does.
-
-    Returns:
-        Threads of each explorer, and of the trainer.
+    Sides that work at the same time (``overlap``) share the cores, since a thread that waits for a core holds up all
+    others of its operation. Sides that take turns get all cores each, and so do both on fewer than four cores: on two,
+    asynchronous training was a tenth slower with one core each, because each side fills the other's gaps.
 
     Example:
         >>> share_cores(16, explorers=2, overlap=True), share_cores(16, explorers=2, overlap=False)
@@ -47,20 +39,11 @@ def share_cores(cores: int, explorers: int, *, overlap: bool) -> tuple[int, int]
 
 
 def fast_dtype(device: str) -> str:
-    """The dtype in which a device multiplies matrices fastest, of those that models are trained and served in.
+    """The dtype in which a device (``"cpu"``, ``"cuda"``) multiplies matrices fastest.
 
-    A CPU without units for bfloat16 multiplies it a hundred times slower than float32 (measured with torch 2.13 on
-    AVX2), so "half the bytes, hence faster" is exactly wrong there. CPUs that do not say what they have count as such.
-    The environment variable ``LIGHTNING_RFT_BF16`` (``0`` or ``1``) overrules what the hardware says.
-
-    Args:
-        device: Type of a torch device, such as ``"cpu"`` or ``"cuda"``.
-
-    Returns:
-        ``"bfloat16"`` where there are units for it; else ``"float16"`` on a GPU and ``"float32"`` on anything else.
-
-    Raises:
-        ConfigurationError: ``LIGHTNING_RFT_BF16`` is neither ``0`` nor ``1``.
+    A CPU without bfloat16 units multiplies it a hundred times slower than float32 (torch 2.13 on AVX2); a CPU that does
+    not list its features counts as one. The environment variable ``LIGHTNING_RFT_BF16`` (``0`` or ``1``) overrules what
+    the hardware says.
     """
     if _has_bf16_units(device):
         return "bfloat16"
@@ -100,16 +83,9 @@ def _has_bf16_units(device: str) -> bool:
 def gpus_for_explorers(
     visible: Sequence[str], trainer: Sequence[int], explorers: int, per_explorer: int
 ) -> list[str] | None:
-    """Shares out the GPUs that the trainer does not use.
+    """``CUDA_VISIBLE_DEVICES`` of every explorer; None if there are too few GPUs for each to have its own.
 
-    Args:
-        visible: Names of the GPUs that this process sees, as ``CUDA_VISIBLE_DEVICES`` lists them.
-        trainer: Indices, among those, of the trainer's.
-        explorers: Number of explorers.
-        per_explorer: GPUs that one engine needs.
-
-    Returns:
-        ``CUDA_VISIBLE_DEVICES`` of every explorer; ``None`` if there are too few for each to have its own.
+    ``visible`` has the names of this process's GPUs, ``trainer`` the indices among them that the trainer uses.
 
     Example:
         >>> gpus_for_explorers(["0", "1", "2", "3"], trainer=[0], explorers=3, per_explorer=1)

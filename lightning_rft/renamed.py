@@ -1,4 +1,4 @@
-"""Settings of the data module that have moved into values of their own: an old name is refused with the new one."""
+"""Old names of the data module's settings, which are refused with a message that gives the new name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refuses_old_names(init: Callable[_P, None]) -> Callable[_P, None]:
 
 
 def moved_in_config(message: str) -> str:
-    """What a parser's message about an unknown key of ``data`` leaves to be said; empty if the key never existed."""
+    """The new name of an old key of ``data`` that a parser's message calls unknown; empty if it never existed."""
     for found in _IN_A_PARSERS_MESSAGE.finditer(message):
         name = found[1] or found[2]
         if name in MOVED:

@@ -1,6 +1,6 @@
-"""Settings that belong together, as frozen values: each checks itself, and travels whole to where it is used.
+"""Settings as frozen values, each of which checks itself and is passed on whole.
 
-Explorers' processes import this file, so it imports neither torch nor Lightning, nor a part of the loop.
+Explorers import this file, so it imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["Buffer", "Sampling", "Timeouts", "Tolerance"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled; what is left out, the data module fills in.
+    """How answers are sampled.
 
     Args:
-        max_new_tokens: Maximum tokens per answer; left out, 256 in training, and what training has in validation.
-        temperature: Softmax temperature, at least 0, which is greedy; left out, 1 in training and 0 in validation.
-        seed: Seeds the order of the tasks and every sample; left out, the one of ``seed_everything``, else 0, and what
-            training has in validation.
+        max_new_tokens: Maximum tokens per answer; left out, 256, and in validation as in training.
+        temperature: Softmax temperature, 0 for greedy; left out, 1 in training and 0 in validation.
+        seed: Seeds the order of the tasks and every sample; left out, that of ``seed_everything`` or else 0, and in
+            validation as in training.
 
     Raises:
         ConfigurationError: A setting is out of range.
@@ -49,7 +49,7 @@ class Sampling:
             raise ConfigurationError(f"temperature={self.temperature} must be at least 0")
 
     def filled(self, default: Sampling) -> Sampling:
-        """Returns these settings, with what is left out taken from ``default``."""
+        """These settings, with what is left out taken from ``default``."""
         missing = [field.name for field in fields(self) if getattr(self, field.name) is None]
         return replace(self, **{name: getattr(default, name) for name in missing})
 
@@ -65,17 +65,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How many samples may fail before their group has failed, and before the run ends; how far both sides may differ.
+    """How many samples may fail, and how far the log-probs of explorers and trainer may differ.
 
     Args:
-        retries: How often a sample is tried again when its reward or workflow raised.
-        min_samples: A group in which fewer samples succeed has failed, and another task takes its place; left out, half
+        retries: Further attempts at a sample whose reward or workflow raised.
+        min_samples: A group with fewer successful samples has failed, and another task takes its place; left out, half
             of ``samples_per_task``, and at least 2 where advantages are relative to the group.
         max_error_rate: Share of the samples of the last two batches that may fail, above 0 and at most 1; more end the
             run with the first error.
-        push_gap: Mean difference between explorers' and the trainer's log-probs, in nats, that is tolerated after a
-            push and on tokens that were sampled with the weights that are trained; left out, what the rounding of both
-            dtypes explains. ``rft/push_gap`` and ``rft/sampling_gap`` tell what it is.
+        push_gap: Maximum mean difference between explorers' and the trainer's log-probs, in nats, after a push and on
+            tokens sampled with the weights that are trained; left out, what rounding in both dtypes explains. The
+            metrics ``rft/push_gap`` and ``rft/sampling_gap`` show it.
 
     Raises:
         ConfigurationError: A setting is out of range.
@@ -101,12 +101,7 @@ class Tolerance:
             raise ConfigurationError(f"push_gap={self.push_gap} must be above 0")
 
     def needed(self, samples_per_task: int, needs_group: bool) -> int:
-        """Returns how many samples of a group must succeed.
-
-        Args:
-            samples_per_task: Samples of a group.
-            needs_group: Whether advantages are relative to the group.
-        """
+        """How many samples of a group must succeed; ``needs_group`` says that advantages are relative to the group."""
         if self.min_samples is not None:
             return self.min_samples
         return min(samples_per_task, max(2 if needs_group else 1, -(-samples_per_task // 2)))
@@ -118,11 +113,11 @@ class Timeouts:
 
     Args:
         reward_s: For one reward, from its turn on.
-        sample_s: For the workflow of one sample, from the moment when the engine has room for it; the reward has
-            ``reward_s`` besides.
+        sample_s: For the workflow of one sample, from the moment when the engine has room for it; the reward's time is
+            not included.
         start_s: Until an engine is ready.
-        progress_s: Without progress (no engine step, no reward); an explorer that has work and makes none for so long
-            is ended, and another is started.
+        progress_s: Without progress (no engine step, no reward); an explorer that has work and makes none for this long
+            is killed and restarted.
 
     Raises:
         ConfigurationError: One is not above 0.
@@ -149,16 +144,16 @@ class Buffer:
 
     Args:
         path: File of the buffer, or ``":memory:"``; left out, ``rft/buffer.sqlite`` in the trainer's log folder, or
-            when a run is resumed the file that it had.
+            the same file as before when a run is resumed.
         capacity: Maximum groups explored ahead of training; left out, what the strategy admits.
         selection: Which groups are trained first under an asynchronous strategy; left out, the oldest.
-        replay: Has groups trained more than once; left out, each is trained once.
-        group_filter: ``group_filter(group)``, called once for every complete group; where it returns false, the group's
-            task has ended and the next one takes its place. :func:`~lightning_rft.has_signal` is one. It runs in the
-            trainer's process, while explorers are listened to: it should be quick.
-        max_refused: Samples of groups that ``group_filter`` may refuse in a row; more end the run, which might
-            otherwise explore for ever. ``rft/filtered_share`` tells how many it refuses.
-        shuffle: Whether every epoch over stored experience (``explorers=0``) has an order of its own.
+        replay: How often groups are trained; left out, once.
+        group_filter: Called as ``group_filter(group)``, once for every complete group; if it returns false, the next
+            task takes the place of the group's. It runs in the trainer's process and should be quick.
+            :func:`~lightning_rft.has_signal` is one.
+        max_refused: Maximum samples in groups that ``group_filter`` refuses in a row; more end the run, which might
+            otherwise explore for ever. The metric ``rft/filtered_share`` shows the share that it refuses.
+        shuffle: Whether to shuffle stored experience in every epoch, with ``explorers=0``.
 
     Raises:
         ConfigurationError: A setting cannot work.

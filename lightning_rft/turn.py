@@ -1,4 +1,4 @@
-"""One call of the policy as packed bytes: what it read, what it sampled, and how."""
+"""One call of the policy as packed bytes."""
 
 from __future__ import annotations
 
@@ -35,9 +35,21 @@ class Truncation(NamedTuple):
 
 
 class _Packed:
-    """Base of values whose arrays are bytes, packed once; they pickle, compare and hash as those bytes."""
+    """Base of values whose arrays are packed bytes, as which they pickle, compare and hash."""
 
     __slots__: tuple[str, ...] = ()
+    _token_ids: bytes
+    _logprobs: bytes
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Token ids, int32."""
+        return _view(self._token_ids, "i4")
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]:
+        """Natural-log probabilities of the tokens, float32."""
+        return _view(self._logprobs, "f4")
 
     def packed(self) -> tuple[Any, ...]:
         """The constructor's arguments, with arrays as bytes."""
@@ -61,9 +73,9 @@ class Support(_Packed):
     """The tokens that truncation left to choose from, for each sampled token.
 
     Args:
-        counts: How many each had to choose from [n].
-        token_ids: Their ids, one sampled token's after the other's [sum of counts].
-        logprobs: Their natural-log probabilities under the distribution that was drawn from.
+        counts: Number of tokens to choose from, for each sampled token [n].
+        token_ids: Ids of these tokens [sum of counts].
+        logprobs: Natural-log probabilities of these tokens under the distribution that was drawn from [sum of counts].
 
     Raises:
         ConfigurationError: The lengths do not fit, or a number is not of its type.
@@ -83,42 +95,32 @@ class Support(_Packed):
 
     @property
     def counts(self) -> NDArray[np.int32]:
-        """How many each token had to choose from [n], int32."""
+        """Number of tokens to choose from, for each sampled token [n], int32."""
         return _view(self._counts, "i4")
-
-    @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """Ids [sum of counts], int32."""
-        return _view(self._token_ids, "i4")
-
-    @property
-    def logprobs(self) -> NDArray[np.float32]:
-        """Log-probs of these [sum of counts], float32."""
-        return _view(self._logprobs, "f4")
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class Turn(_Packed):
     """One call of the policy: what it read and what it sampled.
 
-    Token data are packed once, where the turn is made, and travel to the buffer and the training step as these bytes:
-    ids as int32, log-probs as float32, in which engines compute them. They read as NumPy arrays without a copy, which
-    cannot be written to. Arrays may be given as any iterable, or as the bytes of :meth:`packed`.
+    Token data are packed once and travel to the buffer and the training step as these bytes: ids as int32, log-probs as
+    float32. They read as NumPy arrays, read-only and without a copy. Arrays may be given as any iterable, or as the
+    bytes of :meth:`packed`.
 
     Args:
         prompt_ids: Token ids that the policy was given.
-        token_ids: Token ids that it sampled [n], the end-of-sequence token included when it was sampled.
+        token_ids: Token ids that it sampled [n], the end-of-sequence token included if it was sampled.
         logprobs: Natural-log probability of each sampled token under the distribution that it was drawn from
             (temperature applied) [n].
         versions: Version of the policy that sampled each token [n]; never decreases.
         finish_reason: ``"stop"`` (end of sequence) or ``"length"`` (``max_new_tokens`` reached).
-        temperature: What logits were divided by; 0 for greedy.
-        sampling: What else the distribution was made with.
-        parent: Index, among the sample's turns, of the one whose prompt and answer this prompt goes on from; ``None``
-            where it starts anew.
-        reward: Of this turn alone, where the environment gives one.
+        temperature: Softmax temperature; 0 for greedy.
+        sampling: Truncation of the distribution.
+        parent: Index, among the sample's turns, of the one whose prompt and answer this prompt continues; None if it
+            continues none.
+        reward: Reward of this turn alone, if the environment gives one.
         teacher_logprobs: Natural-log probability of each sampled token under a teacher [n].
-        support: What truncation left to choose from, for each sampled token.
+        support: The tokens that truncation left to choose from.
 
     Raises:
         ConfigurationError: The lengths do not fit, or a number is not of its type.
@@ -132,7 +134,7 @@ class Turn(_Packed):
     _prompt_ids: bytes
     _token_ids: bytes
     _logprobs: bytes
-    _versions: bytes  # of each stretch of equal versions, the version and its length
+    _versions: bytes  # (version, length) of each stretch of equal versions
     finish_reason: str
     temperature: float
     sampling: Truncation
@@ -174,18 +176,8 @@ class Turn(_Packed):
         return _view(self._prompt_ids, "i4")
 
     @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """Token ids that it sampled [n], int32."""
-        return _view(self._token_ids, "i4")
-
-    @property
-    def logprobs(self) -> NDArray[np.float32]:
-        """Log-probs of the sampled tokens [n], float32."""
-        return _view(self._logprobs, "f4")
-
-    @property
     def teacher_logprobs(self) -> NDArray[np.float32] | None:
-        """The teacher's log-probs of them [n], float32."""
+        """The teacher's log-probs of the sampled tokens [n], float32."""
         return None if self._teacher_logprobs is None else _view(self._teacher_logprobs, "f4")
 
     @property
@@ -196,7 +188,7 @@ class Turn(_Packed):
 
     @property
     def version_runs(self) -> list[tuple[int, int]]:
-        """The versions as stretches of equal ones: (version, tokens)."""
+        """The versions as (version, length) of each stretch of equal ones."""
         return list(iter_unpack("ii", self._versions))
 
     @property
@@ -206,7 +198,7 @@ class Turn(_Packed):
 
 
 def _pack(kind: str, values: Iterable[float]) -> bytes:
-    """The bytes of an array of int32 (``i``) or float32 (``f``), also if it is these bytes already."""
+    """The bytes of an array of int32 (``i``) or float32 (``f``), which may be bytes already."""
     if isinstance(values, bytes):
         return values
     try:
@@ -216,7 +208,7 @@ def _pack(kind: str, values: Iterable[float]) -> bytes:
 
 
 def _view(data: bytes, dtype: str) -> NDArray[Any]:
-    from numpy import frombuffer  # here, since an explorer of a light engine starts sooner without
+    from numpy import frombuffer  # here, as an explorer starts sooner without
 
     return frombuffer(data, dtype)
 

@@ -1,4 +1,4 @@
-"""An experience as a row of the buffer: its turns' own bytes, as an explorer packed them, and their checksum."""
+"""An experience as a row of the buffer, with its turns as the bytes that an explorer packed, and a checksum."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def to_row(experience: Experience) -> tuple[Any, ...]:
 
 
 def to_group(key: GroupKey, task_id: str, rows: Iterable[Sequence[Any]], samples: int | None) -> Group:
-    """A group of all its experiences; raises as :func:`unpack` does if there are not as many as were stored."""
+    """A stored group; sqlite3.DatabaseError if it is damaged, or has another number of samples than were stored."""
     experiences = tuple(from_row(task_id, row) for row in rows)
     if len(experiences) != samples:
         raise sqlite3.DatabaseError(f"a stored group is malformed: it has {len(experiences)} samples of {samples}")
@@ -56,17 +56,16 @@ def to_group(key: GroupKey, task_id: str, rows: Iterable[Sequence[Any]], samples
 
 
 def from_row(task_id: str, row: Sequence[Any]) -> Experience:
-    """The experience again; raises as :func:`unpack` does."""
+    """The experience that :func:`to_row` was given."""
     sample, reward, rewards, _, _, _, _, generate_seconds, reward_seconds, text, turns = row
     whole = unpack(turns, sample, reward, rewards)
     return Experience(task_id, sample, whole, reward, text, generate_seconds, reward_seconds, json.loads(rewards))
 
 
 def unpack(blob: bytes, sample: int, reward: float, rewards: str) -> tuple[Turn, ...]:
-    """The turns of the last column, if they and what else makes a gradient are as they were stored.
+    """The turns of the last column.
 
-    Otherwise it raises sqlite3.DatabaseError: SQLite notices damage only in what it writes itself, and to our caller it
-    is the same mishap.
+    Raises sqlite3.DatabaseError, as SQLite does for damage to its own pages, if anything that makes a gradient changed.
     """
     frame = memoryview(blob)[4:]
     if _checksum(frame, sample, reward, rewards) != blob[:4]:

@@ -1,7 +1,4 @@
-"""The SQLite file of a buffer: on a local disk, held by one process, changed in whole transactions.
-
-Whatever the disk does to it is raised as an error that says what to do.
-"""
+"""The SQLite file of a buffer: on a local disk, held by one process, changed in whole transactions."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from lightning_rft.errors import ConfigurationError, RFTError, StorageError
 __all__ = ["File", "check_filesystem", "filesystem", "opening_error", "storage_errors"]
 
 _MOUNTS = Path("/proc/self/mountinfo")
-# SQLite's log is shared memory between the processes of one machine, and locks of these are not to be relied on.
+# SQLite's log is shared memory of one machine's processes, and locks on these are unreliable.
 _NETWORK = (
     *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "fuse.sshfs"),
     *("lustre", "ceph", "beegfs", "gpfs", "glusterfs", "fuse.glusterfs"),
@@ -31,10 +28,7 @@ _NO_BUFFER = ("not a database", "unable to open", "readonly", "locked")
 
 
 class File:
-    """The SQLite file at a path (``":memory:"`` for one that dies with the process), created with its folder.
-
-    Raises ConfigurationError if the file cannot be used, and, as every method does, StorageError if the disk fails.
-    """
+    """A SQLite file, created with its folder; every method raises StorageError if the disk fails."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
@@ -53,20 +47,20 @@ class File:
             self._resources = resources.pop_all()
 
     def close(self) -> None:
-        """Closes the file and lets other runs open it. Closing twice is harmless."""
+        """Unlocks the file; safe to call twice."""
         self._resources.close()
 
     @contextmanager
     def transaction(self) -> Iterator[Self]:
-        """Everything executed inside happens, or, if anything raises, nothing; a nested one is part of the outer."""
+        """Commits what is executed inside, or nothing of it if anything raises; a nested one joins the outer."""
         nested = self.connection.in_transaction  # a name, or mypy takes it for false from here on
         if nested:
             yield self
             return
         with storage_errors(self.path):
             try:
-                # Within the try: where Ctrl+C is noticed as this returns, all that follows would join a transaction
-                # that nobody commits.
+                # Within the try: after a Ctrl+C as this returns, everything else would join a transaction that nobody
+                # commits.
                 self.connection.execute("BEGIN IMMEDIATE")
                 yield self
                 self.connection.execute("COMMIT")
@@ -77,11 +71,11 @@ class File:
                 raise
 
     def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
-        """One statement of a transaction."""
+        """Runs one statement of a transaction."""
         return self.connection.execute(statement, values)
 
     def insert(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Inserts whole rows, at least one, as part of a transaction."""
+        """Inserts one or more whole rows, as part of a transaction."""
         self.connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
 
     def ask(self, question: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -91,7 +85,7 @@ class File:
 
 
 def filesystem(path: Path, mounts: str) -> str | None:
-    """Type of the filesystem of an absolute, resolved path by the text of ``/proc/self/mountinfo``; None if unknown.
+    """The filesystem type of a resolved path, from the text of ``/proc/self/mountinfo``; None if unknown.
 
     >>> filesystem(Path("/data/run"), "23 22 0:21 / /data rw,relatime - nfs4 host:/data rw")
     'nfs4'
@@ -111,7 +105,7 @@ def filesystem(path: Path, mounts: str) -> str | None:
 
 
 def check_filesystem(path: Path) -> None:
-    """Refuses a path on a network filesystem; where the system has no list of mounts, refuses nothing."""
+    """Refuses a path on a network filesystem, where mounts are listed."""
     if not _MOUNTS.exists():
         return
     kind = filesystem(path.resolve(), _MOUNTS.read_text(errors="surrogateescape"))
@@ -153,20 +147,20 @@ def _create_and_lock(path: Path, resources: ExitStack) -> None:
 
 @contextmanager
 def storage_errors(path: str | Path) -> Iterator[None]:
-    """Raises what the disk did to a statement as a StorageError; what a caller did wrong passes unchanged."""
+    """Turns errors of the disk into StorageError; errors of the caller pass unchanged."""
     try:
         yield
     except UnicodeDecodeError as error:  # in a message about a damaged file, or in a text
         raise _storage_error(path, error) from error
     except sqlite3.DatabaseError as error:
-        # Not its other subclasses: they tell of mistakes in the use, such as a closed connection.
+        # Its other subclasses mean a mistake of the caller, such as a closed connection.
         if type(error) not in (sqlite3.DatabaseError, sqlite3.OperationalError, sqlite3.InternalError):
             raise
         raise _storage_error(path, error) from error
 
 
 def opening_error(path: str | Path, error: sqlite3.DatabaseError | UnicodeDecodeError) -> RFTError:
-    """The error for a file that cannot be opened: of the setting if it is no buffer, of the disk otherwise."""
+    """A ConfigurationError if the file is no buffer, else a StorageError."""
     if any(words in str(error) for words in _NO_BUFFER):
         return ConfigurationError(
             f"buffer {str(path)!r} cannot be opened as a SQLite file ({error}): set `buffer` to the path of a new file "

@@ -29,26 +29,13 @@ __all__ = ["Ledger", "State"]
 
 
 class Ledger:
-    """Every group of the runs in a file, and their experiences. Made by :meth:`open`.
+    """Every group of the runs in a file, and their experiences.
 
-    A file holds runs, and a run has incarnations: it begins with one, and each time that it is resumed it gets another.
-    All methods act on the run that was begun or resumed last.
+    A run has one incarnation when it begins and one more each time it is resumed; all methods act on the run that was
+    begun or resumed last. Each method is one transaction. It raises StorageError if the disk fails, and ScheduleError
+    if a group is in the wrong state for the change. Threads must take turns.
 
-    Each method is one transaction: it happens whole or, if it raises, not at all. Threads may share a ledger if the
-    caller lets in one at a time; a second process cannot open the file to write. Every method raises
-    :class:`~lightning_rft.errors.StorageError` if the disk fails, and :class:`~lightning_rft.errors.ScheduleError` if a
-    group is in a state that its change does not start from.
-
-    Groups live in the file only: what is packed once is cheap to read back, and a long exploration would fill the
-    memory.
-
-    Example:
-        >>> with Ledger.open(":memory:") as ledger:
-        ...     ledger.begin()
-        ...     ledger.issue(GroupKey(batch=0, slot=0), task_id="7", epoch=0, explorer=0)
-        ...     ledger.counts()[State.ISSUED]
-        1
-        1
+    Groups live in the file only: they are cheap to read back, and a long exploration would fill the memory.
     """
 
     def __init__(self, file: File) -> None:
@@ -58,7 +45,7 @@ class Ledger:
 
     @classmethod
     def open(cls, path: str | Path) -> Ledger:
-        """Opens or creates a file (``":memory:"`` for none) and holds it; ConfigurationError if it cannot be used."""
+        """Opens or creates a file (``":memory:"`` for none) and locks it; ConfigurationError if it cannot be used."""
         file = File(path)
         try:
             return cls(file)
@@ -68,11 +55,11 @@ class Ledger:
 
     @property
     def id(self) -> str:
-        """The file's own random name, by which a checkpoint knows it again wherever it lies."""
+        """The file's own random name, by which a checkpoint recognises it after a move."""
         return self._file.id
 
     def close(self) -> None:
-        """Closes the file and lets other runs open it. Closing twice is harmless."""
+        """Closes the file and lets other runs open it; safe to call twice."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -101,23 +88,11 @@ class Ledger:
         oldest: int,
         expected: Callable[[GroupKey], tuple[str, int] | None],
     ) -> tuple[int, dict[GroupKey, int]] | None:
-        """Goes on with the run of an incarnation from a checkpoint.
+        """Resumes the run from a checkpoint that an incarnation wrote.
 
-        Groups that are part of the checkpoint's weights are trained. Of the others, those whose stored experience can
-        still be used are ready, and the rest dropped, to be issued again. Tasks that failed or were filtered after the
-        checkpoint have not.
-
-        Args:
-            incarnation: The one that wrote the checkpoint.
-            progress: What the checkpoint's weights were trained with.
-            oldest: The oldest version that a token may have. None may be newer than the checkpoint's.
-            expected: The task id and epoch that the run will now explore under a key, None if none is known; what is
-                stored for another task is not used. It must not call the ledger.
-
-        Returns:
-            The number of the new incarnation, and the oldest version of every group that is ready. None, and nothing is
-            changed, if the file has another history than the checkpoint: it knows no such incarnation, or that one or
-            what followed it went on from elsewhere.
+        Returns the number of the new incarnation, and the oldest version of every ready group; or None, with nothing
+        changed, if the file has another history than the checkpoint. For ``oldest`` and ``expected`` see
+        :func:`~lightning_rft.buffer.resume.settle`; the latter must not call the ledger.
         """
         version = progress.version
         with self._file.transaction() as file:
@@ -125,7 +100,7 @@ class Ledger:
             if row is None or row[1] > version:
                 return None
             run: int = row[0]
-            # One that later went on from before the checkpoint has lived another life since.
+            # If a later incarnation resumed from before the checkpoint, the file's history has left the checkpoint's.
             later = "SELECT count(*) FROM incarnations WHERE run = ? AND number > ? AND version < ?"
             if file.execute(later, run, incarnation, version).fetchone()[0]:
                 return None
@@ -140,15 +115,15 @@ class Ledger:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All changes inside happen, or, if anything raises or the process dies, none of them."""
+        """Makes one transaction of all changes inside."""
         with self._file.transaction():
             yield
 
     def issue(self, key: GroupKey, task_id: str, epoch: int, explorer: int) -> None:
-        """Notes that an explorer was given a group: a new one or one that is issued, dropped, filtered or failed.
+        """Records that an explorer was given a group.
 
-        A further issue of what is issued or dropped counts as one more attempt and forgets what the one before left
-        behind. After a filtered or failed task another one begins the next round of the slot.
+        Of an issued or dropped group it is one more attempt, which deletes what the last one stored. After a filtered
+        or failed task it begins the next round of the slot.
         """
         if not self._run:
             raise ScheduleError(f"group {tuple(key)} cannot be issued: call begin or resume first")
@@ -172,7 +147,7 @@ class Ledger:
             file.execute(f"DELETE FROM experiences WHERE {ROUND}", *at)
 
     def ready(self, group: Group) -> None:
-        """Stores an issued group that an explorer finished: experiences of its task, at least one, with tokens."""
+        """Stores an issued group that an explorer finished."""
         key, task_id = group.key, group.task_id
         if not group.experiences:
             raise ScheduleError(f"group {tuple(key)} cannot be ready: it has no experiences")
@@ -196,58 +171,55 @@ class Ledger:
             )
 
     def lease(self, keys: Sequence[GroupKey]) -> list[Group]:
-        """Takes ready groups, in the order of ``keys``, experiences in the order in which they were stored."""
+        """Takes ready groups for the trainer."""
         with self._file.transaction():
             return [self._stored(key, self._change(key, State.LEASED, State.READY)) for key in keys]
 
     def read(self, keys: Iterable[GroupKey]) -> list[Group]:
-        """The ready groups of these keys, without taking them."""
+        """Reads ready groups without taking them."""
         with self._file.transaction():
             return [self._stored(key, self._check(key, self._current(key), State.READY, State.READY)) for key in keys]
 
     def release(self) -> None:
-        """Gives back what is leased: it is ready again. Nothing leased is fine."""
+        """Makes what is leased ready again."""
         with self._file.transaction() as file:
             file.execute("UPDATE groups SET state = 'ready' WHERE run = ? AND state = 'leased'", self._run)
 
     def trained(self, step: int) -> None:
-        """Notes that what is leased, at least one group, was trained as batch ``step``. Its experiences stay."""
+        """Records that what is leased was trained as batch ``step``."""
         change = "UPDATE groups SET state = 'trained', step = ? WHERE run = ? AND state = 'leased'"
         with self._file.transaction() as file:
             if not file.execute(change, step, self._run).rowcount:
                 raise ScheduleError(f"batch {step} cannot go to trained: no group is leased")
 
     def failed(self, key: GroupKey, error: str, step: int) -> None:
-        """Notes that the task of an issued group ended in an error, for good, at version ``step``."""
+        """Records that the task of an issued group ended in an error at version ``step``."""
         with self._file.transaction():
             self._change(key, State.FAILED, State.ISSUED, step=step, error=error)
 
     def filtered(self, key: GroupKey, step: int) -> None:
-        """Notes that an issued, ready or leased group was judged not worth training, at version ``step``.
-
-        That ends its task. What was not stored yet is not stored.
-        """
+        """Records that a group was judged not worth training at version ``step``, which ends its task."""
         with self._file.transaction():
             self._change(key, State.FILTERED, State.ISSUED, State.READY, State.LEASED, step=step)
 
     def dropped(self, key: GroupKey) -> None:
-        """Notes that an issued, ready or leased group will not be trained as it is; it may be issued again."""
+        """Records that a group is given up; it may be issued again."""
         with self._file.transaction():
             self._change(key, State.DROPPED, State.ISSUED, State.READY, State.LEASED)
 
     # Questions
 
     def counts(self) -> dict[State, int]:
-        """How many groups of the run are in each state, zeros included; each task that a slot had counts as one."""
+        """The number of groups in each state, zeros included; every round of a slot counts."""
         found = dict(self._file.ask("SELECT state, count(*) FROM groups WHERE run = ? GROUP BY state", self._run))
         return {state: found.get(state.value, 0) for state in State}
 
     def trained_tasks(self, epoch: int | None = None) -> list[str]:
-        """Ids of the tasks that the run trained, in training order; of one epoch if given."""
+        """Ids of the trained tasks in training order, of one epoch if given."""
         return [task_id for task_id, state in self.ended(epoch) if state is State.TRAINED]
 
     def ended(self, epoch: int | None = None) -> list[tuple[str, State]]:
-        """Ids of the tasks that the run trained, filtered or failed, by step; of one epoch if given."""
+        """Ids and ends of the tasks that were trained, filtered or failed, by step; of one epoch if given."""
         rows = self._file.ask(
             "SELECT task_id, state FROM groups WHERE run = ? AND step IS NOT NULL AND epoch = coalesce(?, epoch)"
             " ORDER BY step, batch, slot, round",

@@ -1,4 +1,4 @@
-"""Read-only access to a buffer: as a table of samples, and as batches to train on without explorers."""
+"""Read-only access to a buffer: a table of samples, and batches to train on without explorers."""
 
 from __future__ import annotations
 
@@ -31,21 +31,19 @@ _KEYS = "run, batch, slot, round"
 def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, Any]]:
     """Reads a buffer as one flat row per sample, after its run or while it goes on.
 
-    The file is opened to read only, and all rows are as of the moment of the first. A run that goes on is neither held
-    up nor disturbed; but its file grows until the last row is read, so read on. SQLite may leave two small files
-    beside one that no run has open, named as it with ``-wal`` and ``-shm``.
+    All rows are as of the moment of the first. A run in progress is not disturbed, but its file cannot shrink until the
+    last row is read. SQLite may leave two small files beside the buffer, which end in ``-wal`` and ``-shm``.
 
-    The columns: of the group ``run``, ``incarnation`` (the one that issued it last), ``batch``, ``slot``, ``round``
-    (which of the tasks that the slot had), ``epoch``, ``task_id``, ``state``, ``step`` (the batch it was trained in, or
-    the version at which it ended otherwise), ``attempts`` and ``error``; of the sample ``sample``, ``reward``,
-    ``rewards`` (its parts by name, as JSON), ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and
-    ``newest_version``. A group without experiences is one row, with None for these.
+    Columns of the group: ``run``, ``incarnation`` (the last that issued it), ``batch``, ``slot``, ``round`` (counts the
+    tasks of the slot), ``epoch``, ``task_id``, ``state``, ``step`` (the batch that trained it, or the version at which
+    it failed or was filtered), ``attempts`` and ``error``. Columns of the sample: ``sample``, ``reward``, ``rewards``
+    (its parts by name, as JSON), ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and
+    ``newest_version``; a group without samples is one row, with None for these.
 
     Args:
         path: The file.
-        tokens: Whether to add ``prompt_ids``, ``token_ids``, ``logprobs`` and ``versions``, each one list per turn,
-            also where there is but one turn, so that all rows have the same types; and ``temperature``, with one number
-            per turn.
+        tokens: Whether to add ``prompt_ids``, ``token_ids``, ``logprobs`` and ``versions``, with a list per turn, and
+            ``temperature``, with a number per turn.
 
     Raises:
         ConfigurationError: There is no such file, or it is no buffer or one of another format.
@@ -80,10 +78,9 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
 
 
 class StoredExperience:
-    """The groups of a buffer's file as batches for the loader, epoch after epoch.
+    """The groups of a buffer's file that can be trained, as batches for the loader, epoch after epoch.
 
-    Dropped, failed and filtered groups are left out. The file is open only while a batch is read. ``version`` is called
-    for the number of batches trained so far. Raises ConfigurationError if there is nothing to train on.
+    ``version`` returns the number of batches trained so far.
     """
 
     def __init__(
@@ -102,16 +99,16 @@ class StoredExperience:
 
     @property
     def batches(self) -> int:
-        """Batches of an epoch, of which the last may have fewer groups."""
+        """Batches per epoch; the last may have fewer groups."""
         return -(-len(self._keys) // self._tasks_per_step)
 
     @property
     def version(self) -> int:
-        """Batches trained so far, which is the batch that comes next."""
+        """Batches trained so far."""
         return self._version()
 
     def wanted(self, batch: int) -> list[Group]:
-        """Reads a batch; the same number always means the same groups."""
+        """Reads a batch; a number always means the same groups."""
         epoch, index = divmod(batch % self.repeated if self.repeated else batch, self.batches)
         order = list(range(len(self._keys)))
         if self._shuffle:
@@ -132,7 +129,7 @@ class StoredExperience:
 
 
 def stored_keys(path: Path) -> list[tuple[int, ...]]:
-    """Run, batch, slot and round of every group of a file that can be trained on, of all its runs."""
+    """Run, batch, slot and round of every group in a file that can be trained."""
     with _connected(path) as connection:
         return connection.execute(
             f"SELECT DISTINCT {_KEYS} FROM groups JOIN experiences USING ({_KEYS})"
@@ -142,10 +139,9 @@ def stored_keys(path: Path) -> list[tuple[int, ...]]:
 
 @contextmanager
 def _connected(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection to read only, as :func:`read_buffer` describes it."""
     if not path.is_file():
         raise ConfigurationError(f"there is no buffer {str(path)!r}: give the path of a run's buffer.sqlite")
-    # To read beside a writer SQLite wants a small file of its own there. Where it cannot make one, nobody writes.
+    # SQLite reads beside a writer with the help of a small file. Where it cannot create one, nobody writes.
     still = not os.access(path.parent, os.W_OK) and not Path(f"{path}-wal").exists()
     uri = f"file:{quote(str(path.absolute()))}?mode=ro{'&immutable=1' if still else ''}"
     with ExitStack() as resources:

@@ -1,8 +1,8 @@
-"""Reconciliation of a buffer with a checkpoint: what of a run's groups still holds when it resumes.
+"""Reconciliation of a buffer with the checkpoint from which a run resumes.
 
-The file has seen more than the checkpoint: what came between the checkpoint and the end of the process is a future
-that will not happen. Stored experience of it may still be good; endings of tasks in it are not, as those tasks come
-again. :func:`settle` decides that as a pure function; the others read and change the rounds in the file.
+The file knows what happened between the checkpoint and the end of the process, a future that will not happen now. Its
+experience may still be used; its ended tasks have not ended, as they come again. :func:`settle` decides that, as a
+pure function.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COLUMNS = "round, task_id, epoch, state, incarnation, step, oldest_version, new
 
 
 class Round(NamedTuple):
-    """One round of a slot as the file knows it; ``task`` is (task id, epoch)."""
+    """One round of a slot in the file; ``task`` is (task id, epoch)."""
 
     round: int
     task: tuple[str, int]
@@ -40,7 +40,7 @@ class Round(NamedTuple):
 
 
 class Change(NamedTuple):
-    """The new state of a round and its step, if any; without a state, the round and those after it are deleted."""
+    """The new state of a round; without one, the round and all later ones of its slot are deleted."""
 
     key: GroupKey
     round: int
@@ -56,20 +56,16 @@ def settle(
     oldest: int,
     expected: Callable[[GroupKey], tuple[str, int] | None],
 ) -> Iterator[Change]:
-    """Yields what must change so that the groups are as the checkpoint of this incarnation and progress knows them.
+    """Yields what must change in :func:`unsettled` groups to match a checkpoint's incarnation and progress.
 
-    Args:
-        history: The rounds, in order, of every group that :func:`unsettled` names.
-        incarnation: Of the checkpoint.
-        progress: Of the checkpoint.
-        oldest: The oldest version that a token may have.
-        expected: The task and epoch that the checkpoint means for a group, None if it knows of none. Asked only where
-            it matters, so that a plan need not be drawn up for the whole lost future.
+    Groups in the checkpoint's weights are trained. Others are ready if their experience is of the expected task, no
+    newer than the checkpoint and no older than ``oldest``, and else dropped. ``expected`` returns the task and epoch
+    that the checkpoint has for a group, or None; it is asked only where it matters, as its answer may take planning.
     """
     where: dict[tuple[str, int], set[GroupKey]] = defaultdict(set)
     for key, rounds in history.items():
         for round in rounds:
-            # What an earlier resume dropped tells of a plan that no longer holds.
+            # What an earlier resume dropped belongs to a plan that no longer holds.
             if round.state is not State.DROPPED or round.incarnation >= incarnation:
                 where[round.task].add(key)
     version = progress.version
@@ -103,34 +99,31 @@ def settle(
 def _lost(rounds: Sequence[Round], version: int, task: tuple[str, int] | None, elsewhere: bool) -> int | None:
     """The first round of an untrained group that belongs to the lost future, None if there is none.
 
-    An ending before the version is of the past and one after it is lost; of one at the version, the group's task says
-    on which side of the checkpoint it was, since each ending gives the slot the next task.
+    A task that ended before the version is past, and one that ended after it is lost. At the version itself, the
+    group's task tells which it is, since the slot then gets the next task.
     """
-    # What came before the task that the checkpoint knows is true, and that the task itself ended is not.
+    # The rounds before the checkpoint's task did end, and the task itself did not.
     for round in rounds:
         if round.task == task:
             return round.round if round.state in ENDED else None
     ended = [round for round in rounds if round.state in ENDED and round.step is not None and round.step >= version]
     if not ended:
         return None
-    # The checkpoint may know of the next task before the file does. But if that task was given to another slot, then
-    # this slot had none yet at the checkpoint, and got its own only because others had used up more of them.
+    # The checkpoint may know the next task before the file does. But if another slot got that task, then this slot had
+    # no next task at the checkpoint.
     if task is not None and not elsewhere and rounds[-1] is ended[-1] and ended[-1].step == version:
         return None
     return ended[0].round
 
 
 def current(file: File, run: int, key: GroupKey) -> Round | None:
-    """The current round of a group, None if it was never issued."""
+    """The latest round of a group, None if it was never issued."""
     row = file.execute(f"SELECT {_COLUMNS} FROM groups WHERE {_KEY} ORDER BY round DESC LIMIT 1", run, *key).fetchone()
     return None if row is None else _round(row)
 
 
 def unsettled(file: File, run: int, progress: Progress) -> dict[GroupKey, list[Round]]:
-    """The rounds that a checkpoint may see differently than the file does.
-
-    Those of groups with a batch or a step from its version on, of groups that have not ended, and of those behind.
-    """
+    """The rounds about which a checkpoint and the file may differ: of later or unended groups, and of those behind."""
     rows = file.execute(
         f"SELECT batch, slot, {_COLUMNS} FROM groups"
         " WHERE run = ? AND (batch >= ? OR step >= ? OR step IS NULL) ORDER BY batch, slot, round",

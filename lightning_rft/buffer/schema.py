@@ -1,4 +1,4 @@
-"""The tables of a buffer file, and how to recognise one."""
+"""The tables of a buffer file, and its format version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_rft.errors import ConfigurationError, StorageError
 __all__ = ["DAMAGED", "State", "check_format", "prepare"]
 
 FORMAT_VERSION = 3
-APPLICATION_ID = 0x52465442  # "RFTB": tells our files from those of other programs that also count versions from 1
+APPLICATION_ID = 0x52465442  # "RFTB": tells our files from those of other programs
 
 DAMAGED = (
     "something has damaged the file; resume with `ckpt_path` and `buffer` set to a new path: what was trained is in "
@@ -23,8 +23,8 @@ DAMAGED = (
 class State(StrEnum):
     """State of a group.
 
-    ``trained``, ``filtered`` and ``failed`` end a task. A dropped group is issued again in the same round; the slot of
-    a filtered or failed one gets another task, in the next round.
+    Trained, filtered and failed end a task. A dropped group is issued again in the same round; the slot of a filtered
+    or failed one gets another task, in the next round.
     """
 
     ISSUED = "issued"
@@ -40,12 +40,12 @@ class State(StrEnum):
         raise StorageError(f"a group of the buffer is in the unknown state {value!r}: {DAMAGED}")
 
 
-# A resumed run is a further incarnation of the same run. `round` counts the tasks that a slot had, from 0; the largest
-# is the current one. `step` is the batch that a trained group was part of, or the version at which a group failed or
-# was filtered: it is set in just these three states. `incarnation` is the one that issued the group last. `samples`
-# tells that none of its experiences is lost where the index that finds them is damaged.
-# Blobs sit in an ordinary table, last in the row: WITHOUT ROWID suits small rows only, and readers of the other
-# columns then never touch the pages of a blob.
+# A resumed run is another incarnation of the same run. `round` counts the tasks of a slot from 0; the largest is the
+# current one. `step` is the batch of a trained group, or the version at which a group failed or was filtered, and null
+# in all other states. `incarnation` is the last that issued the group. `samples` reveals experiences lost to a damaged
+# index.
+# Blobs come last in the row of an ordinary table, so that readers of other columns never touch their pages; WITHOUT
+# ROWID suits small rows only.
 _TABLES = f"""
 CREATE TABLE identity (id TEXT NOT NULL);
 CREATE TABLE incarnations (
@@ -98,7 +98,7 @@ PRAGMA user_version = {FORMAT_VERSION};
 
 
 def check_format(connection: sqlite3.Connection, path: str | Path) -> bool:
-    """Whether the file holds a buffer; False if it is empty, ConfigurationError if it holds anything else."""
+    """True if the file holds a buffer, False if it is empty; ConfigurationError if it holds anything else."""
     application: int = connection.execute("PRAGMA application_id").fetchone()[0]
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
@@ -117,11 +117,11 @@ def check_format(connection: sqlite3.Connection, path: str | Path) -> bool:
 
 
 def prepare(connection: sqlite3.Connection, path: str | Path) -> None:
-    """Makes a connection ready to write, and creates the tables of a new file."""
+    """Sets up a connection to write, and creates the tables of a new file."""
     filled = check_format(connection, path)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
-    # Pages of the log after which it is merged into the file: 16 MB, as each merge waits for the disk twice.
+    # The log is merged into the file every 16 MB, as each merge waits for the disk twice.
     connection.execute("PRAGMA wal_autocheckpoint = 4000")
     if not filled:
         name = uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""Choice of the groups that are trained: filters, priorities and replay."""
+"""Choice of the groups to train: filters, priorities and replay."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ __all__ = ["Filter", "Priority", "Replay", "ReplayMemory", "has_signal", "recenc
 
 
 def has_signal(group: Group) -> bool:
-    """Whether the rewards of a group differ; where they do not, group-relative advantages are all zero.
+    """Whether the rewards of a group differ; if not, group-relative advantages are all zero.
 
-    As ``Buffer(group_filter=has_signal)`` this is the dynamic sampling of DAPO,
-    `Yu et al. 2025 <https://arxiv.org/abs/2503.14476>`_: every batch is full of groups with a gradient, and what the
-    policy always or never solves costs only its exploration.
+    ``Buffer(group_filter=has_signal)`` is the dynamic sampling of DAPO
+    (`Yu et al. 2025 <https://arxiv.org/abs/2503.14476>`_): every group of a batch has a gradient.
 
     Args:
         group: A complete group.
@@ -37,7 +36,7 @@ def has_signal(group: Group) -> bool:
 
 
 class Filter:
-    """Applies a ``group_filter`` (None keeps everything), and ends a run that would explore for ever."""
+    """Applies a ``group_filter`` (None keeps everything), and ends a run in which it refuses nearly everything."""
 
     def __init__(self, keep: Callable[[Group], object] | None, max_refused: int) -> None:
         #: Groups refused so far.
@@ -45,15 +44,15 @@ class Filter:
         self._keep = keep
         self._max_refused = max_refused
         self._in_a_row = 0  # samples that were refused
-        self._judged = self._told = 0  # groups in all, and those that share() has told of
-        self._told_refused = 0
+        self._judged = 0  # groups
+        self._reported = 0, 0  # refused and judged at the last share()
 
     def keeps(self, group: Group) -> bool:
-        """Whether a group is to be trained."""
+        """Whether to train a group."""
         return self._keep is None or bool(self._keep(group))
 
     def count(self, group: Group, kept: bool) -> None:
-        """Counts a group; ConfigurationError once so many are refused that no batch may ever fill."""
+        """Counts a group; ConfigurationError if too many samples in a row were refused."""
         self._judged += 1
         self._in_a_row = 0 if kept else self._in_a_row + len(group.experiences)
         self.refused += not kept
@@ -66,16 +65,14 @@ class Filter:
             )
 
     def share(self) -> float:
-        """Share of refused groups among those since the last call."""
-        judged, refused = self._judged - self._told, self.refused - self._told_refused
-        self._told, self._told_refused = self._judged, self.refused
-        return refused / max(1, judged)
+        """Share of groups refused since the last call."""
+        refused, judged = self._reported
+        self._reported = self.refused, self._judged
+        return (self.refused - refused) / max(1, self._judged - judged)
 
 
 def reward_variance(group: Group) -> float:
-    """Score for :class:`Priority`: variance of the rewards, highest for tasks that are solved about half the time.
-
-    Those have the largest advantages, hence the most to teach.
+    """Score for :class:`Priority`: variance of the rewards, highest for tasks that are solved half the time.
 
     Args:
         group: A complete group.
@@ -92,7 +89,7 @@ def reward_variance(group: Group) -> float:
 
 
 def recency(group: Group) -> float:
-    """Score for :class:`Priority`: the newest weights come first, which is nearest to on-policy.
+    """Score for :class:`Priority`: groups of the newest weights, nearest to on-policy, come first.
 
     Args:
         group: A complete group.
@@ -107,16 +104,15 @@ _SCORES: dict[str, Callable[[Group], float]] = {"reward_variance": reward_varian
 
 
 class Priority:
-    """Trains the groups with the highest scores first, under a strategy that does not keep the order of issue.
+    """Trains the groups with the highest scores first, under an asynchronous strategy.
 
-    Whatever would be too old after a step is trained in it all the same, so no group waits for longer than the
-    strategy's ``max_staleness`` allows. There is a choice only as long as less is explored ahead than that allows:
-    explorers that keep up with the trainer explore everything as early as they may, and then it is due in the order of
-    issue. So set ``Buffer.capacity``, to half of ``max_staleness * tasks_per_step`` for example.
+    Groups that would be too old after a step are trained in it regardless of their score. Explorers that keep up with
+    the trainer explore everything as early as they may, which leaves no choice: it is due in the order of issue. So set
+    ``Buffer.capacity``, for example to half of ``max_staleness * tasks_per_step``.
 
     Args:
         score: ``"reward_variance"``, ``"recency"``, or a function of a finished group that returns a finite number. It
-            is called once per group, in the trainer's process while explorers are listened to: it should be quick.
+            is called once per group, in the trainer's process, and should be quick.
 
     Raises:
         ConfigurationError: ``score`` is neither.
@@ -141,7 +137,7 @@ class Priority:
         self._function = found
 
     def __call__(self, group: Group) -> float:
-        """The score of a group; ConfigurationError if it is not a finite number."""
+        """Returns the score of a group; ConfigurationError if it is not a finite number."""
         score = self._function(group)
         try:
             number = float(score)
@@ -155,7 +151,7 @@ class Priority:
         return number
 
     def check(self, strategy: str, asynchronous: bool) -> None:
-        """Raises ConfigurationError under a strategy (its name) that trains groups in the order of issue."""
+        """Raises ConfigurationError under a strategy that trains groups in the order of issue."""
         if not asynchronous:
             raise ConfigurationError(
                 f"selection=Priority(...) has nothing to choose under {strategy}, which trains groups in the order in "
@@ -164,12 +160,12 @@ class Priority:
 
 
 class Replay:
-    """Trains groups more than once: each batch is joined by some that were trained before.
+    """Trains groups more than once: adds to each batch some that were trained before.
 
-    They are groups that were trained fewer than ``times`` times and are still within the strategy's ``max_staleness``,
-    the newest first; importance ratios correct for their age as for that of any other. They live in memory: after a
-    resume there are none at first. As with :class:`Priority`, groups that are already as old as allowed when they are
-    trained cannot be replayed later: set ``Buffer.capacity`` under an asynchronous strategy.
+    Those are groups that were trained fewer than ``times`` times and are within the strategy's ``max_staleness``, the
+    newest first; importance ratios correct for their age. They are kept in memory, and lost on a resume. Groups that
+    are already as old as allowed when they are first trained cannot be replayed: set ``Buffer.capacity`` under an
+    asynchronous strategy.
 
     Args:
         times: Maximum trainings of a group, the first included; at least 2.
@@ -194,7 +190,7 @@ class Replay:
         self.groups = groups
 
     def check(self, strategy: str, max_staleness: int) -> None:
-        """Raises ConfigurationError under a strategy (its name) whose bound leaves nothing to replay."""
+        """Raises ConfigurationError under a strategy whose bound leaves nothing to replay."""
         if max_staleness < 1:
             raise ConfigurationError(
                 f"replay=Replay(...) can never happen under {strategy}: a group of version b that was trained in batch "
@@ -204,10 +200,10 @@ class Replay:
 
 
 class ReplayMemory:
-    """The groups of one run that may be trained once more; none ever if ``replay`` is None."""
+    """The groups of a run that may be trained again."""
 
     def __init__(self, replay: Replay | None, tasks_per_step: int, max_staleness: int) -> None:
-        #: Groups that were replayed with the batch that was trained last.
+        #: Groups replayed in the last batch.
         self.replayed = 0
         self._times = 1 if replay is None else replay.times
         self._at_most = 0 if replay is None else replay.groups or max(1, tasks_per_step // 2)
@@ -215,12 +211,12 @@ class ReplayMemory:
         self._trainings: dict[GroupKey, tuple[Group, int]] = {}  # of those that may still be trained again
 
     def chosen(self, batch: int) -> list[Group]:
-        """The groups to replay with a batch, those with the newest weights; asking changes nothing."""
+        """The groups to replay in a batch: those of the newest weights."""
         able = [group for group, _ in self._trainings.values() if group.is_fresh(batch, self._max_staleness)]
         return sorted(able, key=lambda group: (-group.oldest_version, group.key))[: self._at_most]
 
     def trained(self, batch: int, fresh: Sequence[Group]) -> None:
-        """Notes that a batch was trained: its fresh groups and those chosen to be replayed."""
+        """Counts a batch: its fresh groups and those that it replayed."""
         again = self.chosen(batch)
         self.replayed = len(again)
         for group in [*fresh, *again]:

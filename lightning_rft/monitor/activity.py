@@ -1,4 +1,4 @@
-"""What trainer and explorers do and wait for: totals for the figures of a run, and spans for its timeline."""
+"""The activity of trainer and explorers: totals for a run's metrics, and spans for its timeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = {"explore": "explore", "weights": "wait_weights", "room": "wait_room", 
 
 
 class Activity:
-    """Adds up what explorers and trainer do, and passes spans to the observers; only :meth:`observe` is thread-safe."""
+    """Adds up what explorers and trainer do, and passes spans to observers; only :meth:`observe` is thread-safe."""
 
     def __init__(self, observers: Sequence[Callable[[Span], None]]) -> None:
         self._observers = observers
@@ -60,7 +60,7 @@ class Activity:
         self._counted = now
 
     def metrics(self) -> dict[str, float]:
-        """Seconds that explorers spent in each state since the last call, their mean."""
+        """Mean seconds that an explorer spent in each state since the last call."""
         count = max(1, len(self._states))
         values = {
             f"rft/explorer_{name}_s": (self._seconds[state] - self._reported[state]) / count
@@ -70,7 +70,7 @@ class Activity:
         return values
 
     def summary(self) -> str:
-        """One line: what each side did, which was the bottleneck, and what to change."""
+        """One line of advice about the whole run."""
         total = max(time.monotonic() - self._began, 1e-9)
         explorers = max(1e-9, sum(self._seconds.values()))
         return advice(
@@ -85,9 +85,9 @@ class Activity:
 def advice(*, experience: float, push: float, weights: float, room: float, load: float) -> str:
     """Says which side was the bottleneck and what to change.
 
-    ``experience`` and ``push`` are the shares of its time that the trainer waited for experience, and for groups that
-    older weights must explore before a push. The others are the shares of their time that explorers waited for new
-    weights and for room in the buffer, and loaded weights.
+    ``experience`` and ``push`` are the shares of its time that the trainer waited for experience, and for groups to
+    finish before a push; ``weights``, ``room`` and ``load`` are the shares that explorers waited for new weights and
+    for room in the buffer, and loaded weights.
 
     Example:
         >>> print(advice(experience=0.6, push=0.0, weights=0.05, room=0.0, load=0.05))

@@ -1,4 +1,4 @@
-"""Spans as a picture, in the colours of the four drawings of synchronisation; only drawing imports matplotlib."""
+"""A picture of spans, which only drawing it needs matplotlib for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _INK, _FAINT = "#333333", "#777777"
 
 
 def draw(spans: Sequence[Span], path: str | Path, *, title: str = "", batches: int = 8, dropped: int = 0) -> None:
-    """Draws the last ``batches`` batches that were trained, from at least one span, as a PNG file."""
+    """Draws the last ``batches`` trained batches, from at least one span, as a PNG file."""
     import matplotlib.style
 
     zero = min(span.begin for span in spans)
@@ -48,7 +48,7 @@ def draw(spans: Sequence[Span], path: str | Path, *, title: str = "", batches: i
 
 
 def _window(spans: Sequence[Span], batches: int) -> tuple[float, float, str]:
-    """Begin and end of what to show, and a note that says what it is."""
+    """Begin and end of what to show, and a note about it."""
     begin, end = min(span.begin for span in spans), max(span.end for span in spans)
     trained = sorted(span.end for span in spans if span.what == "train")
     if len(trained) > batches:
@@ -57,13 +57,13 @@ def _window(spans: Sequence[Span], batches: int) -> tuple[float, float, str]:
 
 
 class _Canvas:
-    """A figure on which everything is placed in inches, so that text can be measured before it is written."""
+    """A figure in inches, on which text can be measured before it is written."""
 
     def __init__(self, height: float) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        # no pyplot: there is no window and no global figure
+        # not by pyplot, which has windows and global figures
         self.figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
         self.renderer = FigureCanvasAgg(self.figure).get_renderer()
         self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH), ylim=(0, height))

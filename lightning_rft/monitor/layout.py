@@ -1,4 +1,4 @@
-"""Layout of a timeline's picture as plain data: the blocks of each track, and the labels that they may carry."""
+"""Layout of a timeline's picture as plain data: the blocks of each track and their labels."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Block:
     kind: str
     begin: float
     end: float
-    labels: tuple[str, ...] = ()  #: The best first; the first that fits is written.
+    labels: tuple[str, ...] = ()  #: The first that fits is written.
     low: float = 0.0
     high: float = 1.0
     ticks: tuple[float, ...] = ()
-    visible: tuple[Interval, ...] | None = None  #: The parts that no other block covers; ``None`` for all of it.
+    visible: tuple[Interval, ...] | None = None  #: The parts that no other block covers; None for all.
 
 
 def layout(spans: Sequence[Span], near: float) -> list[Block]:
-    """The blocks of one track, those on top last; blocks that are nearer than ``near`` seconds count as touching."""
+    """The blocks of a track, those on top last; blocks less than ``near`` seconds apart count as touching."""
     rollouts = _stack(_by_batch("rollout", spans, near), near)
     puts = _stack(_by_batch("put", spans, math.inf), near)
     trains = [Block("train", span.begin, span.end, _labels(span)) for span in spans if span.what == "train"]
@@ -47,7 +47,7 @@ def layout(spans: Sequence[Span], near: float) -> list[Block]:
         trains = [replace(block, low=_STRIP) for block in trains]
         waits = [replace(block, low=_STRIP, visible=_uncovered(block, trains, near)) for block in waits]
     else:
-        # an engine that loads weights computes nothing else, and continues its rollouts afterwards
+        # an engine that loads weights computes nothing else
         rollouts = [replace(block, visible=_uncovered(block, weights, 0.0)) for block in rollouts]
         busy = [*rollouts, *trains, *weights]
         waits = [replace(block, visible=_uncovered(block, busy, near)) for block in waits]
@@ -55,7 +55,7 @@ def layout(spans: Sequence[Span], near: float) -> list[Block]:
 
 
 def _by_batch(what: str, spans: Iterable[Span], near: float) -> list[Block]:
-    """Blocks of what is done for groups, merged by batch where they touch."""
+    """Blocks of one kind, merged where they touch and are of one batch."""
     batches: dict[tuple[str, ...], list[Span]] = {}
     for span in sorted((span for span in spans if span.what == what), key=lambda span: span.batch or 0):
         batches.setdefault(_labels(span), []).append(span)
@@ -67,7 +67,7 @@ def _by_batch(what: str, spans: Iterable[Span], near: float) -> list[Block]:
 
 
 def _stack(blocks: Iterable[Block], near: float) -> list[Block]:
-    """Puts blocks that overlap in time one above the other; beyond the last lane they join its last block."""
+    """Stacks blocks that overlap in time; if there are too many, they join the last block of the last lane."""
     stacks: list[list[list[Block]]] = []  # of lanes of blocks; stacks do not overlap in time
     reach = -math.inf
     for block in sorted(blocks, key=lambda block: block.begin):
@@ -98,7 +98,7 @@ def _overlap(one: Block, other: Block) -> float:
 
 
 def _uncovered(block: Block, others: Iterable[Block], shortest: float) -> tuple[Interval, ...]:
-    """The parts of a block that no other covers and that are longer than ``shortest``."""
+    """The parts of a block that no other covers, if longer than ``shortest``."""
     pieces, begin = [], block.begin
     for first, last in union((other.begin, other.end) for other in others if _overlap(block, other) > 0):
         pieces.append((begin, first))

@@ -1,4 +1,4 @@
-"""The logged metrics of a batch, accumulated over its micro-batches with torchmetrics."""
+"""The logged metrics of a batch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class BatchMetrics(nn.Module):
             self.tokens.update(float(len(staleness)))
 
     def update_loss(self, loss: Tensor) -> None:
-        """Adds a share's part of the batch's loss."""
+        """Adds a part of the batch's loss."""
         # the metric would leave NaN out of its sum
         self.loss.update(loss.detach().nan_to_num(math.inf, math.inf, -math.inf))
 
@@ -74,8 +74,8 @@ class BatchMetrics(nn.Module):
             self.get_submodule(name).update(values, weight)  # type: ignore[operator]
 
     def update_gap(self, gap: Tensor, on_policy: Tensor) -> None:
-        """Adds by how much each token's log-prob differs from the one it was sampled with [N], where it should not."""
-        self.sampling_gap.update(gap.nan_to_num(0.0, 0.0), on_policy.float())  # another check minds what is not finite
+        """Adds the difference of each token's log-prob from the one it was sampled with [N], where ``on_policy``."""
+        self.sampling_gap.update(gap.nan_to_num(0.0, 0.0), on_policy.float())  # the step checks what is not finite
 
     def collect(self) -> dict[str, float]:
         """Returns the values of the batch, and starts the next."""
@@ -102,7 +102,7 @@ class BatchMetrics(nn.Module):
         """Forgets what was added."""
         for _, metric in self._metrics():
             metric.reset()
-            # so that a rank whose share is empty has something to add to
+            # so that a rank with an empty share has something to add to
             metric.update(*_NOTHING[type(metric)])
 
     def _metrics(self) -> list[tuple[str, Metric]]:

@@ -1,4 +1,4 @@
-"""Spans: records of what the processes of a run did when."""
+"""Spans: records of what a run's processes did when."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Span:
 
     @property
     def cause(self) -> str:
-        """What time was spent on: ``"train"``, ``"wait for experience"``."""
+        """What the time was spent on: ``"train"``, ``"wait for experience"``."""
         return f"{self.what} for {self.detail}" if self.what == "wait" and self.detail else self.what
 
     @property
@@ -40,7 +40,7 @@ class Span:
 
 
 def union(intervals: Iterable[Interval], gap: float = 0.0) -> list[Interval]:
-    """The union of intervals, in order; holes up to ``gap`` are closed.
+    """The union of intervals, in order, with holes up to ``gap`` closed.
 
     Example:
         >>> union([(4.0, 5.0), (0.0, 2.0), (1.0, 3.0)])
@@ -56,6 +56,6 @@ def union(intervals: Iterable[Interval], gap: float = 0.0) -> list[Interval]:
 
 
 def position(track: str) -> tuple[int, str, int]:
-    """Key that sorts tracks from top to bottom: explorers by number, the buffer, the trainer."""
+    """A key that sorts tracks from top to bottom: explorers by number, buffer, trainer."""
     name, _, number = track.partition(" ")
     return {"buffer": 1, "trainer": 2}.get(name, 0), name, int(number) if number.isdigit() else 0

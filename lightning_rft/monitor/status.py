@@ -1,4 +1,4 @@
-"""The terminal line that says what a run is doing while its progress bar has nothing to show yet."""
+"""The terminal line that shows what a run is doing before its progress bar moves."""
 
 from __future__ import annotations
 
@@ -17,26 +17,14 @@ __all__ = ["StatusLine"]
 
 
 class StatusLine:
-    """Shows what the trainer waits for, in the one line that its progress bar then takes over.
+    """Shows what the trainer waits for; as a context manager, it leaves the terminal clean. Not thread-safe.
 
-    In a terminal the line is rewritten in place. Where a bar of TQDM or Rich is already on the screen, the text is part
-    of it. Anywhere else (a file, a notebook) each new stage is a line of its own. Without a progress bar, or with
-    ``None`` as trainer, it is silent.
-
-    A ``with`` block around only the wait leaves the terminal clean however the wait ends, before anything else is
-    written to it::
-
-        with StatusLine(trainer) as status:
-            while len(done) < 4:
-                status.say("exploring batch 0", len(done), 4, "groups")
-                ...
-
-    Only the trainer's thread may use it.
+    In a terminal the line is rewritten in place, within a TQDM or Rich bar if there is one. Elsewhere (a file, a
+    notebook) each stage is a line of its own. It is silent if the trainer is None or has no progress bar.
     """
 
     def __init__(self, trainer: L.Trainer | None) -> None:
-        #: Whether to stay silent in a terminal unless a bar of TQDM or Rich is on the screen: for stages during which
-        #: others may write.
+        #: Whether to be silent in a terminal without a bar, for stages during which others may write.
         self.bar_only = False
         self._trainer = trainer if trainer is not None and trainer.is_global_zero else None
         self._place: _Place | None = None
@@ -54,7 +42,7 @@ class StatusLine:
         self.clear()
 
     def say(self, stage: str, done: int = 0, total: int = 0, unit: str = "") -> None:
-        """Shows a stage in place of the last one, and where text can be rewritten how much of ``total`` is done."""
+        """Shows a stage in place of the last one, and in a terminal how much of ``total`` is done."""
         callback = None if self._trainer is None else self._trainer.progress_bar_callback
         if callback is None or not getattr(callback, "is_enabled", True):
             return

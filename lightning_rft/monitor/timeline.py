@@ -1,4 +1,4 @@
-"""A callback that records what every process does when, and writes it as a trace and as a picture."""
+"""A callback that writes what every process did when, as a trace and as a picture."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _log = logging.getLogger(__name__)
 class TimelineCallback(Callback):
     """Writes what explorers, buffer and trainer did, and what they waited for, at the end of ``fit``.
 
-    ``timeline.json`` has all spans, in Chrome's trace event format: open it at https://ui.perfetto.dev.
-    ``timeline.png`` shows the last few batches. Both are also written when ``fit`` ends with an exception; a later
-    ``fit`` into the same folder replaces them.
+    ``timeline.json`` has all spans in Chrome's trace event format: open it at https://ui.perfetto.dev.
+    ``timeline.png`` shows the last few batches. Both are also written if ``fit`` ends with an exception, and replaced
+    by a later ``fit`` into the same folder.
 
     Args:
         dirpath: Folder to write to; left out, ``rft/`` in the trainer's log folder.
-        max_spans: Maximum number of spans to keep, about 200 bytes each; the oldest are dropped.
-        png_batches: Batches in the picture, counted back from the last that was trained.
+        max_spans: Maximum spans to keep, about 200 bytes each; the oldest are dropped.
+        png_batches: Batches in the picture, counted back from the last one trained.
 
     Raises:
         ConfigurationError: ``max_spans`` or ``png_batches`` is below 1, or there is no ``RFTDataModule`` to record.
@@ -72,7 +72,7 @@ class TimelineCallback(Callback):
 
     @property
     def spans(self) -> list[Span]:
-        """The spans recorded since ``fit`` began and not dropped, in the order in which they came."""
+        """The spans recorded since ``fit`` began, in the order in which they came, but for those dropped."""
         with self._lock:
             return list(self._spans)
 

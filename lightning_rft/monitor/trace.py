@@ -16,8 +16,8 @@ _THREADS = {"rollout", "put", "train", "wait"}  # everything else moves weights
 def trace(spans: Sequence[Span], *, title: str = "", dropped: int = 0) -> dict[str, Any]:
     """A Chrome trace, as JSON: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 
-    Tracks become processes; times become microseconds since the first span. Slices of one thread may not overlap, so
-    what a track does concurrently gets several threads.
+    Tracks become processes, and times microseconds since the first span. Slices of a thread may not overlap, so what a
+    track does concurrently gets several threads.
     """
     zero = min((span.begin for span in spans), default=0.0)
     names: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Checks of settings against each other: before anything is started, with an error that names the setting."""
+"""Checks of settings against each other, before anything is started."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ __all__ = ["check_counts", "check_folder", "check_source", "check_together", "sy
 def check_counts(
     *, tasks_per_step: int, samples_per_task: int, sampling: Sampling, tolerance: Tolerance, buffer: Buffer
 ) -> None:
-    """Checks the numbers that must fit each other.
-
-    Raises:
-        ConfigurationError: One is out of range.
-    """
+    """Raises ConfigurationError for numbers that do not fit each other."""
     for setting, count in {"tasks_per_step": tasks_per_step, "samples_per_task": samples_per_task}.items():
         if count < 1:
             raise ConfigurationError(f"{setting}={count} must be at least 1")
@@ -48,17 +44,7 @@ def check_counts(
 
 
 def check_source(*, explores: bool, reward: Callable[..., Any] | None, buffer: Buffer, validates: bool) -> None:
-    """Checks that experience can come from where it shall.
-
-    Args:
-        explores: Whether it comes from explorers, or else from a stored buffer.
-        reward: What explorers score with.
-        buffer: The buffer.
-        validates: Whether there are held-out tasks.
-
-    Raises:
-        ConfigurationError: Something that is needed is missing, or something is set that would not be heeded.
-    """
+    """Raises ConfigurationError if explorers, or else the stored buffer, lack or ignore a setting."""
     if explores:
         if reward is None:
             raise ConfigurationError("reward is missing: give a callable, or explorers=0 to train from a buffer")
@@ -82,21 +68,7 @@ def check_source(*, explores: bool, reward: Callable[..., Any] | None, buffer: B
 def check_together(
     trainer: L.Trainer, *, explorers: int, buffer: Buffer, samples_per_task: int, validates: bool
 ) -> RFTModule:
-    """Checks settings, trainer, strategy and module against each other, as far as that needs no file.
-
-    Args:
-        trainer: In the call that is about to run.
-        explorers: Number of explorers; 0 trains from the buffer.
-        buffer: The buffer.
-        samples_per_task: Samples of a group.
-        validates: Whether there are held-out tasks.
-
-    Returns:
-        The module.
-
-    Raises:
-        ConfigurationError: They do not go together.
-    """
+    """Returns the module; ConfigurationError if settings, trainer, strategy and module do not go together."""
     predicts = trainer.state.fn == TrainerFn.PREDICTING
     if predicts and explorers == 0:
         raise ConfigurationError("explorers=0 has nobody who explores: set explorers to 1 or more")
@@ -126,7 +98,7 @@ def check_together(
 
 
 def check_folder(folder: Path) -> None:
-    """Makes a run's folder, for its user alone; ConfigurationError if it cannot be written."""
+    """Creates a run's folder, private to its user; ConfigurationError if it cannot be written."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -139,11 +111,7 @@ def check_folder(folder: Path) -> None:
 
 
 def sync_strategy(trainer: L.Trainer) -> SyncStrategy:
-    """The one sync strategy among a trainer's callbacks.
-
-    Raises:
-        ConfigurationError: There is none, or more than one.
-    """
+    """The sync strategy among a trainer's callbacks; ConfigurationError unless there is exactly one."""
     found = sync_strategies(trainer)
     if len(found) != 1:
         names = " and ".join(type(callback).__name__ for callback in found) or "none"
@@ -161,7 +129,7 @@ def sync_strategies(trainer: L.Trainer) -> list[SyncStrategy]:
 
 
 def _check_features(trainer: L.Trainer, module: RFTModule) -> None:
-    """Refuses what Lightning offers and what cannot be right here."""
+    """Refuses features of Lightning that cannot work here."""
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigurationError(
             f"{type(trainer.strategy).__name__} gives the weights other names or keeps them for itself: set "

@@ -1,4 +1,4 @@
-"""What becomes of a run's groups, from issue to training: the buffer, the tasks and the filters told in one go."""
+"""The account of a run's groups, from issue to training, which keeps buffer, tasks and filters in step."""
 
 from __future__ import annotations
 
@@ -22,41 +22,29 @@ __all__ = ["Groups", "Judged"]
 
 _log = logging.getLogger(__name__)
 
-_REFUSALS = 3  # of one group: by then it is not chance
-_DEATHS = 2  # of explorers with the same group: it may be what kills them
+_REFUSALS = 3  # of one group: more are no coincidence
+_DEATHS = 2  # of explorers with the same group, which may be what kills them
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A group that came back, without the samples that failed, and what the user's own functions say of it."""
+    """A group of the samples that succeeded, and what the user's functions say of it."""
 
     group: Group
-    #: Why one of its samples failed, if one did.
-    failure: str = ""
-    #: Whether the filter keeps it.
+    failure: str = ""  #: Why the group failed, if it did.
     kept: bool = True
     score: float = 0.0
 
     @property
     def oldest(self) -> int | None:
-        """Version of its oldest token."""
+        """The version of its oldest token, if it has any."""
         return self.group.oldest_version if self.group.experiences else None
 
 
 class Groups:
-    """Keeps the account of every group. Not thread-safe, but for :meth:`judged`.
+    """Keeps the account of every group; only :meth:`judged` is thread-safe.
 
-    Args:
-        ledger: The buffer.
-        cursor: Which task belongs where.
-        incarnation: Number of this run in the ledger; explorers' answers carry it.
-        samples_per_task: Samples of a group.
-        min_samples: With fewer that succeeded, a group has failed, and another task takes its place.
-        sampling: How training samples.
-        max_staleness: The strategy's bound; what is older is explored again.
-        group_filter: Says which groups are not to be trained: another task takes the place of each.
-        score: Says what is to be trained first, where the strategy leaves a choice; ``None`` for the oldest.
-        replay: Says what comes along with a batch.
+    Explorers' answers carry the ``incarnation``. A group with fewer than ``min_samples`` successful samples has failed.
     """
 
     def __init__(
@@ -75,7 +63,7 @@ class Groups:
     ) -> None:
         self.incarnation = incarnation
         self.samples_per_task = samples_per_task
-        #: The batch that is trained, or is about to be.
+        #: The batch that is being trained, or is next.
         self.leased: list[Group] | None = None
         self._ledger = ledger
         self._cursor = cursor
@@ -93,7 +81,7 @@ class Groups:
     # While a group is explored
 
     def issue(self, issues: Sequence[tuple[GroupKey, int]]) -> list[tuple[Explore, int]]:
-        """Notes which explorers are at which groups; returns what each is to be told."""
+        """Records which explorers get which groups; returns the message to each."""
         with self._ledger.together():
             for key, explorer in issues:
                 self._ledger.issue(key, self._cursor.task(key).id, self._cursor.epoch(key), explorer)
@@ -108,14 +96,14 @@ class Groups:
         """Gives a group up, to be issued again."""
         self._dropped += 1
         self._ledger.dropped(key)
-        self._attempts[key] += 1  # an answer that is on its way is too late
+        self._attempts[key] += 1  # an answer on its way is too late
 
     def expects(self, key: GroupKey, attempt: int) -> bool:
-        """Whether a group was not given up since it was issued."""
+        """Whether an attempt at a group is still wanted."""
         return attempt == self._attempts[key]
 
     def lost(self, keys: Iterable[GroupKey], error: Exception, version: int) -> None:
-        """Notes that an explorer died with groups; one that others died with, too, has failed."""
+        """Records that an explorer died with groups; one with which several died has failed."""
         for key in [key for key in keys if not Validation.owns(key)]:
             self._deaths[key] += 1
             if self._deaths[key] >= _DEATHS:
@@ -124,7 +112,7 @@ class Groups:
     # When it has come back
 
     def judged(self, message: Explored) -> Judged:
-        """Asks filter and score about a group, which may take their time: nothing is changed."""
+        """Asks filter and score about a group, which may take long; changes nothing."""
         group = Group(message.key, message.task_id, message.experiences)
         if len(group.experiences) < self._min_samples:
             return Judged(group, message.failures[0].text)
@@ -133,16 +121,10 @@ class Groups:
         return Judged(group, score=0.0 if self._score is None else self._score(group))
 
     def keep(self, judged: Judged, version: int, trained_by: int) -> bool:
-        """Stores a group; ``False`` if it cannot be trained, and is to be issued again, or with another task.
+        """Stores a group; False if it cannot be trained and must be issued again, or with another task.
 
-        Args:
-            judged: The group.
-            version: Batches trained so far.
-            trained_by: The first step that can train it.
-
-        Raises:
-            ConfigurationError: Hardly any group passes the filter.
-            ScheduleError: Its tokens were too old again and again.
+        ``trained_by`` is the first step that can train it. Raises ConfigurationError if hardly any group passes the
+        filter, and ScheduleError if the group's tokens were too old several times.
         """
         key = judged.group.key
         if judged.failure:
@@ -161,18 +143,14 @@ class Groups:
         return judged.kept
 
     def read(self, batch: int) -> list[Group]:
-        """The groups of a batch that are ready."""
+        """Reads a batch whose groups are all ready."""
         keys = [GroupKey(batch, slot) for slot in range(self._cursor.plan.size(batch))]
         return list(self._ledger.read(keys))
 
     # When it is trained
 
     def lease(self, keys: Sequence[GroupKey], batch: int) -> None:
-        """Takes a batch for the trainer.
-
-        This is where the strategy's bound is enforced, and it believes nobody: it reads the version of every token.
-        Raises :class:`ScheduleError` if one is outside.
-        """
+        """Takes a batch for the trainer; ScheduleError if any token is outside the strategy's bound."""
         self.leased = self._ledger.lease(keys)
         for group in self.leased:
             if not group.is_fresh(batch, self._max_staleness):
@@ -183,12 +161,12 @@ class Groups:
                 )
 
     def with_replay(self, batch: int) -> list[Group]:
-        """What is leased, and what is replayed along with it."""
+        """The leased groups and those replayed with them."""
         assert self.leased is not None
         return [*self.leased, *self._replay.chosen(batch)]
 
     def trained(self, batch: int) -> None:
-        """Notes that what is leased is part of the weights."""
+        """Records that the leased groups are part of the weights."""
         assert self.leased is not None
         self._ledger.trained(batch)
         for group in self.leased:
@@ -197,14 +175,14 @@ class Groups:
         self.leased = None
 
     def release(self) -> None:
-        """Gives back what is leased, for a run that ends."""
+        """Gives back the leased groups, at the end of a run."""
         if self.leased is not None:
             self._ledger.release()
 
-    # What is told of all
+    # Of the whole run
 
     def metrics(self) -> dict[str, float]:
-        """How many groups ended otherwise than by being trained once."""
+        """Counts of groups that were not simply trained once."""
         return {
             "rft/dropped_groups": float(self._dropped),
             "rft/failed_groups": float(self._failed),
@@ -214,10 +192,10 @@ class Groups:
         }
 
     def state_dict(self, progress: Progress) -> dict[str, Any]:
-        """Where the run stands, for a checkpoint: plain values."""
+        """The state of the run as plain values, for a checkpoint."""
         return run_state(progress, self._cursor, self._ledger, self.incarnation)
 
-    # How
+    # Bad ends
 
     def _refuse(self, group: Group, batch: int) -> None:
         self._refusals[group.key] += 1
@@ -230,7 +208,6 @@ class Groups:
         self.drop(group.key)
 
     def _fail(self, key: GroupKey, why: str, version: int) -> None:
-        """Ends a group's task as failed; the next task takes its place in the batch."""
         self._failed += 1
         self._deaths.pop(key, None)
         _log.warning("task %r failed and is replaced: %s", self._cursor.task(key).id, why.strip().splitlines()[-1])

@@ -176,7 +176,6 @@ def _schedule(
         rule,
         size=cursor.plan.size,
         samples=settings.samples_per_task,
-        first=progress.version,
         stop=stop_batch(trainer, cursor.plan.batches_per_epoch if trains else 0),
         capacity=None if isinstance(rule, Exploration) else settings.buffer.capacity,  # only training makes room
         progress=progress,

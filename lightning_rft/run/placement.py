@@ -1,4 +1,4 @@
-"""Which GPUs and how many CPU threads explorers and trainer get."""
+"""GPUs and CPU threads of explorers and trainer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ __all__ = ["cpu_threads", "explorer_gpus"]
 
 
 def explorer_gpus(trainer: L.Trainer, explorers: int, per_explorer: int) -> list[str] | None:
-    """``CUDA_VISIBLE_DEVICES`` of every explorer, where it can have GPUs of its own; ``None`` where it cannot.
-
-    Args:
-        trainer: Keeps the GPUs that it uses.
-        explorers: Number of explorers.
-        per_explorer: GPUs that one engine needs.
-    """
+    """``CUDA_VISIBLE_DEVICES`` of every explorer; None if there are too few GPUs beside the trainer's."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = [str(index) for index in range(count)] if not named else named.split(",")[:count]

@@ -1,4 +1,4 @@
-"""Weight pushes: at once, in the background, or to an explorer that came up between two of them."""
+"""Weight pushes: at once, in the background, or to explorers that came up between two pushes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,11 @@ _SAMPLED_ELEMENTS = 100_000
 
 
 class Pusher:
-    """Brings the policy's weights to the explorers of one run.
+    """Brings the policy's weights to the explorers of one run, in the ``background`` from a snapshot.
 
-    Args:
-        transport: How weights travel.
-        background: Whether pushes happen in the background, from a snapshot, so that nobody waits for them.
-        roster: Knows which explorers need weights before the next push.
-        receivers: How the transport reaches explorers.
-        gathered: Returns the policy's weights, whole, and its scores; called on the trainer's thread.
-        expect: Called with a version and its scores before it is pushed.
-        pushed: Called with the version once it is pushed, or in the background can be loaded.
-        failed: Called with what went wrong in the background.
-        observe: Called with track, label, begin and version of what is to be seen in the timeline.
+    ``gathered`` returns the policy's whole weights and its scores, on the trainer's thread; ``expect`` gets a version
+    and its scores before the push. ``pushed`` gets the version once it is pushed, or can be loaded; ``failed`` an error
+    in the background; ``observe`` track, label, begin and version for the timeline.
     """
 
     def __init__(
@@ -48,7 +41,7 @@ class Pusher:
         failed: Callable[[BaseException], None],
         observe: Callable[[str, str, float, int], None],
     ) -> None:
-        #: The version whose weights were taken last.
+        #: The latest version whose weights were taken.
         self.version = -1
         self._transport = transport
         self._roster = roster
@@ -61,7 +54,7 @@ class Pusher:
         self._background = Background(transport, receivers, pushed, failed, observe) if background else None
 
     def push(self, version: int) -> Weights:
-        """Pushes the policy's weights to all explorers, or hands them to the background; returns them."""
+        """Pushes the policy's weights, or hands them to the background; returns them."""
         self.version = version
         began = time.monotonic()
         weights = self._take(version)
@@ -74,10 +67,9 @@ class Pusher:
         return weights
 
     def load(self, explorer: int) -> None:
-        """Has an explorer load the newest version; returns at once.
+        """Has an explorer load the newest version, without waiting for it.
 
-        Where pushes are not in the background, this explorer came up between two of them: the trainer brings it weights
-        when it waits.
+        If pushes are not in the background, it came up between two, and gets weights when the trainer next waits.
         """
         if self._background is not None:
             self._background.load(explorer)
@@ -85,7 +77,7 @@ class Pusher:
             self._roster.want_weights(explorer)
 
     def push_alone(self, version: int, late: Sequence[int]) -> None:
-        """Pushes the policy's weights to the explorers that came up between two pushes, if there are any."""
+        """Pushes the policy's weights to the explorers, if any, that came up between two pushes."""
         if late:
             began = time.monotonic()
             self._transport.push(self._take(version), version, self._receivers, sorted(late))
@@ -98,7 +90,7 @@ class Pusher:
         return weights
 
     def wait_loaded(self) -> None:
-        """Returns when every explorer has loaded what was pushed in the background."""
+        """Waits until every explorer has loaded what was pushed in the background."""
         if self._background is not None:
             explorers = list(self._receivers.members())
             timeout_s = 2 * self._transport.timeout_s * max(1, len(explorers))
@@ -106,9 +98,9 @@ class Pusher:
             self._receivers.wait_loaded(self.version, explorers, timeout_s, setting)
 
     def share_changed(self, weights: Weights) -> float:
-        """Compares about a hundred thousand evenly spaced elements with those of the last call, in the engines' dtype.
+        """The share of about 100,000 evenly spaced elements that changed since the last call, in the engines' dtype.
 
-        Small updates vanish in bfloat16: a share near 0 says that explorers see the same policy as before. 1 at first.
+        Small updates vanish in bfloat16: near 0, explorers see the same policy as before. The first call returns 1.
         """
         stride = max(1, sum(tensor.numel() for _, tensor in weights) // _SAMPLED_ELEMENTS)
         dtype: torch.dtype = getattr(torch, self._receivers.dtype)
@@ -119,7 +111,7 @@ class Pusher:
         return float((before != now).float().mean())
 
     def close(self) -> None:
-        """Ends the background thread and leaves the transport's group; safe to call twice."""
+        """Ends the background thread and closes the transport; safe to call twice."""
         background, self._background = self._background, None
         try:
             if background is not None:
@@ -129,11 +121,7 @@ class Pusher:
 
 
 class Background:
-    """A thread that makes versions loadable and has explorers load them.
-
-    A version that a newer one overtakes before its turn is left out: explorers want the newest. The arguments are those
-    of :class:`Pusher`.
-    """
+    """A thread that makes versions loadable and has explorers load them; it skips all but the newest that waits."""
 
     def __init__(
         self,
@@ -157,23 +145,19 @@ class Background:
         self._thread.start()
 
     def push(self, weights: Weights, version: int) -> None:
-        """Takes over a :func:`snapshot`; returns at once."""
+        """Queues a :func:`snapshot`."""
         with self._news:
             self._next = weights, version
             self._news.notify_all()
 
     def load(self, explorer: int) -> None:
-        """Has an explorer load what was pushed last; returns at once."""
+        """Queues the load of an explorer."""
         with self._news:
             self._loads.append(explorer)
             self._news.notify_all()
 
     def close(self, timeout_s: float) -> None:
-        """Ends the thread after the push that it is in.
-
-        Raises:
-            DeadlineError: It did not end in time.
-        """
+        """Ends the thread after the current push; DeadlineError if that takes too long."""
         with self._news:
             self._closing = True
             self._news.notify_all()

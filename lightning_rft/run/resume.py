@@ -1,4 +1,4 @@
-"""How a run begins in the buffer, or goes on there from a checkpoint."""
+"""A run's state in checkpoints, and its beginning or resumption in the buffer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,7 @@ __all__ = ["begin_or_resume", "buffer_path", "progress_at", "restore_rng", "rng_
 
 
 def run_state(progress: Progress, cursor: TaskCursor, ledger: Ledger, incarnation: int) -> dict[str, Any]:
-    """Where a run stands, for a checkpoint: plain values.
-
-    Args:
-        progress: What is part of the weights.
-        cursor: Which task belongs where.
-        ledger: The buffer.
-        incarnation: The run's number there.
-    """
+    """The state of a run as plain values, for a checkpoint."""
     return {
         "version": progress.version,
         "behind": sorted(map(list, progress.behind)),
@@ -38,15 +31,9 @@ def run_state(progress: Progress, cursor: TaskCursor, ledger: Ledger, incarnatio
 
 
 def progress_at(global_step: int, saved: Mapping[str, Any], samples_per_task: int) -> Progress:
-    """Which groups are part of the weights that training goes on with.
+    """What is part of the weights of a saved or, if ``saved`` is empty, a new run.
 
-    Args:
-        global_step: The trainer's.
-        saved: What a checkpoint holds; empty for a new run.
-        samples_per_task: As it is set now.
-
-    Raises:
-        ConfigurationError: The checkpoint is of other settings, or of another step.
+    Raises ConfigurationError if the checkpoint is of other settings or another step.
     """
     if not saved:
         return Progress(global_step)
@@ -65,7 +52,7 @@ def progress_at(global_step: int, saved: Mapping[str, Any], samples_per_task: in
 
 
 def buffer_path(buffer: str | Path | None, saved: Mapping[str, Any], folder: Path) -> str | Path:
-    """The buffer's file: as set, or the one of the run that is resumed, or a new one in the run's folder."""
+    """The buffer's file: as set, or that of the resumed run, or a new one in the run's folder."""
     if buffer is not None:
         return buffer
     before = saved.get("path")  # a resumed trainer may log to another folder
@@ -80,18 +67,9 @@ def begin_or_resume(
     cursor: TaskCursor,
     max_staleness: int,
 ) -> tuple[int, dict[GroupKey, int]]:
-    """Begins a new run in the buffer, or goes on with the one that is resumed and what of it can still be used.
+    """Begins a new run in the buffer, or resumes the saved one.
 
-    Args:
-        ledger: The buffer.
-        path: Its file, for a warning where it is not the checkpoint's.
-        saved: What a checkpoint holds; empty for a new run.
-        progress: What is part of the weights.
-        cursor: Which task belongs where.
-        max_staleness: The strategy's bound.
-
-    Returns:
-        The number of the incarnation, and the groups that are ready -> oldest version of their tokens.
+    Returns the number of the incarnation, and the groups that are ready -> oldest version of their tokens.
     """
     resumed = None
     if saved and ledger.id == saved["buffer"]:
@@ -110,10 +88,7 @@ def begin_or_resume(
 
 
 def rng_state() -> dict[str, Any]:
-    """States of Python's and PyTorch's generators, the current device's included, for a checkpoint.
-
-    NumPy's global one is left out: nothing here draws from it.
-    """
+    """States of Python's and PyTorch's random generators, those of the current device included."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -121,7 +96,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Restores what :func:`rng_state` returned, so that a resumed run draws what it would have drawn.
+    """Restores what :func:`rng_state` returned.
 
     Example:
         >>> before = rng_state()

@@ -1,4 +1,4 @@
-"""What the schedule asks for."""
+"""The actions that the schedule asks for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Issue:
 
 @dataclass(frozen=True)
 class Lease:
-    """These groups make up ``batch``, which the trainer wants: hand them over."""
+    """Hand ``groups``, which make up ``batch``, to the trainer."""
 
     batch: int
     groups: tuple[GroupKey, ...]
@@ -27,18 +27,17 @@ class Lease:
 
 @dataclass(frozen=True)
 class Push:
-    """Version ``version`` is due, and nothing that older weights must explore is still open: push it now."""
+    """Push ``version`` now."""
 
     version: int
 
 
 @dataclass(frozen=True)
 class Load:
-    """Have ``explorer`` load ``version``, or a newer one: what is pushed by then or, alone, what the trainer has.
+    """Have ``explorer`` load ``version`` or a newer one.
 
-    Where pushes happen in the background, that is at once. Where the trainer waits for every push, the explorer has
-    come after one, and gets weights alone: as soon as the trainer waits, for experience or to push, or is between two
-    steps.
+    If pushes happen in the background, it loads at once. If the trainer waits for every push, the explorer has come
+    after one, and gets weights alone when the trainer next waits or is between two steps.
     """
 
     explorer: int
@@ -47,7 +46,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Drop:
-    """Forget ``group``, which is too old by now; it is issued again. ``explorer`` works on it, or nobody."""
+    """Forget ``group``, which is too old and is issued again; ``explorer`` works on it, if any."""
 
     group: GroupKey
     explorer: int | None

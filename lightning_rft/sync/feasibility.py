@@ -1,4 +1,4 @@
-"""Arithmetic of steps and their room: which step trains a group, and whether that is in time."""
+"""Arithmetic of steps: which step trains a group, and whether that is in time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ __all__ = ["best_groups", "moved_groups", "would_be_late"]
 
 
 def moved_groups(progress: Progress, size: Callable[[int], int]) -> dict[GroupKey, int]:
-    """The step that trains each group, for the groups that another step trains than that of their own batch.
+    """The steps of the groups that are not trained in the step of their own batch; ScheduleError if there can be none.
 
-    Each step takes the groups that are left in order, as many as its batch has (``size``). Groups left from earlier
-    batches come first and shift the others to later steps, until as many groups were passed that are trained already.
-    Raises :class:`ScheduleError` if no steps could have trained what ``progress`` says.
+    Each step takes the groups that are left in order, as many as its batch has (``size``). Those of earlier batches
+    come first and shift others to later steps, until as many groups are skipped that are trained already.
 
     Example:
         >>> progress = Progress(5, behind=frozenset({GroupKey(4, 0)}), ahead=frozenset({GroupKey(6, 1)}))
@@ -43,13 +42,12 @@ def moved_groups(progress: Progress, size: Callable[[int], int]) -> dict[GroupKe
 def would_be_late(
     waiting: Iterable[int], unfinished: Sequence[int], *, bound: int, step: int, room: Callable[[int], int]
 ) -> bool:
-    """Whether a step without these groups would leave them too little room to be trained before they are too old.
+    """Whether a step without these groups leaves too little room to train them before they are too old.
 
-    ``waiting`` are the versions of the groups that have come back and are left out, ``unfinished`` of those that have
-    not come back; only they are worth a wait. A group of version ``v`` is due by step ``v + bound``. Of all the groups
-    that are due by step ``d``, the steps after this one up to ``d`` train no more than they have room for; the rest
-    must be in this one. At most a batch of groups is ever missed, because a group of batch ``b`` is never due before
-    step ``b``.
+    ``waiting`` are the versions of groups that have come back and are left out, ``unfinished`` those of groups that
+    have not come back; only the latter are worth a wait. A group of version ``v`` is due by step ``v + bound``. Of all
+    groups due by step ``d``, those for which the steps after this one up to ``d`` have no room must be in this one.
+    That is at most a batch of groups, because a group of batch ``b`` is never due before step ``b``.
 
     Example:
         >>> would_be_late([], [3, 3], bound=2, step=4, room=lambda step: 1)
@@ -73,13 +71,12 @@ def best_groups(
     step: int,
     room: Callable[[int], int],
 ) -> list[GroupKey]:
-    """The ready groups (-> version) with the highest scores that a step can train without making any other too old.
+    """The ready groups (-> version) with the highest scores that a step can train without making another too old.
 
-    Returns ``room(step)`` groups, the oldest first; a missing score is 0. Of all groups that are due by step ``d``,
-    those that the steps after this one up to ``d`` have no room for must be in this one, whatever their scores. Such
-    demands are nested, so taking the best that every demand still permits yields the highest scores there can be.
-    Without scores these are the oldest groups, which meet every demand that can be met; so a wait that suffices for
-    them (see :func:`would_be_late`) suffices for any choice made here.
+    Returns ``room(step)`` groups, the oldest first; a missing score is 0. Some groups must be in this step (see
+    :func:`would_be_late`). These demands are nested, so taking the best group that every demand permits, one by one,
+    gives the highest scores possible. Without scores it takes the oldest, which meet every demand that can be met: a
+    wait that suffices for them suffices for any choice made here.
 
     Example:
         >>> ready = {GroupKey(0, slot): slot for slot in range(3)}
@@ -91,7 +88,7 @@ def best_groups(
     size = room(step)
     oldest = sorted(ready, key=lambda group: (ready[group], group))
     versions = [*ready.values(), *unfinished]
-    spare: dict[int, int] = {}  # due -> how many of those that are due later this step may take
+    spare: dict[int, int] = {}  # due -> how many groups due later this step may take
     for due, places in _places({version + bound for version in versions}, step, room):
         demand = sum(version + bound <= due for version in versions) - places
         at_hand = sum(version + bound <= due for version in ready.values())
@@ -107,7 +104,7 @@ def best_groups(
 
 
 def _places(dues: Iterable[int], step: int, room: Callable[[int], int]) -> Iterator[tuple[int, int]]:
-    """Yields each due step in order, and how many groups the steps after ``step`` up to it train."""
+    """Yields each due step in order, with the number of groups that the steps after ``step`` up to it train."""
     places = 0
     for due in sorted(dues):
         while step < due and room(step + 1):

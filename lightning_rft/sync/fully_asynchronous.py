@@ -23,17 +23,17 @@ class FullyAsynchronous(SyncStrategy):
         trainer   ····[T0][T1]C[T2][T3]C[T4]      T train     C write one, in the background
 
     A group of batch ``b`` may be explored with version ``b - max_staleness`` or newer, and a step trains the groups
-    with the oldest weights first, so no token is staler than ``max_staleness`` batches when it is trained. Taking the
-    groups that finish first would discard long answers, so a step waits for a group that would be too old after it.
+    with the oldest weights first, so no token is staler than ``max_staleness`` batches when it is trained. Training
+    what finishes first would discard long answers, so a step waits for a group that would be too old after it.
 
     Args:
         sync_interval: Batches between two pushes, ``k``.
-        max_staleness: Maximum batches that a token may lag behind the version that is trained, at least ``k - 1``. The
-            larger, the less explorers and trainer wait, and the further off-policy training is.
+        max_staleness: Maximum batches that a token may lag behind the version that is trained, at least ``k - 1``. A
+            larger value means less waiting and training that is further off-policy.
         overdue: What a step does about a group that is still explored and would be too old after it: ``"wait"``, or
-            ``"drop"``, which never waits and trains on fewer long answers than were asked for.
+            ``"drop"``, which never waits but loses long answers.
         transport: How weights travel; left out, by checkpoint.
-        in_flight: Whether explorers load new weights between two tokens, in mid-generation (each token has its own
+        in_flight: Whether explorers load new weights in mid-generation, between two tokens (each token has its own
             version); else an explorer finishes its groups first.
 
     Raises:

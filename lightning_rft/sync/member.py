@@ -1,4 +1,4 @@
-"""One explorer as the schedule knows it: what it loaded, what it works on and what it has room for."""
+"""The schedule's record of an explorer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["Member"]
 
 @dataclass
 class Member:
-    """The state of one explorer; only the schedule writes here."""
+    """What an explorer has loaded and works on; only the schedule writes here."""
 
-    most: float = inf
+    most: float = inf  # samples at a time
     loaded: int = -1
     loading: bool = False
-    alone: bool = False  # whether it loaded by itself where the others load together
-    groups: dict[GroupKey, int] = field(default_factory=dict)  # with the number of samples that have not ended
+    alone: bool = False  # it loaded by itself, though explorers otherwise load together
+    groups: dict[GroupKey, int] = field(default_factory=dict)  # -> samples that have not ended
 
     @property
     def load(self) -> int:
-        """How many samples it works on."""
+        """Samples that it works on."""
         return sum(self.groups.values())
 
     @property
     def room(self) -> float:
-        """How many more samples it could work on; negative where the last group had more than there was room for."""
+        """Samples that it could take on; negative if its last group had more than there was room for."""
         return self.most - self.load

@@ -19,14 +19,13 @@ class OneStepOffPolicy(SyncStrategy):
         trainer   ····[T0][S][T1][S][T2][S]      S sync      · waiting
 
     Batch ``b`` is explored with version ``max(0, floor((b - 1) / k) * k)``, so no token is staler than ``k`` batches.
-    As in synchronous mode, batches are trained in order, and which version samples which batch repeats from run to run.
+    Batches are trained in order, and which version samples which batch repeats from run to run.
 
     Args:
         sync_interval: Batches between two pushes, ``k`` above.
         transport: How weights travel; left out, by collective: NCCL on GPUs, Gloo on CPUs.
-        in_flight: Whether to push as soon as a push is due, in the middle of the next batch's generation, instead of
-            waiting for its end. The trainer then never waits for the longest answer, but versions no longer repeat from
-            run to run.
+        in_flight: Whether to push as soon as a push is due, in the middle of the next batch's generation. The trainer
+            then never waits for the longest answer, but versions no longer repeat from run to run.
 
     Raises:
         ConfigurationError: ``sync_interval`` is below 1.
@@ -47,5 +46,5 @@ class OneStepOffPolicy(SyncStrategy):
 
     @override
     def admit(self, batch: int) -> int:
-        # the weights that batch - 1 is trained from, or the last before them that were pushed
+        # the last version pushed before batch - 1 is trained
         return max(0, (batch - 1) // self.sync_interval * self.sync_interval)

@@ -1,4 +1,4 @@
-"""The rule of a strategy, which sets it apart from others: two answers, and a check that they can work at all."""
+"""The rule of a strategy, and a check that it can work."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["Exploration", "Rule", "check_rule"]
+__all__ = ["Exploration", "Rule", "check_rule", "checked_batches"]
 
 _CHECKED_BATCHES = 1000
 
 
 class Rule(ABC):
-    """The part of a strategy that sets it apart from others: two answers, and how strict it is about order."""
+    """What tells one strategy from another: two answers, and how strict it is about order."""
 
-    #: False: batches are trained in the order in which they were issued, and the trainer waits for every push.
-    #: True: a step trains the groups with the oldest weights first, or with the highest scores of those that leave
-    #: nothing else too old, and pushes happen in the background.
+    #: False: batches are trained in the order of issue, and the trainer waits for every push.
+    #: True: a step trains the groups with the oldest weights first, or those with the highest scores that make no other
+    #: group too old, and pushes happen in the background.
     asynchronous: bool = False
-    #: Whether explorers work while the trainer does; then they share the cores of a CPU.
+    #: Whether explorers work while the trainer does; then they share a CPU's cores.
     overlaps: bool = True
-    #: Whether an explorer may change weights while it works on groups; else it finishes them first.
+    #: Whether an explorer may load weights while it works on groups; else it finishes them first.
     in_flight: bool = False
     #: Whether explorers load one after another, so that exploration never stops as a whole.
     staggered: bool = False
-    #: What becomes of a group that would be too old after the next step: the step waits for it, or it is dropped.
+    #: What happens to a group that would be too old after the next step: the step waits for it, or it is dropped.
     overdue: Literal["wait", "drop"] = "wait"
 
     @property
@@ -38,10 +38,7 @@ class Rule(ABC):
 
     @abstractmethod
     def admit(self, batch: int) -> int:
-        """The version that an explorer must have loaded before it may start a group of ``batch``.
-
-        Never decreases with ``batch``.
-        """
+        """The version that an explorer must have loaded to start a group of ``batch``; never decreases."""
 
     @abstractmethod
     def pushes_after(self, batch: int) -> bool:
@@ -49,7 +46,7 @@ class Rule(ABC):
 
 
 class Exploration(Rule):
-    """The rule of exploring without training: every batch at once with the first weights, which are never replaced."""
+    """The rule of exploring without training: every batch is explored at once, with the first weights."""
 
     @property
     @override
@@ -65,19 +62,16 @@ class Exploration(Rule):
         return False
 
 
+def checked_batches(first: int, stop: int | None) -> range:
+    """The batches, from ``first`` on and before ``stop``, for which settings are checked."""
+    last = first + _CHECKED_BATCHES
+    return range(first, last if stop is None else min(stop, last))
+
+
 def check_rule(rule: Rule, first: int, stop: int | None) -> None:
-    """Refuses a rule that breaks its own bound, or under which some batch could never be explored.
-
-    Args:
-        rule: The strategy's answers.
-        first: Batch to start with, and the oldest version that there is.
-        stop: Batches before ``stop`` exist; ``None`` for no end.
-
-    Raises:
-        ConfigurationError: The rule can never make progress; the message has the arithmetic.
-    """
+    """Raises ConfigurationError for a rule that breaks its own bound, or under which a batch can never be explored."""
     name, pushed, before = type(rule).__name__, first, first
-    for batch in range(first, min(first + _CHECKED_BATCHES, first + _CHECKED_BATCHES if stop is None else stop)):
+    for batch in checked_batches(first, stop):
         admitted = max(rule.admit(batch), first)  # there is nothing older than the first
         if admitted < before:
             raise ConfigurationError(

@@ -1,12 +1,11 @@
-"""Which group is explored when, by whom, and when weights are pushed: one pure state machine.
+"""The schedule: a pure state machine that decides who explores which group when, and when weights are pushed.
 
-Events go in as method calls, actions come out as values. It knows no clock, process or tensor: callback, pool and
-loader only drive it, and so do the tests, with a clock of their own.
+Events go in as method calls, actions come out as values. It knows no clock, process or tensor, so tests drive it with
+a clock of their own.
 
-Batches are numbered 0, 1, ...; a batch has ``size(b)`` groups; version ``v`` of the policy has been trained on ``v``
-batches. Two answers of a strategy decide nearly everything (see :class:`Rule`): an explorer may start a group of batch
-``b`` once it has itself loaded a version >= ``admit(b)``, and the trainer pushes after the batches for which
-``pushes_after`` says so.
+Batches are numbered 0, 1, ...; version ``v`` of the policy has been trained on ``v`` batches. Two answers of a strategy
+decide nearly everything (see :class:`Rule`): an explorer may start a group of batch ``b`` once it has itself loaded a
+version >= ``admit(b)``, and the trainer pushes after the batches for which ``pushes_after`` says so.
 """
 
 from __future__ import annotations
@@ -19,33 +18,27 @@ from lightning_rft.experience import GroupKey, Progress
 from lightning_rft.sync.actions import Action, Drop, Issue, Lease, Load, Push
 from lightning_rft.sync.feasibility import best_groups, moved_groups, would_be_late
 from lightning_rft.sync.member import Member
-from lightning_rft.sync.rule import Rule, check_rule
+from lightning_rft.sync.rule import Rule, check_rule, checked_batches
 
 __all__ = ["Action", "Drop", "Issue", "Lease", "Load", "Push", "Rule", "Schedule"]
-
-_CHECKED_BATCHES = 1000
 
 
 class Schedule:
     """Admits, assigns and accounts for groups.
 
+    Raises ConfigurationError if the rule or the capacity can never make progress, and ScheduleError if ``progress`` and
+    ``ready`` contradict each other, themselves or the rule's bound.
+
     Args:
         rule: The strategy's answers.
         size: Number of groups of a batch, at least 1.
         samples: Number of samples of a group.
-        first: Batch to start with, which is also the version at the start.
         stop: Batches before ``stop`` exist; ``None`` for no end.
-        capacity: Most groups that may be issued and not yet trained; ``None`` for no limit. It limits issuing, never
-            storing, and a group that is issued again was counted already.
-        progress: What is part of the weights, to go on from there (in place of ``first``), under the same rule or any
-            other. Groups that are left from earlier batches are issued first and trained first.
-        ready: Groups that have come back before and were not trained -> oldest version of their tokens. One that this
-            rule cannot train in time is dropped and issued again.
-        scores: Of those in ``ready``; see :meth:`ready`.
-
-    Raises:
-        ConfigurationError: The rule or the capacity can never make progress; the message has the arithmetic.
-        ScheduleError: ``progress`` contradicts itself, or ``ready`` contradicts it or the rule's bound.
+        capacity: Maximum groups issued and not yet trained. It limits issuing, never storing.
+        progress: What is part of the weights at the start; groups left from earlier batches come first.
+        ready: Stored groups that were not trained -> oldest version of their tokens. One that this rule cannot train in
+            time is dropped and issued again.
+        scores: Scores of the groups in ``ready``.
 
     Example:
         >>> class OnPolicy(Rule):
@@ -69,27 +62,26 @@ class Schedule:
         *,
         size: Callable[[int], int],
         samples: int = 1,
-        first: int = 0,
         stop: int | None = None,
         capacity: int | None = None,
         progress: Progress | None = None,
         ready: Mapping[GroupKey, int] | None = None,
         scores: Mapping[GroupKey, float] | None = None,
     ) -> None:
-        progress = progress or Progress(first)
+        progress = progress or Progress(0)
         self.rule = rule
         self.version = progress.version  # batches trained so far
         self.pushed_version = -1
         self.push_pending = False  # from the batch that makes a push due until the push
         self._size = size
         self._samples = samples
-        self._first = progress.version  # the oldest version that there is
+        self._first = progress.version  # the oldest version there is
         self._stop = stop
         self._capacity = capacity
         self._explorers: dict[int, Member] = {}
         self._behind, self._ahead = set(progress.behind), set(progress.ahead)
         self._moved = moved_groups(progress, size)
-        # An issued group is in one of the next four. With it goes the version that it is, or at least will be, of.
+        # An issued group is in one of the next four, with the version that it has, or will at least have.
         self._running: dict[GroupKey, int] = {}
         self._ready: dict[GroupKey, int] = {}
         self._leased: dict[GroupKey, int] = {}
@@ -110,19 +102,16 @@ class Schedule:
     # Events
 
     def joined(self, explorer: int, room: int | None = None) -> list[Action]:
-        """An explorer is up; it gets work once it has loaded a version.
+        """An explorer is up, with a new index; it gets work once it has loaded a version.
 
-        Args:
-            explorer: Its index; one that takes the place of another that died has an index of its own.
-            room: Most samples that it works on at the same time; ``None`` for any number. A group is issued as soon
-                as there is room for one of its samples; what is not issued yet may be explored by others, or with
-                newer weights.
+        It gets a group as soon as fewer than ``room`` samples are open, even if the group has more samples than fit:
+        what is issued late may be explored by others, or with newer weights.
         """
         self._explorers[explorer] = Member(inf if room is None else room)
         return self._actions()
 
     def died(self, explorer: int) -> list[Action]:
-        """An explorer is gone; its groups go to others, each under its own batch index."""
+        """An explorer is gone; its groups go to others."""
         for group in self._explorers.pop(explorer).groups:
             self._repeat(group, self._running.pop(group))
         return self._actions()
@@ -130,11 +119,8 @@ class Schedule:
     def loaded(self, explorer: int, version: int, alone: bool = False) -> list[Action]:
         """An explorer computes with ``version`` from now on.
 
-        Args:
-            explorer: The explorer.
-            version: What it loaded.
-            alone: Whether it loaded by itself where the others load together, as one that comes between two pushes
-                does. Then the version counts at once, though it may never be pushed.
+        ``alone`` says that it came between two pushes and loaded by itself: the version counts at once, though it may
+        never be pushed.
         """
         member = self._explorers[explorer]
         if version < member.loaded:
@@ -145,22 +131,18 @@ class Schedule:
         return self._actions()
 
     def samples_ended(self, ended: Mapping[GroupKey, int]) -> list[Action]:
-        """Samples of groups that are yet to come back have ended; their explorers have room for so many others."""
+        """Samples of groups that have yet to come back have ended, which makes room for others."""
         for group, number in ended.items():
-            groups = self._member_of(group).groups
+            groups = self._explorers[self._explorer_of(group)].groups
             if not 0 < number <= groups[group]:
                 raise ScheduleError(f"{number} samples of {group} have ended, of {groups[group]} that had not")
             groups[group] -= number
         return self._actions()
 
     def ready(self, group: GroupKey, version: int | None = None, score: float = 0.0) -> list[Action]:
-        """A group came back with its experience.
+        """A group came back with its experience; ``version``, if given, is the oldest version of its tokens.
 
-        Args:
-            group: The group.
-            version: Oldest version of its tokens; left out, the one that its explorer had loaded when it was issued.
-            score: Where steps go by age, those with the highest are trained first, as far as no other becomes too old
-                by that; of equal ones the oldest.
+        Asynchronous steps train groups with the highest scores first unless that makes another too old.
         """
         issued = self._take_back(group)
         self._ready[group] = issued if version is None else version
@@ -168,7 +150,7 @@ class Schedule:
         return self._actions()
 
     def failed(self, group: GroupKey) -> list[Action]:
-        """A group came back without; it is issued again under the same batch index."""
+        """A group came back without experience; it is issued again."""
         self._repeat(group, self._take_back(group))
         return self._actions()
 
@@ -180,7 +162,7 @@ class Schedule:
         return self._actions()
 
     def trained(self, batch: int) -> list[Action]:
-        """``batch`` is part of the weights now, whether or not they changed by it."""
+        """``batch`` is part of the weights now, even if it did not change them."""
         if batch != self.version:
             raise ScheduleError(f"batch {batch} was trained by version {self.version}: batches must come in order")
         of_batch = {GroupKey(batch, slot) for slot in range(self._size(batch))}
@@ -198,7 +180,7 @@ class Schedule:
         return self._actions()
 
     def pushed(self, version: int) -> list[Action]:
-        """``version`` was pushed: to every explorer, or if that happens in the background so that it can be loaded."""
+        """``version`` was pushed to every explorer, or made ready to load if pushes happen in the background."""
         newest = version <= self.version if self.rule.asynchronous else version == self.version
         if not newest or version <= self.pushed_version:
             raise ScheduleError(
@@ -214,17 +196,12 @@ class Schedule:
 
     @property
     def progress(self) -> Progress:
-        """What is part of the weights: groups for which :meth:`trained` was called, here or before a resume."""
+        """What is part of the weights."""
         return Progress(self.version, frozenset(self._behind), frozenset(self._ahead))
 
     @property
-    def idle(self) -> bool:
-        """Whether no explorer has anything to do."""
-        return not any(member.groups for member in self._explorers.values())
-
-    @property
     def explorers(self) -> list[int]:
-        """Those that have joined and not died."""
+        """Explorers that have joined and not died."""
         return list(self._explorers)
 
     def is_ready(self, batch: int) -> bool:
@@ -232,7 +209,7 @@ class Schedule:
         return all(GroupKey(batch, slot) in self._ready for slot in range(self._size(batch)))
 
     def arrived(self, batch: int) -> tuple[int, int]:
-        """How many of the groups of a batch, or where steps go by age of any, have come back, and how many it needs."""
+        """How many groups that can be in a batch have come back, and how many it needs."""
         size = self._size(batch)
         ready = (
             self._ready if self.rule.asynchronous else [group for group in self._ready if self._step(group) == batch]
@@ -240,10 +217,7 @@ class Schedule:
         return min(len(ready), size), size
 
     def waits_for(self, explorer: int) -> str | None:
-        """Why an explorer does nothing: ``"weights"``, ``"room"`` or, at the end, ``"nothing"``; ``None`` if it works.
-
-        ``"load"`` if it is about to get or just getting new weights.
-        """
+        """Why an explorer is idle: ``"load"``, ``"weights"``, ``"room"`` or at the end ``"nothing"``; None at work."""
         member = self._explorers[explorer]
         if member.groups:
             return None
@@ -253,24 +227,24 @@ class Schedule:
             return "nothing"
         return "room" if not self._again and self._full else "weights"
 
-    # How they come about
+    # Which step trains what
 
     def _exists(self, batch: int) -> bool:
         return self._stop is None or batch < self._stop
 
     def _step(self, group: GroupKey) -> int:
-        """The step that trains a group where steps keep the order: that of its batch, unless a resume has moved it."""
+        """The step that trains a group if batches keep their order."""
         return self._moved.get(group, group.batch)
 
     def trained_by(self, group: GroupKey) -> int:
-        """The first step that can train a group which has come back."""
+        """The first step that can train a group that has come back."""
         return self.version if self.rule.asynchronous else self._step(group)
 
     @property
     def _turn(self) -> int:
-        """The step that trains the next group to be issued, at the latest: that of its batch, but for a resume.
+        """The latest step that trains the next group to be issued.
 
-        Where steps go by age, all that is issued has its turn before, among it what a resume has kept of any batch.
+        In asynchronous training, everything issued before goes first, including what a resume kept of later batches.
         """
         if not self.rule.asynchronous:
             return self._step(self._next)
@@ -282,26 +256,23 @@ class Schedule:
 
     @property
     def _issued(self) -> int:
-        """How many groups are issued and not trained."""
         return len(self._running) + len(self._ready) + len(self._leased) + len(self._again)
 
     def _floor(self, step: int) -> int:
-        """The oldest version that may explore for a step: there is nothing older than the first."""
+        """The oldest version that may explore for a step."""
         return max(self._first, self.rule.admit(step))
 
     def _repeat(self, group: GroupKey, version: int) -> None:
         """Has a group issued once more.
 
-        Where a step goes by age, with weights no older than the first time, so that what was promised of the group
-        still holds. Else with any that its batch admits: newer ones may have been those of an explorer that had come
-        late and is gone, and the push that would bring them to others waits for this group.
+        In asynchronous training, with weights no older than the first time, so that its due step stands. Otherwise with
+        any that its batch admits: newer ones may have been loaded by a late explorer alone, which is gone, and the push
+        that would bring them to others waits for this group.
         """
         self._again[group] = version if self.rule.asynchronous else self._floor(self._step(group))
 
     def _check_capacity(self) -> None:
-        last = self._first + _CHECKED_BATCHES
-        batches = range(self._first, last if self._stop is None else min(self._stop, last))
-        largest = max((self._size(batch) for batch in batches), default=0)
+        largest = max((self._size(batch) for batch in checked_batches(self._first, self._stop)), default=0)
         if self._capacity is not None and self._capacity < largest:
             raise ConfigurationError(
                 f"Buffer(capacity={self._capacity}) is below one batch of tasks_per_step={largest} groups, so no batch "
@@ -309,7 +280,7 @@ class Schedule:
             )
 
     def _keep(self, ready: Mapping[GroupKey, int], progress: Progress) -> list[Action]:
-        """Takes over what has come back before; returns what has to be dropped of it."""
+        """Takes over stored groups; returns what has to be dropped."""
         bound, drops = self.rule.max_staleness, list[Action]()
         for group, version in ready.items():
             if progress.trained(group) or not self._first - bound <= version <= self._first:
@@ -317,7 +288,7 @@ class Schedule:
                     f"{group} of version {version} cannot be ready for version {self._first}: it is trained already, "
                     f"from the future, or above max_staleness={bound}"
                 )
-            # Steps that go by age drop by age too, once it is certain.
+            # Asynchronous training drops what is too old later, when that is certain.
             late = not self.rule.asynchronous and self._step(group) - version > bound
             if late or not self._exists(self._step(group)):
                 drops.append(Drop(group, None))
@@ -325,14 +296,14 @@ class Schedule:
                 self._ready[group] = version
         return drops
 
-    def _member_of(self, group: GroupKey) -> Member:
-        for member in self._explorers.values():
+    def _explorer_of(self, group: GroupKey) -> int:
+        for index, member in self._explorers.items():
             if group in member.groups:
-                return member
+                return index
         raise ScheduleError(f"{group} was heard of, but no explorer was asked for it")
 
     def _take_back(self, group: GroupKey) -> int:
-        del self._member_of(group).groups[group]
+        del self._explorers[self._explorer_of(group)].groups[group]
         return self._running.pop(group)
 
     def _actions(self) -> list[Action]:
@@ -351,11 +322,11 @@ class Schedule:
                 for index, member in self._explorers.items()
                 if floor <= self._usable(member) and index not in resting and member.room > 0
             }
-            # For the same reason the one with most room is waited for if it is about to load.
+            # The one with most room is waited for if it is about to load.
             explorer = min(able | soon, key=lambda index: (*self._busy(index), index not in able, index), default=-1)
             if explorer not in able:
                 if group in self._again:
-                    continue  # it needs weights that are new for its batch, which others may not
+                    continue  # it may need newer weights than later groups do
                 break  # admit never decreases, so no later group can be issued either
             member = self._explorers[explorer]
             if self._again.pop(group, None) is None:
@@ -369,22 +340,22 @@ class Schedule:
     def _usable(self, member: Member) -> int:
         """The version that an explorer may be used with, -1 for none.
 
-        One counts once it is pushed: else the first explorer to load it would be given everything. What an explorer
-        loaded alone counts at once, but not as newer than what is pushed: a push would find it at work on groups that
-        are admitted only by it.
+        A version counts once it is pushed: otherwise the first explorer to load it would get everything. One that was
+        loaded alone counts at once, but as no newer than what is pushed: a push must not find the explorer at work on
+        groups that need it.
         """
         if member.alone:
             return min(member.loaded, self.pushed_version)
         return member.loaded if member.loaded <= self.pushed_version else -1
 
     def _candidates(self) -> Iterable[tuple[GroupKey, int]]:
-        """Groups that could be issued, with the oldest version that may explore each; first those to be repeated."""
+        """Groups that could be issued, those to be repeated first, with the oldest version that may explore each."""
         yield from sorted(self._again.items())
         while self._exists(turn := self._turn) and not self._full:
             yield self._next, self._floor(turn)
 
     def _skip(self) -> None:
-        """Moves on to the next group that was not issued, here or before a resume."""
+        """Moves on to the next group that was never issued."""
         while self._next in self._passed:
             self._passed.remove(self._next)
             batch, slot = self._next
@@ -394,14 +365,14 @@ class Schedule:
     def _full(self) -> bool:
         """Whether training must make room before a new group is issued.
 
-        Never one that the next step must have, though later ones that were kept on a resume may fill the buffer.
+        Not if the next step needs the group: groups of later batches, kept on a resume, may fill the buffer.
         """
         return self._capacity is not None and self._issued >= self._capacity and self._turn > self.version
 
     # Who loads when
 
     def _turns(self) -> list[int]:
-        """Explorers whose turn it is to load what is pushed."""
+        """Explorers whose turn it is to load."""
         members = self._explorers
         lagging = [index for index, member in members.items() if member.loaded < self.pushed_version]
         if not self.rule.staggered:
@@ -419,12 +390,12 @@ class Schedule:
         return loads
 
     def _busy(self, explorer: int) -> tuple[float, int]:
-        """Sorts explorers, the one with most room first."""
+        """A key that sorts explorers, the one with most room first."""
         member = self._explorers[explorer]
         return -member.room, member.load
 
     def _soon(self) -> set[int]:
-        """Explorers that load, or will as soon as it is their turn, unless they have to wait for the trainer."""
+        """Explorers that load, or will when it is their turn, without waiting for the trainer."""
         if not self.rule.asynchronous:
             return set()
         return {
@@ -435,14 +406,13 @@ class Schedule:
         }
 
     def _resting(self) -> set[int]:
-        """Explorers that get no work: they load, or first finish what they have."""
+        """Explorers that get no work, because they load or must finish what they have to load."""
         turns = set() if self.rule.in_flight else set(self._turns())
         return turns | {index for index, member in self._explorers.items() if member.loading}
 
     # What is trained
 
     def _complete(self, batch: int) -> bool:
-        """Whether every group that has its turn by ``batch`` has come back."""
         unfinished = (*self._running, *self._again)
         return self._turn > batch and not any(self._step(group) == batch for group in unfinished)
 
@@ -451,54 +421,41 @@ class Schedule:
             return []
         batch = self._wanted
         if self.rule.asynchronous:
-            if len(self._ready) < self._size(batch):
-                return []
-            oldest = sorted(self._ready, key=lambda group: (self._ready[group], group))
-            if self.rule.overdue == "wait" and self._would_be_late(oldest[self._size(batch) :]):
-                return []
-            groups = self._best()
+            groups = self._best(batch)
         elif self._complete(batch):
             groups = sorted(group for group in self._ready if self._step(group) == batch)
         else:
+            return []
+        if not groups:
             return []
         self._wanted = None
         self._leased = {group: self._ready.pop(group) for group in groups}
         return [Lease(batch, tuple(groups)), *(self._drops() if self.rule.asynchronous else [])]
 
-    def _would_be_late(self, left: Iterable[GroupKey]) -> bool:
-        """Whether a step without ``left``, and without what has not come back, is too early."""
-        return would_be_late(
-            [self._ready[group] for group in left],
-            [*self._running.values(), *self._again.values()],
-            bound=self.rule.max_staleness,
-            step=self.version,
-            room=self._room,
-        )
-
-    def _best(self) -> list[GroupKey]:
-        """What the next step trains, of what is ready."""
-        return best_groups(
-            self._ready,
-            [*self._running.values(), *self._again.values()],
-            self._scores,
-            bound=self.rule.max_staleness,
-            step=self.version,
-            room=self._room,
-        )
+    def _best(self, step: int) -> list[GroupKey]:
+        """What an asynchronous step trains, of any batch; nothing if it has to wait."""
+        size, bound = self._size(step), self.rule.max_staleness
+        if len(self._ready) < size:
+            return []
+        unfinished = [*self._running.values(), *self._again.values()]
+        left = sorted(self._ready.values())[size:]
+        if self.rule.overdue == "wait" and would_be_late(left, unfinished, bound=bound, step=step, room=self._room):
+            return []
+        return best_groups(self._ready, unfinished, self._scores, bound=bound, step=step, room=self._room)
 
     def _room(self, step: int) -> int:
         """How many groups a step trains."""
         return self._size(step) if self._exists(step) else 0
 
     def _drops(self) -> list[Action]:
-        """Gives up whatever is too old once the leased batch is trained.
+        """Drops what will be too old once the leased batch is trained.
 
-        Where steps wait, that can only be groups that were kept on a resume under another rule.
+        If steps wait, those can only be groups kept on a resume under another rule.
         """
         oldest = self.version + 1 - self.rule.max_staleness
         drops: list[Action] = []
         for group in [group for group, version in self._running.items() if version < oldest]:
-            explorer = next(index for index, member in self._explorers.items() if group in member.groups)
+            explorer = self._explorer_of(group)
             self._repeat(group, max(self._take_back(group), oldest))
             drops.append(Drop(group, explorer))
         for group in [group for group, version in self._ready.items() if version < oldest]:
@@ -511,11 +468,11 @@ class Schedule:
     # When weights go back
 
     def _pushes(self) -> list[Action]:
-        """A due version is held back until no group that belongs to older weights is open.
+        """Holds back a due version until no group that belongs to older weights is open.
 
-        Otherwise a replacement of a failed group would be explored with newer weights than its batch, and the order
-        of versions would no longer repeat from run to run. What back-pressure keeps from being issued is not waited
-        for: only training makes room, and the trainer waits for this push.
+        Otherwise the replacement of a failed group would be explored with newer weights than its batch, and versions
+        would not repeat from run to run. It does not wait for groups held back by a full buffer: only training makes
+        room, and the trainer waits for this push.
         """
         if self._due is None:
             return []

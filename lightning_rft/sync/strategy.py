@@ -1,8 +1,4 @@
-"""Base class of the sync strategies: a Lightning callback that decides when explorers explore and weights are pushed.
-
-The base class owns *when hooks fire*; a strategy answers two questions, :meth:`SyncStrategy.admit` and
-:meth:`SyncStrategy.pushes_after`, from which the schedule follows.
-"""
+"""Base class of the sync strategies."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ __all__ = ["SyncStrategy"]
 
 
 class SyncStrategy(Callback, Rule):
-    """Base class of the sync strategies.
+    """Base class of the sync strategies: callbacks that decide when explorers explore and when weights are pushed.
 
     A strategy of your own says which version a batch may be explored with, and bounds the staleness of its tokens::
 
@@ -31,7 +27,8 @@ class SyncStrategy(Callback, Rule):
             def admit(self, batch):
                 return batch // 2 * 2
 
-    :func:`lightning_rft.testing.check_strategy` checks it against the rules that every strategy keeps.
+    Override :meth:`pushes_after` to push other than every ``sync_interval`` batches.
+    :func:`lightning_rft.testing.check_strategy` checks the rules that every strategy must keep.
 
     Args:
         sync_interval: Batches between two pushes.
@@ -53,7 +50,7 @@ class SyncStrategy(Callback, Rule):
             raise ConfigurationError(f"{cls.__name__}.publishes_after is called pushes_after now: rename it")
 
     def check(self, explorers: int) -> None:
-        """Raises :class:`ConfigurationError` if the strategy cannot work with this number of explorers."""
+        """Raises :class:`ConfigurationError` if the strategy cannot work with so few explorers."""
 
     @override
     def pushes_after(self, batch: int) -> bool:
@@ -69,7 +66,7 @@ class SyncStrategy(Callback, Rule):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _run_of(trainer).begin(self)
 
-    # The run begins, and the first version is pushed, with the first of these that fires
+    # The first of these that fires begins the run and pushes the first version.
     on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = on_train_start = _begin
 
     @override
@@ -99,5 +96,4 @@ class SyncStrategy(Callback, Rule):
 
 
 def _run_of(trainer: L.Trainer) -> Any:
-    """The data module, which owns the run."""
-    return trainer.datamodule  # type: ignore[attr-defined]
+    return trainer.datamodule  # type: ignore[attr-defined]  # it owns the run

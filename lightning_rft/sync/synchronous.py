@@ -45,5 +45,5 @@ class Synchronous(SyncStrategy):
 
     @override
     def admit(self, batch: int) -> int:
-        # the push before this batch's own block of sync_interval batches
+        # the push before this batch's block of sync_interval batches
         return batch // self.sync_interval * self.sync_interval

@@ -85,9 +85,9 @@ def all_ready(schedule: Schedule, batch: int, size: int = 2) -> list[Action]:
 def test_no_work_before_weights():
     schedule = Schedule(Ahead(2), size=lambda batch: 1)
     assert schedule.joined(0) + schedule.wanted(0) == []
-    assert schedule.idle
+    assert schedule.waits_for(0) == "weights"
     assert schedule.loaded(0, 0) + schedule.pushed(0) == [issue(0, 0), issue(1, 0), issue(2, 0)]
-    assert not schedule.idle
+    assert schedule.waits_for(0) is None
 
 
 def test_explorers_that_load_together_share_the_work():
@@ -223,7 +223,7 @@ def test_groups_of_a_dead_explorer_go_to_another_before_new_ones():
 
 
 def test_first_stop_and_capacity_limit_issuing():
-    schedule, actions = started(Ahead(10), size=2, first=5, stop=7)
+    schedule, actions = started(Ahead(10), size=2, progress=Progress(5), stop=7)
     assert [action.group for action in actions if isinstance(action, Issue)] == [(5, 0), (5, 1), (6, 0), (6, 1)]
     schedule, actions = started(Ahead(10), size=2, capacity=3)
     assert len(actions) == 3
@@ -328,7 +328,7 @@ def test_the_best_come_first_unless_others_would_be_too_old():
 def test_the_best_are_taken_from_what_a_resumed_run_kept():
     ready = {GroupKey(6, 0): 5, GroupKey(5, 0): 5, GroupKey(5, 1): 5}
     rule, scores = rft.FullyAsynchronous(max_staleness=2), {GroupKey(6, 0): 1.0}
-    schedule, _ = started(rule, first=5, ready=ready, scores=scores)
+    schedule, _ = started(rule, progress=Progress(5), ready=ready, scores=scores)
     assert schedule.wanted(5) == [Lease(5, (GroupKey(5, 0), GroupKey(6, 0)))]
 
 
@@ -434,7 +434,7 @@ def test_what_was_left_and_has_its_turn_later_is_explored_with_newer_weights():
 
 def test_what_was_kept_is_trained_before_what_is_new():
     schedule, _ = started(
-        rft.FullyAsynchronous(max_staleness=0), size=1, explorers=0, first=5, ready={GroupKey(6, 0): 5}
+        rft.FullyAsynchronous(max_staleness=0), size=1, explorers=0, progress=Progress(5), ready={GroupKey(6, 0): 5}
     )
     assert schedule.wanted(5) == [Lease(5, (GroupKey(6, 0),))]
     schedule.joined(0)
@@ -462,11 +462,13 @@ def test_what_a_rule_cannot_train_in_time_is_dropped():
     assert schedule.joined(0) == [Drop(GroupKey(5, 0), None)]
     assert schedule.joined(1) == []
     # past the end
-    schedule = Schedule(rft.FullyAsynchronous(), size=lambda batch: 1, first=3, stop=4, ready={GroupKey(4, 0): 3})
+    schedule = Schedule(
+        rft.FullyAsynchronous(), size=lambda batch: 1, progress=Progress(3), stop=4, ready={GroupKey(4, 0): 3}
+    )
     assert schedule.joined(0) == [Drop(GroupKey(4, 0), None)]
     # three that are due in step 3, of which one has room
     ready = {GroupKey(3, 0): 3, GroupKey(4, 0): 3, GroupKey(5, 0): 3}
-    schedule, actions = started(rft.FullyAsynchronous(max_staleness=0), size=1, first=3, ready=ready)
+    schedule, actions = started(rft.FullyAsynchronous(max_staleness=0), size=1, progress=Progress(3), ready=ready)
     assert actions == []
     drops = [Drop(GroupKey(4, 0), None), Drop(GroupKey(5, 0), None)]
     assert schedule.wanted(3) == [lease(3, 1), *drops]
@@ -474,7 +476,7 @@ def test_what_a_rule_cannot_train_in_time_is_dropped():
 
 def test_kept_groups_never_take_the_room_of_the_next_batch():
     kept = {GroupKey(batch, 1): 5 for batch in (5, 6, 7)}
-    schedule, actions = started(Ahead(3), capacity=2, first=5, ready=kept)
+    schedule, actions = started(Ahead(3), capacity=2, progress=Progress(5), ready=kept)
     assert actions == [issue(5, 0)]
     schedule.wanted(5)
     assert schedule.ready(GroupKey(5, 0)) == [lease(5)]
