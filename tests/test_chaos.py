@@ -20,7 +20,7 @@ from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.experience import GroupKey
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
 from lightning_rft.tasks.sources import as_tasks
-from tests.lives import STRATEGIES, TASKS, TASKS_PER_STEP, buffer
+from tests.killed_runs import STRATEGIES, TASKS, TASKS_PER_STEP, buffer
 from tests.processes import Script, Zygote
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
@@ -63,7 +63,7 @@ def test_explorers_are_killed(
 ) -> None:
     kills, epochs = 4 * CHAOS, 5 * CHAOS
     source = f"""
-        from tests.lives import live
+        from tests.killed_runs import live
         live({strategy!r}, epochs={epochs}, explorer_kills={kills}, seed={CHAOS})
     """
     scripts.append(script := zygote.start(source, tmp_path, tiny_model_path))
@@ -82,7 +82,7 @@ def test_the_trainer_is_killed(
 ) -> None:
     draw, lives, epochs = random.Random(CHAOS), 4 * CHAOS, 3 + 6 * CHAOS
     source = f"""
-        from tests.lives import live
+        from tests.killed_runs import live
         live({strategy!r}, epochs={epochs})
     """
     for _ in range(lives):

@@ -9,9 +9,9 @@ from statistics import median
 import pytest
 
 import lightning_rft as rft
-from tests.halfway import HalfwayTransformersEngine
+from tests.halfway_engines import HalfwayTransformersEngine
+from tests.recomputed_tokens import run
 from tests.trainer_and_data import fake_data
-from tests.versions import run
 
 STEPS = 6
 SAME, OTHER = 1e-4, 1e-2

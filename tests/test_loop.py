@@ -22,7 +22,7 @@ import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.sync.transports.collective import CollectiveTransport
 from tests.processes import LightEngine
-from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
+from tests.trainer_and_data import SUMS, fake_data, pool_of, quiet_trainer
 
 SIZES = [4, 4, 2]  # groups of the batches of an epoch
 VAL_TASKS = [rft.Task(f"{index} + 2 =", answer=1.0 if index < 8 else 0.5) for index in range(10)]
@@ -280,7 +280,7 @@ def test_validation_in_fit_uses_the_version_that_is_loaded(
 
 def test_explorers_live_as_long_as_they_are_held(tiny_model_path: Path, tmp_path: Path) -> None:
     data = make_data(engine=LightEngine())
-    assert not data._pool.running
+    assert not pool_of(data).running
 
     def validate() -> None:
         run = make_run(tmp_path, tiny_model_path, settings={"limit_val_batches": 1})
@@ -297,7 +297,7 @@ def test_explorers_live_as_long_as_they_are_held(tiny_model_path: Path, tmp_path
         assert all(map(alive, pids[0]))
     assert len(pids[0]) == 1
     assert pids[0] == pids[1] == pids[2]
-    assert not data._pool.running
+    assert not pool_of(data).running
     assert not any(map(alive, pids[0]))
 
 
@@ -334,12 +334,13 @@ def test_two_explorers_share_the_work_and_end_with_fit(tiny_model_path: Path, tm
     assert run.events == expected_events([[4], [4], [2]], k=1)
     assert run.sql("SELECT explorer, count(*) FROM groups GROUP BY explorer") == [(0, 5), (1, 5)]
     assert len(set(pids)) == 2
-    assert not data._pool.running
+    assert not pool_of(data).running
     assert not any(map(alive, pids))
 
 
 def explorers(data: rft.RFTDataModule) -> list[int]:
-    return [data._pool.pid(explorer) for explorer in data._pool.up]
+    pool = pool_of(data)
+    return [pool.pid(explorer) for explorer in pool.up]
 
 
 def alive(pid: int) -> bool:

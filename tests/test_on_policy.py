@@ -15,7 +15,7 @@ import torch
 
 import lightning_rft as rft
 from lightning_rft.sync.transports.collective import CollectiveTransport
-from tests.trainer_and_data import fake_data, quiet_trainer, stored_data
+from tests.trainer_and_data import fake_data, pool_of, quiet_trainer, stored_data
 
 SAME, STALE = 1e-4, 1e-2
 STEPS = 4
@@ -105,7 +105,7 @@ def test_old_weights_under_a_new_name_end_the_run(
 ) -> None:
     with pytest.raises(rft.AgreementError, match="after the push of version 1: log-probs differ by"):
         differences(rft.Synchronous(transport=Yesterday()), data, tiny_model_path, tmp_path)
-    assert not data._pool.running
+    assert not pool_of(data).running
 
 
 def test_old_weights_under_a_new_name_are_seen_in_the_tokens_too(
@@ -121,7 +121,7 @@ def test_old_weights_under_a_new_name_are_seen_in_the_tokens_too(
 def test_a_rollout_before_the_sync_is_refused(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(rft.ConfigurationError, match=r"TooEarly.admit\(1\) is 0: .* staleness of 1 .* max_staleness=0"):
         differences(TooEarly(), data, tiny_model_path, tmp_path)
-    assert not data._pool.running  # an error ends the explorers though they are held
+    assert not pool_of(data).running  # an error ends the explorers though they are held
 
 
 def test_stored_experience_is_trained_at_the_temperatures_it_was_sampled_at(

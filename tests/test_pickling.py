@@ -262,7 +262,7 @@ def importable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def channel(importable: Path) -> Iterator[Channel]:
     path = os.pathsep.join([*(folder or os.getcwd() for folder in sys.path), str(importable)])
-    process, channel = spawn("tests.calls", environment={"PYTHONPATH": path})
+    process, channel = spawn("tests.forking_caller", environment={"PYTHONPATH": path})
     yield channel
     channel.close()
     assert process.wait(10) == 0

@@ -19,7 +19,7 @@ import lightning_rft as rft
 from lightning_rft.explorer.engines.engine import Completion
 from lightning_rft.monitor.spans import Span
 from tests.processes import LightEngine
-from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
+from tests.trainer_and_data import SUMS, fake_data, pool_of, quiet_trainer
 
 STEPS = 8  # of 4, 4 and 2 groups in turn: two epochs and most of a third
 
@@ -215,7 +215,7 @@ def test_a_torn_checkpoint_ends_the_run(
     data = make_data(explorers=1)
     with pytest.raises(rft.TransportError, match=r"torn or missing .* not loaded"):
         fit(strategy(transport=Torn()), data, tiny_model_path, tmp_path)
-    assert not data._pool.running
+    assert not pool_of(data).running
 
 
 def test_checkpoints_are_kept_as_asked(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:

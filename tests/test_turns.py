@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, Support, Turn
-from tests.turns import turns
+from tests.random_turns import turns
 
 PLAIN: dict[str, Any] = {
     "prompt_ids": (1, 2),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from lightning_rft.buffer.ledger import Ledger, State
-from tests.lives import STRATEGIES, TASKS, TASKS_PER_STEP, buffer
+from tests.killed_runs import STRATEGIES, TASKS, TASKS_PER_STEP, buffer
 from tests.processes import MARK, MODEL, alive, until
 from tests.test_chaos import CHAOS, check_every_task_ended_once, in_order
 
@@ -50,7 +50,7 @@ def life(tmp_path: Path, tiny_model_path: Path) -> Iterator[Callable[[str], subp
 def script(strategy: str, **arguments: int) -> str:
     return f"""
         import lightning_rft as rft
-        from tests.lives import live
+        from tests.killed_runs import live
         live(
             {strategy!r},
             engine=rft.VLLMEngine(dtype="float32"),

@@ -14,9 +14,9 @@ from statistics import mean, median
 import pytest
 
 import lightning_rft as rft
-from tests.halfway import HalfwayVLLMEngine
+from tests.halfway_engines import HalfwayVLLMEngine
+from tests.recomputed_tokens import run
 from tests.trainer_and_data import fake_data
-from tests.versions import run
 
 pytestmark = [pytest.mark.vllm]
 pytest.importorskip("vllm")

@@ -47,3 +47,8 @@ def stored_data(buffer: str | Path | rft.Buffer, **settings: Any) -> rft.RFTData
     """What a buffer holds, without explorers."""
     defaults: dict[str, Any] = {"buffer": buffer, "tasks_per_step": 4, "sampling": rft.Sampling(seed=1)}
     return rft.RFTDataModule(explorers=0, **defaults | settings)
+
+
+def pool_of(data: rft.RFTDataModule) -> rft.ExplorerPool:
+    """The explorers of a data module, to see which of them are there."""
+    return data._pool

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_rft.buffer.codec import from_row, to_row, unpack
 from lightning_rft.experience import Experience, Turn
-from tests.turns import turns
+from tests.random_turns import turns
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 EXPERIENCES = st.builds(

@@ -28,7 +28,7 @@ from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.timeline import TimelineCallback
 from lightning_rft.monitor.trace import trace
 from lightning_rft.trainer.loader import MicroBatch
-from tests.monitor.stories import STORIES
+from tests.monitor.drawn_timelines import STORIES
 from tests.trainer_and_data import quiet_trainer
 
 # Recording and summing up

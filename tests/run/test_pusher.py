@@ -15,7 +15,7 @@ import lightning_rft as rft
 from lightning_rft.errors import DeadlineError
 from lightning_rft.run.pusher import Background, Pusher
 from lightning_rft.sync.transports.transport import Transport
-from tests.trainer_and_data import fake_data, quiet_trainer
+from tests.trainer_and_data import fake_data, pool_of, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,7 +101,7 @@ def test_a_push_that_hangs_does_not_hide_the_error_that_ended_the_run(tiny_model
     trainer = quiet_trainer(tmp_path, rft.FullyAsynchronous(transport=transport), Fails(), max_steps=3)
     with pytest.raises(ZeroDivisionError, match="of the user's callback"):
         trainer.fit(rft.RFTModule(tiny_model_path), data)
-    assert not data._pool.running
+    assert not pool_of(data).running
     transport.go_on.set()
 
 
