@@ -1,4 +1,4 @@
-"""Calls what it is sent, each time in a new fork that knows nothing of the others: ``python -m tests.forking_caller FD``.
+"""Calls what it is sent, each time in a fork that knows nothing of the others: ``python -m tests.forking_caller FD``.
 
 A message is a list of functions, to be called one after another. The answer is what the last one returned, awaited if
 need be, or the failure that ended them.
