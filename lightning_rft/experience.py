@@ -1,7 +1,6 @@
 """The values on every arrow of the picture: tasks go out, experiences come back, a group at a time.
 
-All are frozen and hold plain Python values and bytes, so they cross processes and the buffer unchanged. This file
-imports only errors and turns of the package; everything may import it.
+All are frozen and hold plain Python values and bytes, so they cross processes and the buffer unchanged.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ __all__ = ["Experience", "Group", "GroupKey", "Progress", "Support", "Task", "Te
 
 @dataclass(frozen=True)
 class Task:
-    """Something to be answered, and what a reward needs to judge the answer.
+    """A question, and what a reward needs to judge the answer.
 
     Args:
         prompt: Plain text, or chat messages (``[{"role": "user", "content": "..."}]``) to which the tokenizer's
             chat template is applied.
-        answer: Whatever the reward compares with; the model never sees it.
+        answer: What the reward compares with; the model never sees it.
         id: Unique among the tasks of a run. Left empty, the position in the task list is taken.
-        metadata: Anything else that the reward or the workflow wants to know.
+        metadata: Anything else that the reward or the workflow needs.
 
     Example:
         >>> Task("2 + 2 =", answer="4").answer
@@ -39,7 +38,7 @@ class Task:
 
 
 class GroupKey(NamedTuple):
-    """Where a group belongs in the schedule: the ``slot``-th group of batch ``batch``."""
+    """A group's place in the schedule: the ``slot``-th group of batch ``batch``."""
 
     batch: int
     slot: int
@@ -91,12 +90,12 @@ class Experience:
 
     @property
     def oldest_version(self) -> int:
-        """The oldest policy version that any token was sampled with."""
+        """The oldest version that sampled any token."""
         return min(version for turn in self.turns for version, _ in turn.version_runs)
 
     @property
     def newest_version(self) -> int:
-        """The newest policy version that any token was sampled with."""
+        """The newest version that sampled any token."""
         return max(version for turn in self.turns for version, _ in turn.version_runs)
 
 
@@ -115,12 +114,12 @@ class Group:
 
     @property
     def oldest_version(self) -> int:
-        """The oldest policy version that any token was sampled with."""
+        """The oldest version that sampled any token."""
         return min(experience.oldest_version for experience in self.experiences)
 
     @property
     def newest_version(self) -> int:
-        """The newest policy version that any token was sampled with."""
+        """The newest version that sampled any token."""
         return max(experience.newest_version for experience in self.experiences)
 
     def is_fresh(self, batch: int, max_staleness: int) -> bool:
@@ -134,11 +133,6 @@ class Progress:
 
     Asynchronous strategies train groups out of order, so a few of earlier batches may be left and a few of later ones
     be done; in the others both are empty.
-
-    Args:
-        version: Batches trained.
-        behind: Groups of batches before ``version`` that are not trained.
-        ahead: Groups of batches from ``version`` on that are.
     """
 
     version: int
@@ -151,10 +145,10 @@ class Progress:
 
 
 class TensorInfo(NamedTuple):
-    """One tensor on the way back: its ``state_dict`` name, dtype (``"float32"``) and shape.
+    """A tensor of the weights: its ``state_dict`` name, dtype (``"float32"``) and shape.
 
-    ``same_as`` names the tensor before it in the manifest that is the same memory, as tied weights are: it is delivered
-    under both names, and need not travel twice.
+    ``same_as`` names an earlier tensor of the manifest that is the same memory, as tied weights are: it is delivered
+    under both names and need not travel twice.
     """
 
     name: str

@@ -1,12 +1,11 @@
 """The ledger of a buffer: every group from issue to training, in one SQLite file.
 
-Any SQLite reader can query it while the run goes on::
+Any SQLite reader can query it during the run::
 
     sqlite3 buffer.sqlite "SELECT state, count(*) FROM groups GROUP BY state"
 
-or :func:`~lightning_rft.buffer.reader.read_buffer` reads all of it. The file is in write-ahead mode with
-``synchronous=NORMAL``: a change that returned survives the death of the process, while a power cut may cost the last
-moments, but never the file.
+The file is in write-ahead mode with ``synchronous=NORMAL``: a change that returned survives the death of the process,
+while a power cut may cost the last moments, but never the file.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _KEYS = "run, batch, slot, round"
 
 
 def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, Any]]:
-    """Reads a buffer as one flat row per sample, after its run or while it goes on.
+    """Reads a buffer as one flat row per sample, after its run or during it.
 
     All rows are as of the moment of the first. A run in progress is not disturbed, but its file cannot shrink until the
     last row is read. SQLite may leave two small files beside the buffer, which end in ``-wal`` and ``-shm``.

@@ -74,12 +74,6 @@ class Filter:
 def reward_variance(group: Group) -> float:
     """Score for :class:`Priority`: variance of the rewards, highest for tasks that are solved half the time.
 
-    Args:
-        group: A complete group.
-
-    Returns:
-        Population variance of its rewards.
-
     Example:
         >>> from lightning_rft.experience import Experience, GroupKey
         >>> reward_variance(Group(GroupKey(0, 0), "7", (Experience("7", 0, (), 0.0), Experience("7", 1, (), 1.0))))
@@ -119,12 +113,8 @@ class Priority:
 
     Example::
 
-        data = RFTDataModule(
-            tasks=tasks,
-            reward=reward,
-            tasks_per_step=8,
-            buffer=Buffer(selection=Priority("reward_variance"), capacity=32),
-        )
+        buffer = Buffer(selection=Priority("reward_variance"), capacity=32)
+        data = RFTDataModule(tasks=tasks, reward=reward, tasks_per_step=8, buffer=buffer)
         trainer = L.Trainer(max_steps=100, callbacks=[FullyAsynchronous(max_staleness=8)])
     """
 

@@ -70,7 +70,6 @@ class _Canvas:
         self.axes.set_axis_off()
 
     def box(self, left: float, right: float, low: float, high: float, kind: str) -> None:
-        """Draws a rectangle in the colours of a kind."""
         from matplotlib.patches import Rectangle
 
         fill, edge, *_ = _KINDS[kind]
@@ -78,7 +77,6 @@ class _Canvas:
         self.axes.add_patch(Rectangle((left, low), right - left, high - low, facecolor=fill, edgecolor=edge, **look))
 
     def line(self, x: Interval, y: Interval, color: str, order: float = 1.0) -> None:
-        """Draws a thin line."""
         self.axes.plot(x, y, color=color, linewidth=0.8, zorder=order, solid_capstyle="butt")
 
     def text(self, x: float, y: float, text: str, size: float = 9, color: str = _INK, **look: Any) -> float:
@@ -87,7 +85,6 @@ class _Canvas:
         return self.width(text, size, look.get("weight", "normal"))
 
     def width(self, text: str, size: float, weight: str = "normal") -> float:
-        """Width of a text in inches."""
         from matplotlib.font_manager import FontProperties
 
         font = FontProperties(size=size, weight=weight)

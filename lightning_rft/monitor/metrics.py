@@ -20,14 +20,7 @@ _NOTHING: dict[type[Metric], tuple[float, ...]] = {MeanMetric: (0.0, 0.0), SumMe
 
 
 class BatchMetrics(nn.Module):
-    """Metrics of one batch, under ``rft/``; on several ranks each adds its share, and all get those of the whole batch.
-
-    ``loss`` (of the whole batch, however it was cut up), ``reward`` (mean over samples), ``reward_std`` (mean over
-    groups of the standard deviation within the group), ``completion_length`` (tokens), ``staleness_mean`` and
-    ``staleness_max`` (batches, over tokens), and over the tokens that were trained ``entropy`` (nats) and the
-    statistics of the objective: ``clip_fraction``, ``kl`` (from the sampling to the training policy, nats).
-    ``tokens_per_second`` counts sampled tokens over the whole time since the batch before.
-    """
+    """Metrics of one batch, under ``rft/``; on several ranks each adds its share, and all get those of the batch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ def trace(spans: Sequence[Span], *, title: str = "", dropped: int = 0) -> dict[s
 
 
 def _named(what: str, name: str, pid: int, tid: int, order: int) -> list[dict[str, Any]]:
-    """Two metadata events that give a process or a thread its name and its place."""
+    """Two metadata events that name and place a process or a thread."""
     event = {"ph": "M", "pid": pid, "tid": tid, "ts": 0}
     return [
         event | {"name": f"{what}_name", "args": {"name": name}},
