@@ -243,8 +243,10 @@ def test_a_killed_explorers_processes_end_with_it(start: Start) -> None:
     """)
     script.wait_for("rewarding")
     (explorer,) = script.children("lightning_rft.explorer.worker.main")
-    (scorer,) = script.children("lightning_rft.explorer.worker.scorer")
+    scorers = script.children("lightning_rft.explorer.worker.scorer")
+    assert scorers
     os.kill(explorer, signal.SIGKILL)
     assert outcome(script)["explorer_restarts"] == 1
-    with pytest.raises(ProcessLookupError):
-        os.kill(scorer, 0)
+    for scorer in scorers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(scorer, 0)
