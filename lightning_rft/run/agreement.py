@@ -86,9 +86,9 @@ class Agreement:
         return (
             f"log-probs differ by {gap:.2g} nats on average, where up to {largest:.2g} is tolerated (trainer in "
             f"{scores.dtype}, engine in {self._engine_dtype()}). Either weights were left out or loaded in a wrong "
-            "place, or the engine computes this model otherwise (attention, soft caps, rotary scaling, quantization): "
-            "try TransformersEngine, float32 on both sides, or newer packages; if the difference is known and meant, "
-            "set Tolerance(push_gap=...)"
+            "place, or one side computes this model otherwise (attention, soft caps, rotary scaling, quantization, "
+            "dropout in training): try TransformersEngine, float32 on both sides, or newer packages; if the difference "
+            "is known and meant, set Tolerance(push_gap=...)"
         )
 
 

@@ -36,8 +36,14 @@ def encoded_text(model: str) -> tuple[int, ...]:
 
 @torch.no_grad()
 def score(policy: Any, ids: tuple[int, ...], device: torch.device) -> Scores:
-    """Scores ids under the policy as it is, in the precision of the surrounding context."""
-    logits = policy(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1].float()
+    """Scores ids as an engine would, without dropout, in the precision of the surrounding context."""
+    training = [module for module in policy.modules() if module.training]
+    policy.eval()
+    try:
+        logits = policy(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1].float()
+    finally:
+        for module in training:
+            module.training = True
     chosen = torch.tensor(ids[1:], device=device)[:, None]
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else next(policy.parameters()).dtype

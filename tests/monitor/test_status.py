@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,15 @@ def test_an_error_begins_on_a_clean_line(run: Run) -> None:
     assert rests(run.recording.screen) == []
 
 
-def test_ctrl_c_leaves_a_clean_line(run: Run) -> None:
+@pytest.fixture
+def can_interrupt() -> Iterator[None]:
+    """Lightning ignores Ctrl+C from the first on, for all that runs in the process afterwards."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_a_clean_line(run: Run, can_interrupt: None) -> None:
     with pytest.raises(SystemExit):
         run.see(when={"aiting for explorers": lambda recording: _thread.interrupt_main()})
     assert rests(run.recording.screen) == []

@@ -111,6 +111,18 @@ def test_a_whole_push_that_did_not_arrive_is_noticed(pair: Pair) -> None:
         pair.push(1, lambda weights, before: weights.update(before))
 
 
+def test_scores_know_no_dropout_and_leave_the_modes_as_they_are(tiny_model_path: Path) -> None:
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32).train()
+    expected = score(policy, (1, 2, 3), torch.device("cpu"))
+    for layer in policy.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    policy.model.layers[0].eval()
+    drawn = torch.get_rng_state()
+    assert score(policy, (1, 2, 3), torch.device("cpu")) == expected
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert policy.training and policy.model.layers[1].training and not policy.model.layers[0].training
+
+
 def test_an_explorer_that_simulates_is_not_asked() -> None:
     agreement = Agreement(None, lambda: "float32")
     agreement.expect(0, Scores((1, 2), (-1.0,), 1.0, "float32"))
