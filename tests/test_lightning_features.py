@@ -16,7 +16,7 @@ from lightning.pytorch.tuner import Tuner
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.run.checks import check_together
-from tests.trainer_and_data import fake_data, quiet_trainer
+from tests.trainer_and_data import quiet_trainer, seeded_data
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -24,18 +24,10 @@ pytestmark = [
 ]
 
 
-def make_data(**changes: Any) -> rft.RFTDataModule:
-    settings: dict[str, Any] = {
-        "reward": lambda completion, task: float(sum(map(ord, completion)) % 7),
-        "sampling": rft.Sampling(seed=3),
-    }
-    return fake_data(**settings | changes)
-
-
 @pytest.fixture(scope="module")
 def data() -> Iterator[rft.RFTDataModule]:
     """Its explorers serve most of the runs of this file."""
-    with make_data() as data:
+    with seeded_data() as data:
         yield data
 
 
@@ -178,7 +170,7 @@ def test_another_objective_than_the_checkpoints_is_said(
 
 def test_test_does_what_validate_does(tiny_model_path: Path, tmp_path: Path) -> None:
     val_tasks = [rft.Task(f"{index} + 2 =", answer=float(index % 2)) for index in range(10)]
-    with make_data(reward=lambda completion, task: task.answer or 0.0, val_tasks=val_tasks) as data:
+    with seeded_data(reward=lambda completion, task: task.answer or 0.0, val_tasks=val_tasks) as data:
         trainer, module = make_trainer(tmp_path), Noted(tiny_model_path)
         (validated,) = trainer.validate(module, data, verbose=False)
         (tested,) = trainer.test(module, data, verbose=False)
@@ -280,9 +272,9 @@ def test_a_checkpoint_of_a_step_that_failed_begins_it_anew(
     settings: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": accumulate}
     callbacks = [rft.Synchronous(), Saves()]
     with pytest.raises(ZeroDivisionError):
-        make_trainer(tmp_path, callbacks=callbacks, **settings).fit(Fails(tiny_model_path), make_data())
+        make_trainer(tmp_path, callbacks=callbacks, **settings).fit(Fails(tiny_model_path), seeded_data())
     module = Noted(tiny_model_path)
-    make_trainer(tmp_path, **settings).fit(module, make_data(), ckpt_path=tmp_path / "failed.ckpt")
+    make_trainer(tmp_path, **settings).fit(module, seeded_data(), ckpt_path=tmp_path / "failed.ckpt")
     assert module.batches() == [1, *[2] * accumulate]
 
 
@@ -310,7 +302,7 @@ def test_a_tuner_is_refused(find: Any, tiny_model_path: Path, tmp_path: Path) ->
     if "fit" in find.__code__.co_names:
         trainer.callbacks.append(LearningRateFinder())  # type: ignore[attr-defined]
     with pytest.raises(rft.ConfigurationError, match=r"Finder, or Tuner, takes the sync strategy out .*max_steps=20"):
-        find(trainer, module, make_data())
+        find(trainer, module, seeded_data())
 
 
 @pytest.mark.usefixtures("no_process")
@@ -328,12 +320,12 @@ def test_strategies_that_rename_weights_are_refused(strategy: type, tiny_model_p
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_is_compiled_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(rft.ConfigurationError, match=r"torch.compile\(module\) .* give the trainer"):
-        make_trainer(tmp_path).fit(torch.compile(Noted(tiny_model_path)), make_data())  # type: ignore[arg-type]
+        make_trainer(tmp_path).fit(torch.compile(Noted(tiny_model_path)), seeded_data())  # type: ignore[arg-type]
     module = Noted(tiny_model_path)
     module.configure_model()
     module.policy = torch.compile(module.policy)  # type: ignore[assignment]
     with pytest.raises(rft.ConfigurationError, match=r"policy is a OptimizedModule, .* without a wrapper"):
-        make_trainer(tmp_path).fit(module, make_data())
+        make_trainer(tmp_path).fit(module, seeded_data())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -355,4 +347,4 @@ def test_a_policy_that_is_wrapped_while_it_is_loaded_is_refused(
 def test_a_folder_that_cannot_be_written_is_named(tiny_model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(rft.ConfigurationError, match=r"folder '.*/file/rft' cannot be written \(Not a .*default_root"):
-        make_trainer(tmp_path / "file").fit(Noted(tiny_model_path), make_data())
+        make_trainer(tmp_path / "file").fit(Noted(tiny_model_path), seeded_data())

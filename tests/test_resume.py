@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.buffer.reader import read_buffer
-from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
+from tests.trainer_and_data import SUMS, quiet_trainer, seeded_data
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -25,18 +25,10 @@ pytestmark = [
 ]
 
 
-def make_data(**changes: Any) -> rft.RFTDataModule:
-    settings: dict[str, Any] = {
-        "reward": lambda completion, task: float(sum(map(ord, completion)) % 7),
-        "sampling": rft.Sampling(seed=3),
-    }
-    return fake_data(**settings | changes)
-
-
 @pytest.fixture(scope="module")
 def data() -> Iterator[rft.RFTDataModule]:
     """Its explorers serve most of the runs of this file."""
-    with make_data() as data:
+    with seeded_data() as data:
         yield data
 
 
@@ -55,7 +47,7 @@ def train(
     trained = module(model)
     checkpoints = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}", save_last=True)
     quiet_trainer(folder, strategy or rft.Synchronous(), checkpoints, max_steps=steps, **trainer or {}).fit(
-        trained, data or make_data(**changes), ckpt_path=resume
+        trained, data or seeded_data(**changes), ckpt_path=resume
     )
     return trained
 
@@ -97,7 +89,7 @@ def test_bit_for_bit(tmp_path: Path, tiny_model_path: Path, accumulate: int) -> 
             for layer in self.policy.model.layers:  # type: ignore[union-attr]
                 layer.self_attn.attention_dropout = 0.1
 
-    data = make_data(
+    data = seeded_data(
         engine=rft.TransformersEngine(dtype="float32", max_batch_size=1),
         tolerance=rft.Tolerance(push_gap=10.0),  # what is dropped in training is not when sampling
     )
@@ -202,7 +194,7 @@ def test_settings_that_would_lose_or_repeat_tasks(
 
 
 def test_a_checkpoint_saved_after_fit(tmp_path: Path, tiny_model_path: Path) -> None:
-    data = make_data(val_tasks=["2 + 2 ="])
+    data = seeded_data(val_tasks=["2 + 2 ="])
     settings: dict[str, Any] = {"num_sanity_val_steps": 0, "limit_val_batches": None}
     trainer = quiet_trainer(tmp_path, rft.Synchronous(), max_steps=2, **settings)
     module = rft.RFTModule(tiny_model_path)

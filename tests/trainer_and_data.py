@@ -43,6 +43,15 @@ def fake_data(**settings: Any) -> rft.RFTDataModule:
     return rft.RFTDataModule(**defaults | settings)
 
 
+def seeded_data(**changes: Any) -> rft.RFTDataModule:
+    """Tasks for a fake engine, in an order that a seed fixes, with rewards that differ between samples."""
+    settings: dict[str, Any] = {
+        "reward": lambda completion, task: float(sum(map(ord, completion)) % 7),
+        "sampling": rft.Sampling(seed=3),
+    }
+    return fake_data(**settings | changes)
+
+
 def stored_data(buffer: str | Path | rft.Buffer, **settings: Any) -> rft.RFTDataModule:
     """What a buffer holds, without explorers."""
     defaults: dict[str, Any] = {"buffer": buffer, "tasks_per_step": 4, "sampling": rft.Sampling(seed=1)}

@@ -71,7 +71,8 @@ class Dispatcher:
         self.validation = Validation((), run=groups.incarnation, samples=0, sampling=Sampling())
         #: Has an explorer load the newest version; returns at once.
         self.load: Callable[[int], None] = self.roster.want_weights
-        self._push_due = False
+        #: Whether a push is due.
+        self.push_due = False
         self._load_label = load_label
 
     def start(self) -> None:
@@ -105,13 +106,8 @@ class Dispatcher:
     def take_push(self) -> bool:
         """Whether a push has become due since the last call."""
         with self.listener.locked():
-            due, self._push_due = self._push_due, False
+            due, self.push_due = self.push_due, False
         return due
-
-    @property
-    def push_due(self) -> bool:
-        """Whether a push is due."""
-        return self._push_due
 
     def look(self) -> None:
         """Notes what every explorer does, since that may just have changed; under the lock."""
@@ -129,7 +125,7 @@ class Dispatcher:
             if isinstance(action, Lease):
                 self.groups.lease(action.groups, self.schedule.version)
             elif isinstance(action, Push):
-                self._push_due = True
+                self.push_due = True
             elif isinstance(action, Load):
                 self.load(action.explorer)
             elif isinstance(action, Drop):
