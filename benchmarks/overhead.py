@@ -33,7 +33,7 @@ import lightning_rft as rft
 from benchmarks.overlap import restless
 from lightning_rft.monitor.spans import Span
 from lightning_rft.testing import tiny_model
-from lightning_rft.trainer.loader import MicroBatch
+from lightning_rft.trainer.loader import BatchPart
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS, SAMPLES, TOKENS, GENERATION_S = 4, 8, 20, 0.1
@@ -45,7 +45,7 @@ class Batches(Callback):
 
     def __init__(self) -> None:
         self.times: list[float] = []
-        self.batches: list[MicroBatch] = []
+        self.batches: list[BatchPart] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keeps the batch."""
@@ -65,14 +65,14 @@ class Batches(Callback):
 class ReadyMade:
     """Hands out batches that are there already, each after the time that generating it took."""
 
-    def __init__(self, batches: list[MicroBatch]) -> None:
+    def __init__(self, batches: list[BatchPart]) -> None:
         self._batches = batches
 
     def __len__(self) -> int:
         """Number of batches."""
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[BatchPart]:
         """In order."""
         for batch in self._batches:
             for _ in range(TOKENS):

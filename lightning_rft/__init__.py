@@ -68,8 +68,38 @@ if TYPE_CHECKING:
     from lightning_rft.sync.transports.collective import CollectiveTransport as CollectiveTransport
     from lightning_rft.tasks.task_set import TaskSet as TaskSet
     from lightning_rft.trainer.module import RFTModule as RFTModule
+    from lightning_rft.trainer.objectives.advantages import Advantage as Advantage
+    from lightning_rft.trainer.objectives.advantages import BatchRelative as BatchRelative
+    from lightning_rft.trainer.objectives.advantages import GroupRelative as GroupRelative
+    from lightning_rft.trainer.objectives.advantages import LeaveOneOut as LeaveOneOut
+    from lightning_rft.trainer.objectives.advantages import Raw as Raw
+    from lightning_rft.trainer.objectives.corrections import Correction as Correction
+    from lightning_rft.trainer.objectives.corrections import Masked as Masked
+    from lightning_rft.trainer.objectives.corrections import Truncated as Truncated
+    from lightning_rft.trainer.objectives.grpo import CISPO as CISPO
+    from lightning_rft.trainer.objectives.grpo import DAPO as DAPO
     from lightning_rft.trainer.objectives.grpo import GRPO as GRPO
+    from lightning_rft.trainer.objectives.grpo import GSPO as GSPO
+    from lightning_rft.trainer.objectives.grpo import SAPO as SAPO
+    from lightning_rft.trainer.objectives.grpo import VESPO as VESPO
+    from lightning_rft.trainer.objectives.grpo import DrGRPO as DrGRPO
     from lightning_rft.trainer.objectives.objective import Objective as Objective
+    from lightning_rft.trainer.objectives.penalties import KL as KL
+    from lightning_rft.trainer.objectives.reinforce import OPMD as OPMD
+    from lightning_rft.trainer.objectives.reinforce import REINFORCE as REINFORCE
+    from lightning_rft.trainer.objectives.reinforce import RLOO as RLOO
+    from lightning_rft.trainer.objectives.reinforce import TOPR as TOPR
+    from lightning_rft.trainer.objectives.reinforce import AsymRE as AsymRE
+    from lightning_rft.trainer.objectives.reinforce import REINFORCEPlusPlus as REINFORCEPlusPlus
+    from lightning_rft.trainer.objectives.surrogates import Clip as Clip
+    from lightning_rft.trainer.objectives.surrogates import Gamma as Gamma
+    from lightning_rft.trainer.objectives.surrogates import Likelihood as Likelihood
+    from lightning_rft.trainer.objectives.surrogates import Plain as Plain
+    from lightning_rft.trainer.objectives.surrogates import SoftGate as SoftGate
+    from lightning_rft.trainer.objectives.surrogates import Squared as Squared
+    from lightning_rft.trainer.objectives.surrogates import StopGradient as StopGradient
+    from lightning_rft.trainer.objectives.surrogates import Surrogate as Surrogate
+    from lightning_rft.trainer.objectives.tokens import TokenBatch as TokenBatch
 
 _MODULES = {
     "lightning_rft.buffer.selection": ["Priority", "Replay", "has_signal", "recency", "reward_variance"],
@@ -106,8 +136,29 @@ _MODULES = {
     "lightning_rft.sync.synchronous": ["Synchronous"],
     "lightning_rft.tasks.task_set": ["TaskSet"],
     "lightning_rft.trainer.module": ["RFTModule"],
-    "lightning_rft.trainer.objectives.grpo": ["GRPO"],
+    "lightning_rft.trainer.objectives.advantages": [
+        "Advantage",
+        "BatchRelative",
+        "GroupRelative",
+        "LeaveOneOut",
+        "Raw",
+    ],
+    "lightning_rft.trainer.objectives.corrections": ["Correction", "Masked", "Truncated"],
+    "lightning_rft.trainer.objectives.grpo": ["CISPO", "DAPO", "GRPO", "GSPO", "SAPO", "VESPO", "DrGRPO"],
     "lightning_rft.trainer.objectives.objective": ["Objective"],
+    "lightning_rft.trainer.objectives.penalties": ["KL"],
+    "lightning_rft.trainer.objectives.reinforce": ["OPMD", "REINFORCE", "RLOO", "TOPR", "AsymRE", "REINFORCEPlusPlus"],
+    "lightning_rft.trainer.objectives.surrogates": [
+        "Clip",
+        "Gamma",
+        "Likelihood",
+        "Plain",
+        "SoftGate",
+        "Squared",
+        "StopGradient",
+        "Surrogate",
+    ],
+    "lightning_rft.trainer.objectives.tokens": ["TokenBatch"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

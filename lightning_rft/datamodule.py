@@ -268,6 +268,7 @@ class RFTDataModule(L.LightningDataModule):
             batches=self.steps_per_epoch,
             accumulate=accumulate,
             items=items,
+            max_new_tokens=self.sampling.max_new_tokens or 1,
             done=lambda: micro_batches_done(self._trainer),
         )
 

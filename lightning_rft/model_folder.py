@@ -11,7 +11,7 @@ from lightning_rft.errors import ConfigurationError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_model", "checkpoint_weights", "context_length", "end_ids", "right_attention"]
+__all__ = ["check_model", "check_policy", "checkpoint_weights", "context_length", "end_ids", "right_attention"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
@@ -30,6 +30,17 @@ def check_model(model: str) -> None:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigurationError(
             f"model={model!r} has no tokenizer: save it there too, with tokenizer.save_pretrained({model!r})"
+        )
+
+
+def check_policy(policy: Any) -> None:
+    """Raises :class:`ConfigurationError` if there is a policy whose weights have other names than its folder's."""
+    from transformers import PreTrainedModel
+
+    if policy is not None and not isinstance(policy, PreTrainedModel):
+        raise ConfigurationError(
+            f"policy is a {type(policy).__name__}, whose weights have other names than the model's: leave the model of "
+            "transformers as it is, without a wrapper"
         )
 
 

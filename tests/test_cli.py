@@ -52,7 +52,7 @@ def config(tmp_path: Path, tiny_model_path: Path) -> dict[str, Any]:
     return {
         "model": {
             "model": str(tiny_model_path),
-            "objective": {"class_path": "GRPO", "init_args": {"clip_high": 0.28}},
+            "objective": {"class_path": "GRPO", "init_args": {"normalisation": "token"}},
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
             "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
         },
@@ -128,7 +128,7 @@ def test_fit(command: Command, config: dict[str, Any], tmp_path: Path) -> None:
 
     assert cli.trainer.global_step == 2
     assert isinstance(cli.model, rft.RFTModule) and isinstance(cli.datamodule, rft.RFTDataModule)
-    assert cli.model.objective == rft.GRPO(clip_high=0.28)
+    assert cli.model.objective == rft.GRPO(normalisation="token")
     assert isinstance(cli.datamodule.engine, rft.TransformersEngine)
     assert cli.datamodule.sampling.seed == 0  # runs are seeded unless one asks for something else
     (optimizer,) = cli.trainer.optimizers
@@ -275,7 +275,8 @@ def test_objects_without_a_run(config: dict[str, Any], monkeypatch: pytest.Monke
         (["--data.buffer", "{capacty: 3}"], "error: buffer='{capacty: 3}' is no path"),
         (["--data.tasks", "nowhere.jsonl"], "error: tasks cannot be read from nowhere.jsonl"),
         (["--model.model", "./nowhere"], "error: model='./nowhere' is no folder"),
-        (["--model.objective.clip_low", "2"], "error: clip_low=2.0 must be above 0 and at most 1"),
+        (["--model.objective.normalisation", "0"], "error: normalisation=0 must be at least 1"),
+        (["--model.objective.clip_low", "0.1"], "model.objective.clip_low moved: set model.objective.surrogate.low"),
         (["--trainer.callbacks.sync_interval", "0"], "error: sync_interval=0 must be at least 1"),
         (["--trainer.limit_train_batches", "1.5"], "error: You have passed invalid value 1.5 for limit_train_batches"),
     ],

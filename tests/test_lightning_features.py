@@ -83,7 +83,7 @@ def test_an_epoch_that_a_hook_ends_goes_on_in_the_next(
         groups = 4 + 4 + 2 + 4 + 4 + 2 + 4
         assert len(ledger.trained_tasks()) == groups
         assert ledger.counts()["leased"] == 0
-    whole = [tasks for _, tasks in module.trained[accumulate + len(cut) :]]
+    whole = [tasks for _, tasks in module.trained[accumulate + len(cut) :: accumulate]]
     assert sum(map(len, whole)) == groups - 4
     assert float(module.trainer.callback_metrics["rft/tokens_per_second"]) > 0
 
@@ -159,9 +159,9 @@ def test_another_objective_than_the_checkpoints_is_said(
     data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
 ) -> None:
     trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.fit(Noted(tiny_model_path, objective=rft.GRPO(clip_high=0.28)), data)
+    trainer.fit(Noted(tiny_model_path, objective=rft.GRPO(entropy=0.25)), data)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    with pytest.warns(UserWarning, match=r"trained with GRPO\(.*clip_high=0.28.*: set objective="):
+    with pytest.warns(UserWarning, match=r"trained with GRPO\(.*entropy=0.25.*: set objective="):
         rft.RFTModule.load_from_checkpoint(tmp_path / "end.ckpt")
 
 

@@ -44,9 +44,9 @@ class Watched(rft.GRPO):
 
     differences: list[float] = field(default_factory=list)
 
-    def token_loss(self, logprobs: Any, sampling_logprobs: Any, advantages: Any) -> Any:
-        self.differences.append(float((logprobs.detach() - sampling_logprobs).abs().max()))
-        return super().token_loss(logprobs, sampling_logprobs, advantages)
+    def token_loss(self, tokens: rft.TokenBatch) -> Any:
+        self.differences.append(float((tokens.logprobs.detach() - tokens.sampling_logprobs).abs().max()))
+        return super().token_loss(tokens)
 
 
 def differences(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,20 @@ pytest.importorskip("vllm")
 STEPS = 4
 
 
-class Gap(rft.Objective):
-    """GRPO that reports the gap it sees."""
+HALF = rft.Raw(0.5)
 
-    needs_group = False
+
+@dataclass(frozen=True)
+class Gap(rft.GRPO):
+    """GRPO that reports the gap it sees, in every sample."""
+
+    advantage: rft.Advantage = HALF
+    gaps: list[float] = field(default_factory=list)
     skips_zero_advantage = False
 
-    def __init__(self) -> None:
-        self.inner = rft.GRPO()
-        self.gaps: list[float] = []
-
-    def advantages(self, rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-        return rewards - 0.5
-
-    def token_loss(self, logprobs: Any, sampling_logprobs: Any, advantages: Any) -> Any:
-        self.gaps.append(float((logprobs.detach() - sampling_logprobs).abs().max()))
-        return self.inner.token_loss(logprobs, sampling_logprobs, advantages)
+    def token_loss(self, tokens: rft.TokenBatch) -> Any:
+        self.gaps.append(float((tokens.logprobs.detach() - tokens.sampling_logprobs).abs().max()))
+        return super().token_loss(tokens)
 
 
 def letters(completion: str, task: rft.Task) -> float:

@@ -52,7 +52,7 @@ def is_weight(value: Any) -> bool:
 
 TRIPS: dict[str, Callable[[Any], bool]] = {
     "task": partial(holds, kinds=frozenset({"Task", "Request"})),
-    "group": partial(holds, kinds=frozenset({"Completion", "Turn", "Experience", "Group", "MicroBatch", "Packed"})),
+    "group": partial(holds, kinds=frozenset({"Completion", "Turn", "Experience", "Group", "BatchPart", "Packed"})),
     "weight": is_weight,
 }
 

@@ -107,6 +107,11 @@ class StoredExperience:
         """Batches trained so far."""
         return self._version()
 
+    @property
+    def on_policy(self) -> bool:
+        """False: another run sampled it."""
+        return False
+
     def wanted(self, batch: int) -> list[Group]:
         """Reads a batch; a number always means the same groups."""
         epoch, index = divmod(batch % self.repeated if self.repeated else batch, self.batches)

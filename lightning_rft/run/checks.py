@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_rft.errors import ConfigurationError
+from lightning_rft.model_folder import check_policy
 from lightning_rft.rewards import check_reward
 from lightning_rft.settings import Buffer, Sampling, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
@@ -80,12 +81,17 @@ def check_together(
     module = trainer.lightning_module
     if not isinstance(module, RFTModule):
         raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
-    module.check_policy()
+    check_policy(module.policy)
     _check_features(trainer, module)
     if trainer.precision == "16-true":
         raise ConfigurationError(
             "Trainer(precision='16-true') lets small gradients vanish, since nothing scales the loss: set '16-mixed', "
             "or 'bf16-mixed' where the hardware multiplies bfloat16"
+        )
+    if module.max_tokens_per_micro_batch is not None and trainer.accumulate_grad_batches > 1:
+        raise ConfigurationError(
+            f"RFTModule(max_tokens_per_micro_batch=...) with Trainer(accumulate_grad_batches="
+            f"{trainer.accumulate_grad_batches}): either cuts a batch into micro-batches, so leave one of them out"
         )
     if explorers > 0 and module.objective.needs_group and samples_per_task < 2:
         raise ConfigurationError(

@@ -89,6 +89,11 @@ class Coordinator:
         """Batches trained so far."""
         return self._schedule.version
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether every token of a batch is sampled with the weights that it trains."""
+        return self._schedule.rule.max_staleness == 0
+
     def wanted(self, batch: int) -> list[Group]:
         """Waits for a batch and leases it; returns it, and what is replayed along with it."""
         began = time.monotonic()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from lightning_rft.experience import Group
 from lightning_rft.trainer.ranks import Ranks
 
-__all__ = ["ExperienceLoader", "ExplorationLoader", "MicroBatch", "Source", "ValidationLoader", "split"]
+__all__ = ["BatchPart", "ExperienceLoader", "ExplorationLoader", "Source", "ValidationLoader"]
 
 
 class Source(Protocol):
@@ -24,48 +24,53 @@ class Source(Protocol):
     def version(self) -> int:
         """Batches trained so far, which is the batch that comes next."""
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether every token of a batch is sampled with the weights that it trains."""
+
     def wanted(self, batch: int) -> list[Group]:
         """Waits for a batch and leases it."""
 
 
-class MicroBatch:
-    """One item of the loader: a share of a batch, which may have no groups.
+class BatchPart:
+    """One item of the loader: one of the parts that a batch is trained in, with one optimizer step after the last.
 
     Not a dataclass on purpose: Lightning would take it apart to move its fields to a device.
     """
 
     def __init__(
-        self, batch: int, groups: Sequence[Group], *, last: bool, batch_tokens: int, wait_seconds: float = 0.0
+        self,
+        batch: int,
+        groups: Sequence[Group],
+        *,
+        part: int = 0,
+        parts: int = 1,
+        max_new_tokens: int = 1,
+        on_policy: bool = False,
+        wait_seconds: float = 0.0,
     ) -> None:
         #: Index of the batch, which is also the version that is trained.
         self.batch = batch
+        #: The groups of the whole batch, on every rank; what is only explored is dealt to the ranks.
         self.groups = list(groups)
-        #: Whether this share completes the batch, so that the optimizer steps after it.
-        self.last = last
-        #: Sampled tokens of the whole batch, to normalise by.
-        self.batch_tokens = batch_tokens
+        #: Index of this part among the parts.
+        self.part = part
+        self.parts = parts
+        #: Maximum tokens of a call of the policy.
+        self.max_new_tokens = max_new_tokens
+        self.on_policy = on_policy
         #: Seconds that the trainer waited for the batch.
         self.wait_seconds = wait_seconds
 
+    @property
+    def first(self) -> bool:
+        """Whether the batch begins with this part."""
+        return self.part == 0
 
-def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
-    """Deals groups, the largest first, into ``parts`` shares with about as many sampled tokens.
-
-    Example:
-        >>> from lightning_rft.experience import Experience, GroupKey, Turn
-        >>> def group(slot, n):
-        ...     turn = Turn((1,), (2,) * n, (0.0,) * n, (0,) * n, "stop")
-        ...     return Group(GroupKey(0, slot), str(slot), (Experience(str(slot), 0, (turn,), 1.0),))
-        >>> [[g.key.slot for g in share] for share in split([group(0, 5), group(1, 9), group(2, 3)], 2)]
-        [[1], [0, 2]]
-    """
-    shares: list[list[Group]] = [[] for _ in range(parts)]
-    tokens = [0] * parts
-    for group in sorted(groups, key=lambda group: (-group.num_tokens, group.key)):
-        lightest = tokens.index(min(tokens))
-        shares[lightest].append(group)
-        tokens[lightest] += group.num_tokens
-    return shares
+    @property
+    def last(self) -> bool:
+        """Whether this part completes the batch, so that the optimizer steps after it."""
+        return self.part == self.parts - 1
 
 
 class ExperienceLoader:
@@ -83,6 +88,7 @@ class ExperienceLoader:
         batches: int,
         accumulate: int,
         items: int,
+        max_new_tokens: int,
         done: Callable[[], int],
     ) -> None:
         self._source = source
@@ -90,6 +96,7 @@ class ExperienceLoader:
         self._batches = batches
         self._accumulate = accumulate
         self._items = items
+        self._max_new_tokens = max_new_tokens
         self._trained = done
         self._done = 0  # items that were handed out, of which the last may fail
         self._resumed = 0
@@ -106,30 +113,35 @@ class ExperienceLoader:
         # before limits, which Lightning applies
         return self._batches * self._accumulate
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[BatchPart]:
         self._done, self._resumed = self._resumed % max(1, self._items), 0
         # Lightning asks for the first iterator before the run begins
         return self._batches_left()
 
-    def _batches_left(self) -> Iterator[MicroBatch]:
+    def _batches_left(self) -> Iterator[BatchPart]:
         ranks, left = self._ranks, self._items - self._done
         while left > 0:
             began = time.perf_counter()
-            batch, groups = ranks.agree("a batch of experience", self._next)
+            batch, groups, on_policy = ranks.agree("a batch of experience", self._next)
             waited = time.perf_counter() - began
-            tokens = sum(group.num_tokens for group in groups)
             # a checkpoint from the middle of a batch has lost half of its gradient, and Lightning steps where it did
             parts = min(self._accumulate - self._done % self._accumulate, left)
-            shares = split(groups, parts * ranks.count)[ranks.rank :: ranks.count]
-            for index, share in enumerate(shares, start=1):
-                last = index == len(shares)
+            for part in range(parts):
                 self._done += 1
-                yield MicroBatch(batch, share, last=last, batch_tokens=tokens, wait_seconds=waited if last else 0.0)
-            left -= len(shares)
+                yield BatchPart(
+                    batch,
+                    groups,
+                    part=part,
+                    parts=parts,
+                    max_new_tokens=self._max_new_tokens,
+                    on_policy=on_policy,
+                    wait_seconds=waited,
+                )
+            left -= parts
 
-    def _next(self) -> tuple[int, list[Group]]:
+    def _next(self) -> tuple[int, list[Group], bool]:
         source = self._source()
-        return source.version, source.wanted(source.version)
+        return source.version, source.wanted(source.version), source.on_policy
 
 
 class ExplorationLoader:
@@ -144,12 +156,11 @@ class ExplorationLoader:
         # before limits, which Lightning applies
         return self._batches
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[BatchPart]:
         ranks = self._ranks
         for index in range(self._batches):
             batch, groups = ranks.agree(f"explored batch {index}", partial(self._kept, index))
-            tokens = sum(group.num_tokens for group in groups)
-            yield MicroBatch(batch, split(groups, ranks.count)[ranks.rank], last=True, batch_tokens=tokens)
+            yield BatchPart(batch, groups[ranks.rank :: ranks.count])
 
 
 class ValidationLoader:
@@ -168,8 +179,8 @@ class ValidationLoader:
     def __len__(self) -> int:
         return -(-self._size // self._chunk)
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[BatchPart]:
         count = self._begin()
         for index, start in enumerate(range(0, count, self._chunk)):
             groups = [self._explored(task) for task in range(start, min(start + self._chunk, count))]
-            yield MicroBatch(index, groups, last=True, batch_tokens=sum(group.num_tokens for group in groups))
+            yield BatchPart(index, groups)

@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import Group, Turn
-from lightning_rft.model_folder import check_model, checkpoint_weights, right_attention
+from lightning_rft.experience import Turn
+from lightning_rft.model_folder import check_model, check_policy, checkpoint_weights, right_attention
 from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.monitor.status import StatusLine
-from lightning_rft.trainer.loader import MicroBatch
+from lightning_rft.trainer.buffers import uncast_buffers
+from lightning_rft.trainer.loader import BatchPart
 from lightning_rft.trainer.logprobs import token_logprobs
+from lightning_rft.trainer.micro_batches import Cut, by_group
 from lightning_rft.trainer.objectives.grpo import GRPO
 from lightning_rft.trainer.objectives.objective import Objective
+from lightning_rft.trainer.plan import planned
 from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin
 from lightning_rft.trainer.saving import write_model
 from lightning_rft.trainer.scoring import Scores, encoded_text, score
 from lightning_rft.trainer.sharding import shard
 from lightning_rft.trainer.shortcuts import FastPath, probe
 from lightning_rft.trainer.step_guard import StepGuard
+from lightning_rft.trainer.weighted import WeightedTurn, sampled_turns, token_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["RFTModule"]
 
-_TOKEN = Turn((0,), (0,), (0.0,), (0,), "length")
+_NOTHING = WeightedTurn(Turn((0,), (0,), (0.0,), (0,), "length"), 0, 0, 1)
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -52,17 +59,22 @@ class RFTModule(L.LightningModule):
 
     Args:
         model: Path of a folder, or hub name, of a causal language model of transformers.
-        objective: What is optimised.
+        objective: What is optimised. Left out: :class:`GRPO`.
         optimizer: Makes the optimizer from the parameters. Left out: AdamW, learning rate 1e-6, no weight decay.
         lr_scheduler: Makes a scheduler from the optimizer; it steps once per batch. Left out: none.
         attn_implementation: Attention of transformers; left out, transformers' own choice where that is right for the
             model. ``"sdpa"`` and ``"eager"`` let the samples of a group share their prompt's computation.
         pass_threshold: Reward from which a validation sample counts as passed.
+        max_tokens_per_micro_batch: Maximum columns, padding included, that are computed at a time. A batch is trained
+            in as many micro-batches as that takes, which changes only memory and time; a turn that is longer is trained
+            alone. Left out: the whole batch at a time.
+        reference: Path or hub name of the model that a :class:`KL` penalty keeps the policy close to. Left out: the
+            model itself, as it was.
         gradient_checkpointing: Whether the activations within a layer are computed again in the backward pass instead
             of being kept: less memory, for about a third more time.
 
     Raises:
-        ConfigurationError: The model folder is missing or has no tokenizer.
+        ConfigurationError: A model folder is missing or has no tokenizer, or there is no room for a token.
 
     Example::
 
@@ -76,29 +88,39 @@ class RFTModule(L.LightningModule):
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         attn_implementation: str | None = None,
+        max_tokens_per_micro_batch: int | None = None,
+        reference: str | os.PathLike[str] | None = None,
         pass_threshold: float = 1.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.model = os.fspath(model)
-        check_model(self.model)
+        self.reference = self.model if reference is None else os.fspath(reference)
+        for folder in (self.model, self.reference):
+            check_model(folder)
+        if max_tokens_per_micro_batch is not None and max_tokens_per_micro_batch < 1:
+            raise ConfigurationError(f"max_tokens_per_micro_batch={max_tokens_per_micro_batch} must be at least 1")
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.objective = objective or GRPO()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.attn_implementation = attn_implementation
         self.pass_threshold = pass_threshold
         self.gradient_checkpointing = gradient_checkpointing
+        given = "model reference attn_implementation max_tokens_per_micro_batch pass_threshold gradient_checkpointing"
         # plain values only, which torch.load reads without running code
-        kept = ("model", "attn_implementation", "pass_threshold", "gradient_checkpointing")
-        self.save_hyperparameters({name: getattr(self, name) for name in kept})
+        self.save_hyperparameters({name: getattr(self, name) for name in given.split()})
         self.metrics = BatchMetrics()
         self.policy: PreTrainedModel | None = None
+        self._references: list[PreTrainedModel] = []  # one or none; a module of ours would be trained and saved
         #: Mean difference, in nats, between the log-probs that the last batch's tokens were sampled and trained with,
         #: where both are of the same weights; ``None`` if no weights were pushed, or there was no such token.
         self.sampling_gap: float | None = None
         self._text_ids: tuple[int, ...] | None = None
         self._fast_path: FastPath | None = None
         self._guard = StepGuard()
+        self._objective = self.objective  # with the correction that goes with the strategy
+        self._shares: list[Cut] = []  # of the batch that is being trained
         self._batch = 0
         self._batch_loss = 0.0
 
@@ -108,18 +130,18 @@ class RFTModule(L.LightningModule):
             return
         with StatusLine(self._trainer) as status:
             status.say("loading the model")
-            self.policy = self._load()
+            self.policy = self._load(self.model)
 
-    def _load(self) -> PreTrainedModel:
+    def _load(self, model: str) -> PreTrainedModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(self.model)
+        config = AutoConfig.from_pretrained(model)
         for name in vars(config):
             # With dropout the trainer would see other log-probs than the explorers on the very same weights.
             if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):
                 setattr(config, name, 0.0)
         policy = AutoModelForCausalLM.from_pretrained(
-            self.model,
+            model,
             config=config,
             dtype=torch.float32,  # precision plugins take it from there
             attn_implementation=self.attn_implementation or right_attention(config),
@@ -190,6 +212,8 @@ class RFTModule(L.LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        if self.objective.needs_reference and not self._references:
+            self._references = [self._load(self.reference).to(self.device).requires_grad_(False)]
         self.metrics.restart()
         self._guard = StepGuard()
         for optimizer in self.trainer.optimizers:
@@ -209,9 +233,20 @@ class RFTModule(L.LightningModule):
         self.log_dict({"rft/grad_norm": norm, "rft/skipped_steps": float(self._guard.skipped)}, batch_size=1)
 
     @override
-    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        self.metrics.update_groups(batch.groups, batch.batch)
-        loss = self._loss(batch.groups, batch.batch) / max(1, batch.batch_tokens)
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Does nothing: gradients are zeroed where a batch begins, before its first micro-batch."""
+
+    @override
+    def training_step(self, batch: BatchPart, batch_idx: int) -> Tensor:
+        if batch.first:
+            self._begin(batch)
+        *before, last = self._shares[batch.part * self.trainer.world_size + self.global_rank]
+        trained = torch.zeros((), dtype=torch.float32, device=self.device)
+        for turns in before:
+            loss = self._loss(turns, batch.batch)
+            self._backward(loss)
+            trained += loss.detach()
+        loss = self._loss(last, batch.batch) + trained
         self.metrics.update_loss(loss)
         if batch.last:
             values = self.metrics.collect()
@@ -222,28 +257,59 @@ class RFTModule(L.LightningModule):
         # Lightning divides by both
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
+    def _begin(self, batch: BatchPart) -> None:
+        """Makes what depends on the whole batch, and cuts it; alike on every rank."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()
+        rank, ranks = self.global_rank, self.trainer.world_size
+        self.metrics.update_groups(batch.groups[rank::ranks], batch.batch)
+        turns = sampled_turns(batch.groups)
+        if self._fast_path is None:
+            implementation = self._policy.config._attn_implementation
+            self._fast_path = probe(self._policy, by_group(turns), attn_implementation=implementation)
+        self._objective = self.objective.on_policy(batch.on_policy)
+        self._shares = planned(
+            batch,
+            self._objective,
+            self._fast_path,
+            self._policy,
+            *self._references,
+            max_tokens=self.max_tokens_per_micro_batch,
+            rank=rank,
+            ranks=ranks,
+        )
+
+    def _backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch that is not the last, on this rank alone."""
+        strategy = self.trainer.strategy
+        alone = strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+        with torch.autocast(self.device.type, enabled=False), alone:
+            strategy.backward(loss * self.trainer.world_size, None)
+
     @override
-    def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: BatchPart, batch_idx: int) -> None:
         self._log_answers(batch, "val")
 
     @override
-    def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
+    def test_step(self, batch: BatchPart, batch_idx: int) -> None:
         self._log_answers(batch, "test")
 
-    def _log_answers(self, batch: MicroBatch, stage: str) -> None:
+    def _log_answers(self, batch: BatchPart, stage: str) -> None:
         experiences = [experience for group in batch.groups for experience in group.experiences]
         if not experiences:  # all of these failed after every retry, which is counted and bounded elsewhere
             return
-        rewards = _float32(experience.reward for experience in experiences)
-        passed = (rewards >= self.pass_threshold).float()
-        version = float(max(experience.oldest_version for experience in experiences))
-        size = len(experiences)
-        self.log(f"{stage}/reward", rewards.mean(), batch_size=size, prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/pass@1", passed.mean(), batch_size=size, sync_dist=True)
-        self.log(f"{stage}/version", version, batch_size=size, sync_dist=True)
+        rewards = [experience.reward for experience in experiences]
+        passed = [reward >= self.pass_threshold for reward in rewards]
+        values = {
+            "reward": fmean(rewards),
+            "pass@1": fmean(passed),
+            "version": float(max(experience.oldest_version for experience in experiences)),
+        }
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, batch_size=len(rewards), prog_bar=name == "reward", sync_dist=True)
 
     @override
-    def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: BatchPart, batch_idx: int) -> list[dict[str, Any]]:
         # named as in read_buffer, which has the tokens too
         return [
             {"task_id": group.task_id, "sample": sample.sample, "reward": sample.reward, "text": sample.text}
@@ -251,49 +317,31 @@ class RFTModule(L.LightningModule):
             for sample in group.experiences
         ]
 
-    def _loss(self, groups: Sequence[Group], version: int) -> Tensor:
-        """Loss summed over the sampled tokens of some groups, trained as a version."""
-        if self._fast_path is None:  # also where this share has no work: the other ranks' may have
-            turns = [[turn for experience in group.experiences for turn in experience.turns] for group in groups]
-            self._fast_path = probe(self._policy, turns, attn_implementation=self._policy.config._attn_implementation)
-        chosen, weight = self._with_advantages(groups), 1.0
-        if not chosen:
+    def _loss(self, turns: Sequence[WeightedTurn], version: int) -> Tensor:
+        """Weighted sum of the losses of some turns' tokens, trained as a version."""
+        assert self._fast_path is not None, "a batch begins before its loss"
+        counts = bool(turns)
+        if not counts:
             if self.trainer.world_size == 1:
                 return self._zero()
             # what the other ranks do are collectives, in which this one takes part with a token that does not count
-            chosen, weight = [[(_TOKEN, 0.0)]], 0.0
-        turns = [[turn for turn, _ in group] for group in chosen]
-        packed = self._fast_path.pack(turns).to(self.device)
-        flat: list[tuple[Turn, float]] = [pair for group in chosen for pair in group]
-        sampling = torch.from_numpy(np.concatenate([turn.logprobs for turn, _ in flat])).to(self.device)
-        lengths = torch.tensor([turn.num_tokens for turn, _ in flat])
-        advantages = _float32(advantage for _, advantage in flat).repeat_interleave(lengths).to(self.device)
-        logprobs, entropy = token_logprobs(self._policy, packed, chunked_head=self._fast_path.chunked_head)
-        losses, statistics = self.objective.token_loss(logprobs, sampling, advantages)
-        self.metrics.update_tokens(entropy, statistics, weight)
-        if self._text_ids is not None and weight:  # else the tokens are of another run, or do not count
-            versions = torch.from_numpy(np.concatenate([turn.versions for turn, _ in flat])).to(self.device)
+            turns = [_NOTHING]
+        packed = self._fast_path.pack(by_group(turns)).to(self.device)
+        logprobs, entropy = token_logprobs(
+            self._policy,
+            packed,
+            chunked_head=self._fast_path.chunked_head,
+            entropy_gradient=bool(self._objective.entropy),
+        )
+        tokens, weights = token_batch(turns, logprobs, entropy)
+        losses, statistics = self._objective.token_loss(tokens)
+        self.metrics.update_tokens(entropy.detach(), statistics, float(counts))
+        if self._text_ids is not None and counts:  # else the tokens are of another run, or do not count
+            versions = torch.from_numpy(np.concatenate([turn.turn.versions for turn in turns])).to(self.device)
             scale = 1.0 if packed.temperature is None else packed.temperature  # as at temperature 1
-            self.metrics.update_gap((logprobs.detach() - sampling).abs() * scale, versions == version)
-        return losses.sum() * weight
-
-    def _with_advantages(self, groups: Sequence[Group]) -> list[list[tuple[Turn, float]]]:
-        """Each group's turns with their sample's advantage, without those that cannot contribute to the gradient."""
-        rewards = [experience.reward for group in groups for experience in group.experiences]
-        index = [i for i, group in enumerate(groups) for _ in group.experiences]
-        scores = torch.tensor(rewards, dtype=torch.float64)
-        advantages = iter(self.objective.advantages(scores, torch.tensor(index)).tolist())
-        paired = [
-            [
-                (turn, advantage)
-                for experience in group.experiences
-                for advantage in [next(advantages)]
-                for turn in experience.turns
-                if turn.num_tokens and not (self.objective.skips_zero_advantage and advantage == 0.0)
-            ]
-            for group in groups
-        ]
-        return [group for group in paired if group]
+            gap = (logprobs.detach() - tokens.sampling_logprobs).abs()
+            self.metrics.update_gap(gap * scale, versions == version)
+        return (losses * weights).sum()
 
     def _zero(self) -> Tensor:
         """A zero that touches every parameter, so that the optimizer counts this step, too."""
@@ -301,35 +349,12 @@ class RFTModule(L.LightningModule):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RFTModule:
-        # The policy's buffers are moved and not cast: they are rotary frequencies, and in bfloat16 they would turn the
-        # tokens of a long text to other angles than the explorers do.
-        buffers = [] if self.policy is None else list(self.policy.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in buffers:
-            owner, _, own = name.rpartition(".")
-            module = self._policy.get_submodule(owner)
-            now = module.get_buffer(own)
-            if now.dtype != buffer.dtype:
-                module._buffers[own] = buffer.to(now.device)
+        with uncast_buffers(self.policy):
+            super()._apply(fn, recurse)
         return self
 
     @property
     def _policy(self) -> PreTrainedModel:
-        self.check_policy()
         assert self.policy is not None, "configure_model has not run"
+        check_policy(self.policy)
         return self.policy
-
-    def check_policy(self) -> None:
-        """Raises :class:`ConfigurationError` if there is a policy whose weights have other names than its folder's."""
-        from transformers import PreTrainedModel
-
-        if self.policy is not None and not isinstance(self.policy, PreTrainedModel):
-            raise ConfigurationError(
-                f"policy is a {type(self.policy).__name__}, whose weights have other names than the model's: leave the "
-                "model of transformers as it is, without a wrapper"
-            )
-
-
-def _float32(values: Iterable[float]) -> Tensor:
-    # precision="bf16-true" has made another dtype the default
-    return torch.tensor(list(values), dtype=torch.float32)

@@ -27,7 +27,7 @@ from lightning_rft.monitor.layout import layout
 from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.timeline import TimelineCallback
 from lightning_rft.monitor.trace import trace
-from lightning_rft.trainer.loader import MicroBatch
+from lightning_rft.trainer.loader import BatchPart
 from tests.monitor.drawn_timelines import STORIES
 from tests.trainer_and_data import quiet_trainer
 
@@ -245,14 +245,14 @@ class _Loader:
     def __len__(self) -> int:
         return 8
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[BatchPart]:
         for item in range(8):
             if item % 2 == 0:
                 began = time.monotonic()
                 span = Span("trainer", "wait", began, time.monotonic(), detail="experience")
                 for observer in self.data.observers:
                     observer(span)
-            yield MicroBatch(item // 2, [], last=item % 2 == 1, batch_tokens=1)
+            yield BatchPart(item // 2, [], part=item % 2, parts=2)
 
 
 class Module(L.LightningModule):
@@ -262,7 +262,7 @@ class Module(L.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(2))
 
-    def training_step(self, batch: MicroBatch, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: BatchPart, batch_idx: int) -> torch.Tensor:
         if batch.batch == self.fails_at:
             raise OSError("the step failed")
         time.sleep(0.005)

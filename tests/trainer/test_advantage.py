@@ -5,9 +5,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_rft.trainer.objectives.advantages import group_relative
+from lightning_rft.trainer.objectives.advantages import (
+    BatchRelative,
+    GroupRelative,
+    LeaveOneOut,
+    Raw,
+    relative,
+)
 
 SCORES = st.floats(-100, 100, width=32)
+ALL = [GroupRelative(), GroupRelative(scale="batch"), GroupRelative(scale=None), LeaveOneOut(), BatchRelative(), Raw()]
+
+
+def group_relative(rewards, groups, scale=True, eps=1e-4):
+    return relative(rewards, groups, groups if scale else None, eps)
 
 
 def test_by_hand():
@@ -73,3 +84,45 @@ def test_integer_rewards_become_float32_and_nothing_has_a_gradient():
     assert group_relative(torch.tensor([0, 1]), torch.tensor([0, 0])).dtype == torch.float32
     rewards = torch.tensor([0.0, 1.0], requires_grad=True)
     assert not group_relative(rewards, torch.tensor([0, 0])).requires_grad
+
+
+# The others
+
+
+def test_the_others_by_hand():
+    rewards = torch.tensor([0.0, 1.0, 5.0, 6.0, 10.0])
+    groups = torch.tensor([0, 0, 1, 1, 1])
+    torch.testing.assert_close(LeaveOneOut()(rewards, groups), torch.tensor([-1.0, 1.0, -3.0, -1.5, 4.5]))
+    deviation = rewards.std() + 1e-4
+    torch.testing.assert_close(
+        GroupRelative(scale="batch")(rewards, groups), torch.tensor([-0.5, 0.5, -2.0, -1.0, 3.0]) / deviation
+    )
+    torch.testing.assert_close(BatchRelative()(rewards, groups), (rewards - rewards.mean()) / deviation)
+    assert Raw(1.0)(rewards, groups).tolist() == [-1.0, 0.0, 4.0, 5.0, 9.0]
+    assert GroupRelative(scale=None, shift=0.5)(rewards, groups).tolist() == [0.0, 1.0, -1.5, -0.5, 3.5]
+
+
+@pytest.mark.parametrize("advantage", ALL, ids=repr)
+@given(
+    samples=st.lists(st.tuples(SCORES, st.integers(0, 3)), min_size=2, max_size=12),
+    shift=st.floats(-10, 10),
+    random=st.randoms(),
+)
+def test_shift_and_order_change_nothing(advantage, samples, shift, random):
+    rewards = torch.tensor([score for score, _ in samples], dtype=torch.float64)
+    groups = torch.tensor([group for _, group in samples])
+    values = advantage(rewards, groups)
+    order = torch.tensor(random.sample(range(len(samples)), len(samples)))
+    torch.testing.assert_close(advantage(rewards[order], groups[order]), values[order], atol=1e-9, rtol=1e-9)
+    if not isinstance(advantage, Raw):
+        # a deviation that is as small as what the shift rounds off says nothing
+        tolerance = 1e-6 if rewards.std() > 1e-3 else 1.0
+        torch.testing.assert_close(advantage(rewards + shift, groups), values, atol=tolerance, rtol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", ALL, ids=repr)
+@given(scores=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=6))
+def test_any_finite_rewards_give_finite_advantages(advantage, scores):
+    rewards = torch.tensor(scores, dtype=torch.float64)
+    values = advantage(rewards / (2 * len(scores)), torch.zeros(len(scores), dtype=torch.long))
+    assert values.isfinite().all()

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
-from lightning_rft.trainer.objectives.advantages import group_relative
+from lightning_rft.trainer.objectives.advantages import relative
 from tests.trainer_and_data import quiet_trainer, stored_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,9 +83,13 @@ def fit(model: Path, buffer: Path, module: type[rft.RFTModule] = rft.RFTModule, 
 def test_advantages_do_not_depend_on_the_scale_of_rewards(scale: float) -> None:
     rewards = torch.tensor([0.0, 1.0, 0.5, -1.0], dtype=torch.float64)
     groups = torch.zeros(4, dtype=torch.long)
-    plain = group_relative(rewards, groups, eps=0.0)
-    assert torch.allclose(group_relative(rewards * scale, groups, eps=0.0), plain, rtol=1e-12)
-    beside = group_relative(torch.cat([rewards * scale, rewards]), torch.tensor([0] * 4 + [1] * 4), eps=0.0)
+
+    def group_relative(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        return relative(rewards, groups, groups, eps=0.0)
+
+    plain = group_relative(rewards, groups)
+    assert torch.allclose(group_relative(rewards * scale, groups), plain, rtol=1e-12)
+    beside = group_relative(torch.cat([rewards * scale, rewards]), torch.tensor([0] * 4 + [1] * 4))
     assert torch.equal(beside[4:], plain), "one group's rewards are no matter of another's"
 
 
@@ -114,9 +118,9 @@ class Poisoned(rft.RFTModule):
         self.poison = batch.batch in self.bad
         return super().training_step(batch, batch_idx)
 
-    def _loss(self, groups: Any, version: int) -> torch.Tensor:
-        loss = super()._loss(groups, version)
-        if not self.poison or not groups:
+    def _loss(self, turns: Any, version: int) -> torch.Tensor:
+        loss = super()._loss(turns, version)
+        if not self.poison or not turns:
             return loss
         return loss + math.inf if self.loss_only else loss * math.nan
 

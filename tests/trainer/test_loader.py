@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
-from lightning_rft.trainer.loader import ExperienceLoader, MicroBatch, ValidationLoader, split
+from lightning_rft.trainer.loader import BatchPart, ExperienceLoader, ValidationLoader
 from lightning_rft.trainer.ranks import Ranks
 
 
@@ -27,32 +23,6 @@ def make_group(batch: int, slot: int, *lengths: int) -> Group:
     return Group(GroupKey(batch, slot), str(slot), experiences)
 
 
-def slots(shares: Sequence[Sequence[Group]]) -> list[list[int]]:
-    return [[group.key.slot for group in share] for share in shares]
-
-
-# split
-
-
-@given(st.lists(st.integers(1, 1000), max_size=20), st.integers(1, 6))
-def test_split_deals_every_group_to_one_share_and_balances_tokens(lengths: list[int], parts: int) -> None:
-    groups = [make_group(0, slot, n) for slot, n in enumerate(lengths)]
-    shares = split(groups, parts)
-    assert len(shares) == parts
-    assert sorted(slot for share in slots(shares) for slot in share) == list(range(len(lengths)))
-    tokens = [sum(group.num_tokens for group in share) for share in shares]
-    # the largest-first rule: taking its smallest group away, no share was heavier than the lightest one is
-    for share, total in zip(shares, tokens, strict=True):
-        if share:
-            assert total - min(group.num_tokens for group in share) <= min(tokens)
-
-
-def test_split_does_not_depend_on_the_order_of_arrival() -> None:
-    groups = [make_group(0, slot, n) for slot, n in enumerate([5, 5, 9, 5, 1])]
-    assert slots(split(groups, 2)) == slots(split(groups[::-1], 2)) == [[2, 3], [0, 1, 4]]
-    assert slots(split(groups, 7))[5:] == [[], []]
-
-
 # ExperienceLoader
 
 
@@ -64,16 +34,20 @@ class Batches:
         self.asked: list[int] = []
         self._size = size
 
+    on_policy = True
+
     def wanted(self, batch: int) -> list[Group]:
         self.asked.append(batch)
         return [make_group(batch, slot) for slot in range(self._size)]
 
 
 def make_loader(source: Batches, items: int, *, accumulate: int = 1) -> ExperienceLoader:
-    return ExperienceLoader(lambda: source, Ranks(), batches=3, accumulate=accumulate, items=items, done=lambda: 0)
+    return ExperienceLoader(
+        lambda: source, Ranks(), batches=3, accumulate=accumulate, items=items, max_new_tokens=8, done=lambda: 0
+    )
 
 
-def consume(loader: ExperienceLoader, source: Batches) -> list[MicroBatch]:
+def consume(loader: ExperienceLoader, source: Batches) -> list[BatchPart]:
     taken = []
     for item in loader:
         taken.append(item)
@@ -105,8 +79,10 @@ def test_limits_cut_an_epoch_but_no_batch(accumulate: int, items: int, shares: l
         mine = [item for item in taken if item.batch == batch]
         assert len(mine) == parts
         assert [item.last for item in mine] == [False] * (parts - 1) + [True]
-        assert sorted(group.key.slot for item in mine for group in item.groups) == [0, 1, 2, 3]
-        assert {item.batch_tokens for item in mine} == {4 * 3}
+        assert [(item.part, item.parts, item.first) for item in mine] == [(i, parts, i == 0) for i in range(parts)]
+        for item in mine:
+            assert [group.key.slot for group in item.groups] == [0, 1, 2, 3]
+            assert item.on_policy and item.max_new_tokens == 8
 
 
 def test_epochs_go_on_where_the_last_one_ended() -> None:
@@ -115,18 +91,6 @@ def test_epochs_go_on_where_the_last_one_ended() -> None:
     consume(loader, source)
     consume(loader, source)
     assert source.asked == list(range(6))
-
-
-def test_shares_outnumber_groups() -> None:
-    source = Batches(size=1)
-    taken = consume(make_loader(source, 3, accumulate=3), source)
-    assert [len(item.groups) for item in taken] == [1, 0, 0]
-    assert [item.batch_tokens for item in taken] == [3, 3, 3]
-
-
-def test_time_waited_is_told_once_a_batch() -> None:
-    source = Batches()
-    assert [item.wait_seconds > 0 for item in make_loader(source, 2, accumulate=2)] == [False, True]
 
 
 # ValidationLoader

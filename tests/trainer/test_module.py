@@ -18,56 +18,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from lightning_rft.model_folder import check_model, context_length
-from lightning_rft.trainer.loader import MicroBatch, split
+from lightning_rft.trainer.loader import BatchPart
 from lightning_rft.trainer.module import RFTModule
 from lightning_rft.trainer.objectives.grpo import GRPO
+from lightning_rft.trainer.objectives.objective import Objective
+from lightning_rft.trainer.objectives.tokens import TokenBatch
+from tests.training_step import SteppedModule as Module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Trainer:
-    """What a training step asks of its trainer."""
-
-    world_size = 1
-
-    def __init__(self, accumulate_grad_batches: int) -> None:
-        self.accumulate_grad_batches = accumulate_grad_batches
-
-
-class Module(RFTModule):
-    """Runs without Lightning's loop, and keeps what it logs."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.logged: dict[str, float] = {}
-        self.configure_model()
-
-    @property
-    def trainer(self) -> Any:
-        return self._stub
-
-    def log(self, name: str, value: Any, **_: Any) -> None:  # type: ignore[override]
-        self.logged[name] = float(value)
-
-    def log_dict(self, values: Any, **_: Any) -> None:
-        for name, value in values.items():
-            self.log(name, value)
-
-    def step(self, groups: Sequence[Group], accumulate: int = 1) -> torch.Tensor:
-        """Gradient of all parameters after one batch, as Lightning accumulates it."""
-        self._stub = Trainer(accumulate)
-        self.zero_grad()
-        tokens = sum(group.num_tokens for group in groups)
-        shares = split(groups, accumulate)
-        for index, share in enumerate(shares):
-            batch = MicroBatch(0, share, last=index == len(shares) - 1, batch_tokens=tokens)
-            (self.training_step(batch, index) / accumulate).backward()
-        return torch.cat([parameter.grad.reshape(-1) for parameter in self.parameters()])  # type: ignore[union-attr]
+BY_TOKEN = GRPO(correction=None, normalisation="token")
 
 
 @pytest.fixture(scope="module")
 def module(tiny_model_path: Path) -> Module:
-    return Module(tiny_model_path)
+    return Module(tiny_model_path, objective=BY_TOKEN)
 
 
 def make_group(slot: int, rewards: Sequence[float], longest: int = 12, temperature: float = 1.0) -> Group:
@@ -91,18 +57,25 @@ def close(gradient: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5
     return bool((gradient - expected).norm() <= relative * expected.norm())
 
 
-def plain_loss(policy: Any, groups: Sequence[Group], objective: GRPO) -> torch.Tensor:
+def plain_loss(policy: Any, groups: Sequence[Group], objective: Objective) -> torch.Tensor:
     """Sum of the token losses over all tokens, from one ordinary forward for each sample."""
     losses, tokens = torch.zeros(()), 0
     for group in groups:
         rewards = torch.tensor([experience.reward for experience in group.experiences])
-        advantages = objective.advantages(rewards, torch.zeros(len(rewards), dtype=torch.long))
+        advantages = objective.advantage(rewards, torch.zeros(len(rewards), dtype=torch.long))
         for experience, advantage in zip(group.experiences, advantages, strict=True):
             (turn,) = experience.turns
             ids = torch.tensor([[*turn.prompt_ids, *turn.token_ids]])
             logits = policy(ids, use_cache=False).logits[0, len(turn.prompt_ids) - 1 : -1] / turn.temperature
             logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(turn.token_ids)[:, None])[:, 0]
-            loss, _ = objective.token_loss(logprobs, torch.tensor(turn.logprobs), advantage.expand(len(logprobs)))
+            sampled = TokenBatch(
+                logprobs,
+                torch.tensor(turn.logprobs),
+                advantage.expand(len(logprobs)),
+                torch.zeros(len(logprobs), dtype=torch.long),
+                torch.tensor([len(logprobs)]),
+            )
+            loss, _ = objective.token_loss(sampled)
             losses, tokens = losses + loss.sum(), tokens + len(logprobs)
     return losses / tokens
 
@@ -115,7 +88,7 @@ def test_loss_and_gradient_are_those_of_plain_forwards(module: Module, groups: l
     gradient = module.step(groups)
     logged = module.logged["rft/loss"]
     module.zero_grad()
-    expected = plain_loss(module.policy, groups, GRPO())
+    expected = plain_loss(module.policy, groups, BY_TOKEN)
     expected.backward()
     assert logged == pytest.approx(float(expected.detach()), rel=1e-5)
     assert close(gradient, torch.cat([p.grad.reshape(-1) for p in module.parameters()]))  # type: ignore[union-attr]
@@ -140,12 +113,12 @@ def test_gradient_and_metrics_do_not_depend_on_accumulation(module: Module, accu
 @pytest.mark.parametrize("groups", [[], [FLAT]], ids=["empty", "without signal"])
 def test_share_without_work_gives_every_parameter_a_zero_gradient(tiny_model_path: Path, groups: list[Group]) -> None:
     module = Module(tiny_model_path)
-    module._stub = Trainer(2)
+    module.step([])  # tries the model, once
     assert module.policy is not None
-    module._loss([], 0)  # tries the model, once
     module.policy.forward = None  # type: ignore[assignment]  # it is not called
+    module.zero_grad()
     assert all(parameter.grad is None for parameter in module.parameters())
-    module.training_step(MicroBatch(0, groups, last=False, batch_tokens=9), 0).backward()
+    module.training_step(BatchPart(0, groups, parts=2), 0).backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters())
 
 
@@ -169,7 +142,7 @@ def test_groups_without_signal_are_skipped_and_yet_count(module: Module, monkeyp
         rows.append(len(kwargs["input_ids"]))
         return forward(*args, **kwargs)
 
-    module._loss([], 0)  # tries the model, once
+    module.step([])  # tries the model, once
     monkeypatch.setattr(module.policy, "forward", counted)
     alone = module.step(GROUPS)
     loss = module.logged["rft/loss"]
@@ -186,7 +159,7 @@ def test_groups_without_signal_are_skipped_and_yet_count(module: Module, monkeyp
 
 def test_batch_without_any_signal_is_logged(module: Module) -> None:
     module.logged.clear()
-    assert not module.step([FLAT], accumulate=2).any()
+    assert not module.step([FLAT], parts=2).any()
     assert module.logged["rft/reward"] == 1.0
     assert module.logged["rft/reward_std"] == 0.0
     assert module.logged["rft/loss"] == 0.0
@@ -200,9 +173,9 @@ def test_objective_with_another_term_keeps_groups_without_signal(tiny_model_path
         def skips_zero_advantage(self) -> bool:
             return False
 
-        def token_loss(self, logprobs: Any, sampling_logprobs: Any, advantages: Any) -> Any:
-            loss, statistics = super().token_loss(logprobs, sampling_logprobs, advantages)
-            return loss + (logprobs - sampling_logprobs).square(), statistics
+        def token_loss(self, tokens: TokenBatch) -> Any:
+            loss, statistics = super().token_loss(tokens)
+            return loss + (tokens.logprobs - tokens.sampling_logprobs).square(), statistics
 
     assert Module(tiny_model_path, objective=Penalised()).step([FLAT]).any()
 

@@ -10,11 +10,12 @@ import torch
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group
-from lightning_rft.trainer.loader import MicroBatch
+from lightning_rft.trainer.loader import BatchPart
 from lightning_rft.trainer.module import RFTModule
 from lightning_rft.trainer.precision import MasterWeights, grad_norm
-from tests.trainer.test_module import GROUPS, Module, close
+from tests.trainer.test_module import BY_TOKEN, GROUPS, close
 from tests.trainer_and_data import quiet_trainer
+from tests.training_step import SteppedModule as Module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,9 +30,8 @@ class Batches:
         return self.steps
 
     def __iter__(self):
-        tokens = sum(group.num_tokens for group in self.groups)
         for step in range(self.steps):
-            yield MicroBatch(step, self.groups, last=True, batch_tokens=tokens)
+            yield BatchPart(step, self.groups, on_policy=True)
 
 
 def train(module: RFTModule, precision: str, steps: int = 4, **settings) -> L.Trainer:
@@ -59,7 +59,7 @@ def test_half_precision_takes_the_steps_of_float32(precision, tiny_model_path):
     start = Module(tiny_model_path)
     ways = []
     for way in ("32-true", precision):
-        module = RFTModule(tiny_model_path, optimizer=sgd(1.0))
+        module = RFTModule(tiny_model_path, BY_TOKEN, sgd(1.0))
         trainer = train(module, way)
         assert math.isfinite(float(trainer.callback_metrics["rft/loss"]))
         ways.append(flat(module) - flat(start))
@@ -96,7 +96,7 @@ def test_rotary_frequencies_are_not_rounded(tiny_model_path):
 
 def test_gradients_are_clipped_under_bf16_true(tiny_model_path):
     start = Module(tiny_model_path).to(torch.bfloat16)
-    module = RFTModule(tiny_model_path, optimizer=sgd(1.0))
+    module = RFTModule(tiny_model_path, BY_TOKEN, sgd(1.0))
     trainer = train(module, "bf16-true", steps=1, gradient_clip_val=1e-3)
     masters = torch.cat([p.detach().reshape(-1) for p in trainer.optimizers[0].inner.param_groups[0]["params"]])
     assert (masters - flat(start)).norm() == pytest.approx(1e-3, rel=0.02)

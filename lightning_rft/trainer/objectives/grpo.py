@@ -1,66 +1,103 @@
-"""GRPO: group relative policy optimisation."""
+"""GRPO and its relatives: clipped surrogates on group-relative advantages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-from typing_extensions import override
-
-from lightning_rft.errors import ConfigurationError
-from lightning_rft.trainer.objectives.advantages import group_relative
-from lightning_rft.trainer.objectives.losses import clipped_surrogate, importance_ratio, kl_k3
+from lightning_rft.renamed import MOVED_IN_GRPO, refuses_old_names
+from lightning_rft.trainer.objectives.advantages import Advantage, GroupRelative
+from lightning_rft.trainer.objectives.normalisation import Normalisation
 from lightning_rft.trainer.objectives.objective import Objective
+from lightning_rft.trainer.objectives.surrogates import Clip, Gamma, SoftGate, StopGradient, Surrogate
+from lightning_rft.trainer.objectives.tokens import Level
 
-__all__ = ["GRPO"]
+__all__ = ["CISPO", "DAPO", "GRPO", "GSPO", "SAPO", "VESPO", "DrGRPO"]
 
 
 @dataclass(frozen=True)
 class GRPO(Objective):
     """Group relative policy optimisation, `Shao et al. 2024 <https://arxiv.org/abs/2402.03300>`_.
 
-    PPO's clipped surrogate on group-relative advantages. The ratio is taken against the policy that sampled each
-    token, which also corrects for stale experience and for an engine that rounds differently. There is no KL penalty,
-    and every token of the batch has the same weight (`DAPO <https://arxiv.org/abs/2503.14476>`_).
-
-    Args:
-        clip_low: How far the ratio may fall below 1 before clipping; above 0, at most 1.
-        clip_high: How far the ratio may rise above 1 before clipping; above 0. DAPO's clip-higher is 0.28.
-        scale_rewards: Whether advantages are divided by the standard deviation of their group.
-
-    Raises:
-        ConfigurationError: A clipping range is out of bounds.
+    ``-mean over samples of mean over tokens of min(r * A, clip(r) * A)``, ``A = (reward - mean) / std`` of the group.
+    Assumes that a sample's length says nothing of its worth. The paper's penalty is ``kl=KL(0.04)``; most leave it out.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    scale_rewards: bool = True
+    normalisation: Normalisation = "sequence"
 
-    def __post_init__(self) -> None:
-        if not 0 < self.clip_low <= 1:
-            raise ConfigurationError(f"clip_low={self.clip_low} must be above 0 and at most 1")
-        if not self.clip_high > 0:
-            raise ConfigurationError(f"clip_high={self.clip_high} must be above 0")
 
-    @property
-    @override
-    def needs_group(self) -> bool:
-        return True
+GRPO.__init__ = refuses_old_names(GRPO.__init__, MOVED_IN_GRPO)  # type: ignore[method-assign]
 
-    @property
-    @override
-    def skips_zero_advantage(self) -> bool:
-        return True  # the surrogate is proportional to the advantage, and there is no other term
 
-    @override
-    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        return group_relative(rewards, groups, scale=self.scale_rewards)
+@dataclass(frozen=True)
+class DrGRPO(Objective):
+    """GRPO done right, `Liu et al. 2025 <https://arxiv.org/abs/2503.20783>`_.
 
-    @override
-    def token_loss(
-        self, logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        ratio = importance_ratio(logprobs, sampling_logprobs)
-        loss, clipped = clipped_surrogate(ratio, advantages, self.clip_low, self.clip_high)
-        kl = kl_k3(logprobs.detach(), sampling_logprobs)
-        return loss, {"clip_fraction": clipped.to(loss.dtype), "kl": kl.detach()}
+    ``-sum over tokens of min(r * A, clip(r) * A) / (samples * max_new_tokens)``, ``A = reward - mean`` of the group:
+    without the divisions by a sample's length and by the group's deviation, which favour long wrong answers, and tasks
+    that are almost solved or almost hopeless.
+    """
+
+    advantage: Advantage = GroupRelative(scale=None)
+    normalisation: Normalisation = "constant"
+
+
+@dataclass(frozen=True)
+class DAPO(Objective):
+    """Decoupled clip, `Yu et al. 2025 <https://arxiv.org/abs/2503.14476>`_.
+
+    ``-mean over tokens of min(r * A, clip(r) * A)`` with more room upwards, so that rare tokens can become likely, and
+    without the samples that were cut off. Its dynamic sampling is ``Buffer(group_filter=rft.has_signal)``.
+    """
+
+    surrogate: Surrogate = Clip(high=0.28)
+    mask_truncated: bool = True
+
+
+@dataclass(frozen=True)
+class GSPO(Objective):
+    """Group sequence policy optimisation, `Zheng et al. 2025 <https://arxiv.org/abs/2507.18071>`_.
+
+    ``-mean over samples of min(s * A, clip(s) * A)``: GRPO with one ratio s for all of a sample, the geometric mean of
+    its tokens' ratios, and a clipping range to match.
+    Assumes that the sample is what is rewarded, so the sample is what must be corrected; mixtures of experts, whose
+    tokens' ratios jump, need it.
+    """
+
+    ratio: Level = "sequence"
+    surrogate: Surrogate = Clip(low=3e-4, high=4e-4)
+    normalisation: Normalisation = "sequence"
+
+
+@dataclass(frozen=True)
+class CISPO(Objective):
+    """Clipped importance sampling weights, `MiniMax 2025 <https://arxiv.org/abs/2506.13585>`_.
+
+    ``-mean over tokens of sg(min(r, 5)) * A * log p``: the weight is clipped, not the gradient, so that no token is
+    lost, rare ones at forks of the reasoning least of all.
+    """
+
+    surrogate: Surrogate = StopGradient()
+
+
+@dataclass(frozen=True)
+class SAPO(Objective):
+    """Soft adaptive policy optimisation, `Gao et al. 2025 <https://arxiv.org/abs/2511.20347>`_.
+
+    ``-mean over samples of mean over tokens of sigmoid(t * (r - 1)) * 4 / t * A``: the gradient fades out with the
+    distance from the policy that sampled in place of ending at a clip, sooner for negative advantages.
+    """
+
+    surrogate: Surrogate = SoftGate()
+    normalisation: Normalisation = "sequence"
+
+
+@dataclass(frozen=True)
+class VESPO(Objective):
+    """Variational sequence-level soft policy optimisation, `Shen et al. 2026 <https://arxiv.org/abs/2602.10693>`_.
+
+    ``-mean over tokens of sg(f(r)) * A * log p`` with the ratio r of the whole sample, and f falling on both sides of
+    1.
+    """
+
+    ratio: Level = "product"
+    surrogate: Surrogate = Gamma()

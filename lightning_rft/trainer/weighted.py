@@ -1,0 +1,137 @@
+"""What depends on a whole batch, made once before it is cut: the advantage and the weight of each turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_rft.experience import Experience, Group, Turn
+from lightning_rft.trainer.objectives.normalisation import token_weights
+from lightning_rft.trainer.objectives.objective import Objective
+from lightning_rft.trainer.objectives.tokens import TokenBatch
+
+__all__ = ["WeightedTurn", "sampled_turns", "token_batch", "weighted_turns"]
+
+
+class WeightedTurn(NamedTuple):
+    """A turn as it is trained."""
+
+    turn: Turn
+    #: Index of its group in the batch.
+    group: int
+    #: Index of its sample in the batch.
+    sample: int
+    #: Sampled tokens of its whole sample.
+    sample_tokens: int
+    advantage: float = 0.0
+    #: Of each of its tokens, in the loss.
+    weight: float = 0.0
+    #: Log-probs of its tokens under the reference policy [n].
+    reference: NDArray[np.float32] | None = None
+    #: Sum of its tokens' log-ratios to the policy that sampled them, and that of its whole sample, where these lie in
+    #: several micro-batches.
+    drift: float = 0.0
+    sample_drift: float = 0.0
+
+
+def sampled_turns(groups: Sequence[Group]) -> list[WeightedTurn]:
+    """Every turn of a batch that has a sampled token, group by group, without advantage and weight."""
+    return [
+        WeightedTurn(turn, group, sample, experience.num_tokens)
+        for sample, (group, experience) in enumerate(_samples(groups))
+        for turn in experience.turns
+        if turn.num_tokens
+    ]
+
+
+def weighted_turns(
+    groups: Sequence[Group],
+    objective: Objective,
+    *,
+    max_new_tokens: int,
+    reference: Sequence[NDArray[np.float32]] | None = None,
+) -> list[WeightedTurn]:
+    """The turns of a batch that contribute to its gradient, group by group, with advantage and weight.
+
+    A sample whose tokens have no weight is left out, and so is one without any advantage where it then has no gradient.
+    ``reference`` holds the reference policy's log-probs of all :func:`sampled_turns`, in their order.
+    """
+    samples, turns = _samples(groups), sampled_turns(groups)
+    group_of = torch.tensor([group for group, _ in samples])
+    rewards = torch.tensor([experience.reward for _, experience in samples], dtype=torch.float64)
+    if reference is not None:
+        turns = [turn._replace(reference=logprobs) for turn, logprobs in zip(turns, reference, strict=True)]
+        if objective.kl is not None and objective.kl.where == "reward":
+            for turn, logprobs in zip(turns, reference, strict=True):
+                divergence = (turn.turn.logprobs - logprobs).sum(dtype=np.float64)
+                rewards[turn.sample] -= objective.kl.coefficient * float(divergence)
+    if objective.credit == "sample":
+        of_samples = objective.advantage(rewards, group_of).tolist()
+        advantages = [of_samples[turn.sample] for turn in turns]
+    else:
+        returns = [float(rewards[turn.sample]) + _rewards_from(samples[turn.sample][1], turn.turn) for turn in turns]
+        of_turns = torch.tensor(returns, dtype=torch.float64), torch.tensor([turn.group for turn in turns])
+        advantages = objective.advantage(*of_turns).tolist()
+    lengths = torch.tensor([experience.num_tokens for _, experience in samples])
+    weights = token_weights(lengths, group_of, objective.normalisation, max_new_tokens)
+    if objective.mask_truncated:
+        cut_off = [bool(sample.turns) and sample.turns[-1].finish_reason == "length" for _, sample in samples]
+        weights = weights.masked_fill(torch.tensor(cut_off), 0.0)
+    has_signal = {
+        turn.sample
+        for turn, advantage in zip(turns, advantages, strict=True)
+        if weights[turn.sample] and not (objective.skips_zero_advantage and advantage == 0.0)
+    }
+    return [
+        turn._replace(advantage=advantage, weight=float(weights[turn.sample]))
+        for turn, advantage in zip(turns, advantages, strict=True)
+        if turn.sample in has_signal
+    ]
+
+
+def _samples(groups: Sequence[Group]) -> list[tuple[int, Experience]]:
+    return [(index, experience) for index, group in enumerate(groups) for experience in group.experiences]
+
+
+def _rewards_from(experience: Experience, first: Turn) -> float:
+    """The rewards of a turn and of those after it."""
+    begun = next(index for index, turn in enumerate(experience.turns) if turn is first)
+    return sum(turn.reward or 0.0 for turn in experience.turns[begun:])
+
+
+def token_batch(turns: Sequence[WeightedTurn], logprobs: Tensor, entropy: Tensor) -> tuple[TokenBatch, Tensor]:
+    """The tokens of a micro-batch as an objective sees them, and the weight of each [N].
+
+    ``logprobs`` and ``entropy`` are [N], in the order of the turns; everything is made on their device.
+    """
+    device = logprobs.device
+    counts = torch.tensor([turn.turn.num_tokens for turn in turns])
+    samples = {turn.sample: turn for turn in turns}
+    index_of = {sample: index for index, sample in enumerate(samples)}
+
+    def of_tokens(values: list[float] | list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(counts).to(device)
+
+    def joined(arrays: list[NDArray[np.float32]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(device)
+
+    elsewhere = [turn.sample_drift for turn in samples.values()]
+    for turn in turns:
+        elsewhere[index_of[turn.sample]] -= turn.drift
+    references = [turn.reference for turn in turns if turn.reference is not None]
+    tokens = TokenBatch(
+        logprobs=logprobs,
+        sampling_logprobs=joined([turn.turn.logprobs for turn in turns]),
+        advantages=of_tokens([turn.advantage for turn in turns]),
+        sample=of_tokens([index_of[turn.sample] for turn in turns], torch.int64),
+        lengths=torch.tensor([turn.sample_tokens for turn in samples.values()], device=device),
+        entropy=entropy,
+        elsewhere=torch.tensor(elsewhere, dtype=torch.float32, device=device),
+        reference_logprobs=joined(references) if references else None,
+    )
+    return tokens, of_tokens([turn.weight for turn in turns])
