@@ -14,21 +14,27 @@ _CHUNK = 256  # tokens; 256 x 150k vocabulary x 4 bytes is 150 MB, and two such 
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, temperature: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    temperature: Tensor | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under ``softmax((hidden @ weight.T + bias) / temperature)``, and its entropy.
 
     ``hidden`` is [N, H], ``weight`` [V, H], ``bias`` [V], ``target`` [N] in int64, ``temperature`` [N], or ``None`` for
-    1. Both results are [N] in nats and float32; the log-probabilities are differentiable once, the entropies are
-    detached. Logits are computed some hundred tokens at a time, discarded, and computed again in the backward pass,
-    where the gradient of a token's logits is ``(onehot(target) - softmax) / temperature`` times the gradient of its
-    log-probability (the fused linear cross entropy of `Liger <https://arxiv.org/abs/2410.10989>`_, for one number per
-    token). Matrices are multiplied in the dtype of ``torch.autocast`` where it is on; softmax, and the sum of the
-    weight's gradient over the chunks, are in float32.
+    1. Both results are [N] in nats and float32, and differentiable once, the entropies only with ``entropy_gradient``.
+    Logits are computed some hundred tokens at a time, discarded, and computed again in the backward pass, where the
+    gradient of a token's logits is ``(onehot(target) - p) / temperature`` times the gradient of its log-probability
+    (the fused linear cross entropy of `Liger <https://arxiv.org/abs/2410.10989>`_, for one number per token), and
+    ``-p * (log p + H) / temperature`` times that of its entropy H. Matrices are multiplied in the dtype of
+    ``torch.autocast`` where it is on; softmax, and the sum of the weight's gradient over the chunks, are in float32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, target, temperature, dtype)
+    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, target, temperature, dtype, entropy_gradient)
     return logprobs, entropy
 
 
@@ -42,6 +48,7 @@ class _LinearLogprobs(torch.autograd.Function):
         target: Tensor,
         temperature: Tensor | None,
         dtype: torch.dtype,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = torch.empty(2, len(hidden), device=hidden.device, dtype=torch.float32).unbind()
         probabilities = None
@@ -55,21 +62,24 @@ class _LinearLogprobs(torch.autograd.Function):
                 normaliser = (largest - probabilities.gather(-1, index).log())[:, 0]
                 logprobs[part] = logits.gather(-1, target[part, None])[:, 0] - normaliser
                 entropy[part] = normaliser - torch.linalg.vecdot(probabilities, logits)
-        ctx.save_for_backward(hidden, weight, bias, target, temperature)
+        ctx.save_for_backward(hidden, weight, bias, target, temperature, entropy if entropy_gradient else None)
         ctx.last = probabilities  # backward begins with this part, often the only one, and need not compute it again
         ctx.dtype = dtype
-        ctx.mark_non_differentiable(entropy)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, temperature = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor, to_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, temperature, entropy = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
         to_weight: Tensor | None = None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        scale = -upstream.float() if temperature is None else -upstream.float() / temperature
+        scale = -upstream.float() if entropy is None else torch.ones_like(upstream, dtype=torch.float32)
+        if temperature is not None:
+            scale = scale / temperature
         errors, ctx.last = ctx.last, None
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(ctx.dtype)
@@ -77,9 +87,13 @@ class _LinearLogprobs(torch.autograd.Function):
                 inputs = hidden[part].to(ctx.dtype)
                 if errors is None:
                     errors = _logits(inputs, head, bias, _of(temperature, part)).softmax(-1)
+                if entropy is not None:
+                    flatter = torch.special.entr(errors).addcmul_(errors, entropy[part, None], value=-1)
                 errors.scatter_add_(
                     -1, target[part, None], torch.full_like(target[part, None], -1, dtype=torch.float32)
                 )
+                if entropy is not None:
+                    errors.mul_(-upstream[part, None]).addcmul_(flatter, to_entropy[part, None])
                 # The upstream gradient scales the small matrices, not the one that is as wide as the vocabulary.
                 if to_bias is not None:
                     to_bias += scale[part] @ errors
@@ -95,14 +109,9 @@ class _LinearLogprobs(torch.autograd.Function):
                     else:
                         to_weight += errors.T @ scaled
                 errors = None
-        return (
-            to_hidden,
-            None if to_weight is None else to_weight.to(weight.dtype),
-            None if to_bias is None else to_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+        to_weight = None if to_weight is None else to_weight.to(weight.dtype)
+        to_bias = None if to_bias is None else to_bias.to(bias.dtype)
+        return to_hidden, to_weight, to_bias, None, None, None, None
 
 
 def _parts(tokens: int) -> list[slice]:

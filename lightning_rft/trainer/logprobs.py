@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,21 +19,25 @@ __all__ = ["kept_logits", "replaced_head", "token_logprobs"]
 _CHUNK = 256  # tokens; 256 x 150k vocabulary x 4 bytes is 150 MB
 
 
-def token_logprobs(model: nn.Module, packed: Packed, *, chunked_head: bool = False) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model: nn.Module, packed: Packed, *, chunked_head: bool = False, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each trained token and entropy of the distribution that it was drawn from, in nats.
 
-    Both are [N] in float32 and in the order of ``packed.target``; the entropies are detached. The softmax is computed
-    in fp32, some hundred tokens at a time, and recomputed in the backward pass. So are the logits with
-    ``chunked_head``, which is right only for models whose logits are those of their output head, unchanged (see
-    :func:`~lightning_rft.trainer.shortcuts.probe`); without it those of all tokens are held, in the model's dtype.
+    Both are [N] in float32 and in the order of ``packed.target``; the entropies have a gradient if
+    ``entropy_gradient``. The softmax is computed in fp32, some hundred tokens at a time, and recomputed in the backward
+    pass. So are the logits with ``chunked_head``, which is right only for models whose logits are those of their output
+    head, unchanged (see :func:`~lightning_rft.trainer.shortcuts.probe`); without it those of all tokens are held, in
+    the model's dtype.
     """
     if chunked_head:
-        return _inside_head(model, packed)
+        return _inside_head(model, packed, entropy_gradient)
     logits = kept_logits(model, packed)
     # Gathered once and then split: indexing inside the chunks would make a gradient of all logits for each chunk.
     tensors = logits[packed.row, packed.column], packed.target, packed.temperature
     chunks = zip(*(torch.split(tensor, _CHUNK) for tensor in tensors if tensor is not None), strict=True)
-    parts = [checkpoint(_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    chunk = partial(_chunk, entropy_gradient=entropy_gradient)
+    parts = [checkpoint(chunk, *tensors, use_reentrant=False, preserve_rng_state=False) for tensors in chunks]
     logprobs, entropy = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
 
@@ -62,34 +67,46 @@ def replaced_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
             head.__dict__["forward"] = before
 
 
-def _inside_head(model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
+def _inside_head(model: Any, packed: Packed, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
     """Has the head compute log-probs instead of logits.
 
-    Inside the model's forward, because only there a sharded model (FSDP2) has its weights gathered; and the log-probs
-    leave the model in place of the logits, because its hooks look for gradients there.
+    Inside the model's forward, because only there a sharded model (FSDP2) has its weights gathered. Zeros that depend
+    on the log-probs leave the model in place of the logits, because its hooks look for gradients there.
     """
     head = model.get_output_embeddings()
-    entropies = []
+    computed: list[tuple[Tensor, Tensor]] = []
 
     def logprobs(hidden: Tensor) -> Tensor:
         chosen = hidden[packed.row, packed.column]
-        values, entropy = linear_logprobs(chosen, head.weight, head.bias, packed.target, temperature=packed.temperature)
-        entropies.append(entropy)
-        return values[None, :, None]
+        computed.append(
+            linear_logprobs(
+                chosen,
+                head.weight,
+                head.bias,
+                packed.target,
+                temperature=packed.temperature,
+                entropy_gradient=entropy_gradient,
+            )
+        )
+        return (computed[0][0] * 0)[None, :, None]
 
     with replaced_head(head, logprobs):
-        values = kept_logits(model, packed)
-    (entropy,) = entropies
-    return values[0, :, 0].float(), entropy
+        zeros = kept_logits(model, packed)
+    ((values, entropy),) = computed
+    return values + zeros[0, :, 0], entropy
 
 
-def _chunk(logits: Tensor, target: Tensor, temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _chunk(
+    logits: Tensor, target: Tensor, temperature: Tensor | None = None, *, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
     logits = logits.float()
     scores = torch.log_softmax(logits if temperature is None else logits / temperature[:, None], dim=-1)
     logprobs = scores.gather(-1, target[:, None])[:, 0]
-    # Last, because recomputation in backward stops at the last tensor it needs, before this.
-    with torch.no_grad():
-        entropy = torch.special.entr(scores.exp()).sum(-1)
+    # Last, because recomputation in backward stops at the last tensor it needs, without the gradient before this.
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        # -inf keeps a token from being sampled; times its probability, 0, it would be NaN
+        finite = scores.clamp(min=torch.finfo(torch.float32).min)
+        entropy = -(finite.exp() * finite).sum(-1)
     return logprobs, entropy
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Turn
 
-__all__ = ["Packed", "pack", "shares_prompts"]
+__all__ = ["Packed", "columns", "pack", "shares_prompts"]
 
 _CAUSAL = 0.5  # time of causal attention, for which the kernels are made, over that of attention with a mask
 _WORTH = 0.95  # of the time of ordinary rows; for less gain they stay
@@ -68,7 +68,7 @@ def pack(
         >>> packed.keep, packed.column, packed.target
         (tensor([1, 2, 3]), tensor([0, 1, 0, 2]), tensor([7, 8, 9, 4]))
     """
-    sampled = [[turn for turn in group if turn.num_tokens] for group in turns]
+    sampled = _sampled(turns)
     flat = [turn for group in sampled for turn in group]
     if not flat:
         raise ValueError("nothing to pack: no turn has a sampled token")
@@ -80,9 +80,7 @@ def pack(
                 f"experience that was sampled at temperature={turn.temperature} cannot be trained with: "
                 "log-probabilities need a temperature above 0"
             )
-    row = list(range(len(flat)))
-    if shared:
-        row = _cheapest(sampled, balance)
+    row, _ = _layout(sampled, shared, balance)
     shared = len(set(row)) < len(row)
 
     rows = [_Row() for _ in set(row)]
@@ -104,6 +102,15 @@ def pack(
         if all(turn.temperature == 1 for turn in flat)
         else torch.tensor([turn.temperature for turn in flat], dtype=torch.float32).repeat_interleave(lengths),
     )
+
+
+def columns(turns: Sequence[Sequence[Turn]], *, shared: bool, balance: float = 3000.0) -> int:
+    """Columns of all rows, padding included, that :func:`pack` lays groups of turns out in; 0 for no sampled token."""
+    sampled = _sampled(turns)
+    if not any(sampled):
+        return 0
+    row, width = _layout(sampled, shared, balance)
+    return len(set(row)) * width
 
 
 class _Row:
@@ -131,15 +138,23 @@ class _Row:
         self._width += len(ids)
 
 
-def _cheapest(groups: Sequence[Sequence[Turn]], balance: float) -> list[int]:
-    """The row of each turn, of all groups in order, in the layout that is computed soonest."""
+def _sampled(groups: Sequence[Sequence[Turn]]) -> list[list[Turn]]:
+    return [[turn for turn in group if turn.num_tokens] for group in groups]
+
+
+def _layout(groups: Sequence[Sequence[Turn]], shared: bool, balance: float) -> tuple[list[int], int]:
+    """The row of each turn, of all groups in order, and the width of the rows, in the layout computed soonest."""
     flat = [turn for group in groups for turn in group]
+    prompts = [len(turn.prompt_ids) for turn in flat]
+    lengths = [turn.num_tokens - 1 for turn in flat]  # nothing is predicted from the last token
+    ordinary = [prompt + length for prompt, length in zip(prompts, lengths, strict=True)]
+    best, widest = list(range(len(flat))), max(ordinary)
+    if not shared:
+        return best, widest
     alike: dict[tuple[int, bytes], list[int]] = {}  # turns with the same prompt, group by group
     group_of = [number for number, group in enumerate(groups) for _ in group]
     for index, turn in enumerate(flat):
         alike.setdefault((group_of[index], turn.prompt_ids.tobytes()), []).append(index)
-    prompts = [len(turn.prompt_ids) for turn in flat]
-    lengths = [turn.num_tokens - 1 for turn in flat]
 
     def fill(width: int) -> tuple[list[int], list[int]]:
         """The row of each turn and the columns of each row, where a row takes what it can within this width."""
@@ -156,8 +171,7 @@ def _cheapest(groups: Sequence[Sequence[Turn]], balance: float) -> list[int]:
                 row[index] = r
         return row, used
 
-    ordinary = [prompt + length for prompt, length in zip(prompts, lengths, strict=True)]
-    best, least = list(range(len(flat))), _WORTH * len(flat) * max(ordinary) * (balance + _CAUSAL * max(ordinary))
+    least = _WORTH * len(flat) * widest * (balance + _CAUSAL * widest)
     # All rows are as wide as the widest, so what is chosen is that width: where some row is just full.
     full = {
         prompts[members[0]] + columns
@@ -168,8 +182,8 @@ def _cheapest(groups: Sequence[Sequence[Turn]], balance: float) -> list[int]:
         row, used = fill(width)
         cost = len(used) * max(used) * (balance + max(used))
         if cost < least:
-            best, least = row, cost
-    return best
+            best, widest, least = row, max(used), cost
+    return best, widest
 
 
 def _rectangle(rows: Sequence[Sequence[np.ndarray]], fill: int) -> Tensor:

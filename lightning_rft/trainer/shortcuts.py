@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_rft.experience import Turn
 from lightning_rft.trainer.logprobs import kept_logits, replaced_head, token_logprobs
-from lightning_rft.trainer.packing import Packed, pack, shares_prompts
+from lightning_rft.trainer.packing import Packed, columns, pack, shares_prompts
 
 __all__ = ["FastPath", "probe"]
 
@@ -44,6 +44,10 @@ class FastPath:
     def pack(self, turns: Sequence[Sequence[Turn]]) -> Packed:
         """Packs turns into rows; see :func:`~lightning_rft.trainer.packing.pack`."""
         return pack(turns, shared=self.shared, mask_dtype=self.mask_dtype, balance=self.balance)
+
+    def columns(self, turns: Sequence[Sequence[Turn]]) -> int:
+        """Columns of all rows, padding included, that :meth:`pack` lays turns out in."""
+        return columns(turns, shared=self.shared, balance=self.balance)
 
 
 def probe(model: Any, turns: Sequence[Sequence[Turn]], *, attn_implementation: str) -> FastPath:

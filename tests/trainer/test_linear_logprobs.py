@@ -55,6 +55,38 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(seed, tokens, chun
     assert not ours[1].requires_grad
 
 
+@given(
+    seed=st.integers(0, 99),
+    tokens=st.integers(1, 30),
+    chunk=st.integers(1, 31),
+    warm=st.booleans(),
+    forbidden=st.booleans(),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_gradient_of_the_entropy_is_that_of_all_logits(seed, tokens, chunk, warm, forbidden, share):
+    """In float64 from autograd, for losses of log-probs and entropies in several proportions."""
+    *inputs, target, upstream = numbers(seed, tokens)
+    if forbidden:
+        inputs[2].data[int(({*range(23)} - set(target.tolist())).pop())] = float("-inf")
+    temperature = torch.linspace(0.5, 1.7, tokens) if warm else None
+
+    def loss(logprobs, entropy):
+        return ((1 - share) * upstream * logprobs).sum() + (share * upstream.flip(0) * entropy).sum()
+
+    doubled = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    logits = torch.nn.functional.linear(*doubled) / (1 if temperature is None else temperature.double()[:, None])
+    scores = logits.log_softmax(-1).clamp(min=-1e30)
+    expected = scores.gather(-1, target[:, None])[:, 0], -(scores.exp() * scores).sum(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CHUNK", chunk)
+        ours = linear_logprobs(*inputs, target, temperature=temperature, entropy_gradient=True)
+        found = torch.autograd.grad(loss(*ours), inputs)
+    torch.testing.assert_close(ours, tuple(value.float() for value in expected), atol=2e-5, rtol=0)
+    for gradient, other in zip(found, torch.autograd.grad(loss(*expected), doubled), strict=True):
+        torch.testing.assert_close(gradient, other.float(), atol=2e-5, rtol=1e-5)
+
+
 def test_frozen_head_gets_no_gradient():
     hidden, weight, _, target, _ = numbers(0)
     linear_logprobs(hidden, weight.detach(), None, target)[0].sum().backward()

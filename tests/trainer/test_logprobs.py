@@ -85,10 +85,10 @@ def plain(model, groups):
     return torch.cat(logprobs), torch.cat(entropy)
 
 
-def gradients(model, logprobs):
+def gradients(model, *results):
     model.zero_grad()
-    weights = torch.linspace(-1, 1.5, len(logprobs))  # each token its own weight, so that order matters
-    (weights * logprobs).sum().backward()
+    weights = torch.linspace(-1, 1.5, len(results[0]))  # each token its own weight, so that order matters
+    sum((weights * values).sum() for values in results).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -132,7 +132,21 @@ def test_results_are_float32_and_only_logprobs_have_a_gradient(groups):
         assert not token_logprobs(build(CONFIGS["llama"]), pack(groups, shared=True))[0].requires_grad
 
 
-def test_token_that_cannot_be_sampled_has_no_nan(groups):
+@pytest.mark.parametrize("chunked_head", [True, False])
+def test_entropy_has_a_gradient_where_it_is_wanted(chunked_head, groups):
+    model, groups = build(CONFIGS["qwen2"]), warmed(groups)
+    packed = pack(groups, shared=True)
+    logprobs, entropy = token_logprobs(model, packed, chunked_head=chunked_head, entropy_gradient=True)
+    expected = plain(model, groups)
+    torch.testing.assert_close((logprobs, entropy), expected, atol=2e-5, rtol=0)
+    found = gradients(model, logprobs, entropy)
+    assert_same_gradients(found, gradients(model, *expected))
+    alone, _ = token_logprobs(model, packed, chunked_head=chunked_head)
+    assert (gradients(model, alone)["lm_head.weight"] - found["lm_head.weight"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("entropy_gradient", [True, False])
+def test_token_that_cannot_be_sampled_has_no_nan(entropy_gradient, groups):
     class Masked(torch.nn.Module):
         def __init__(self, model):
             super().__init__()
@@ -144,9 +158,10 @@ def test_token_that_cannot_be_sampled_has_no_nan(groups):
             return output
 
     model = build(CONFIGS["llama"])
-    logprobs, entropy = token_logprobs(Masked(model), pack(groups, shared=True))
+    logprobs, entropy = token_logprobs(Masked(model), pack(groups, shared=True), entropy_gradient=entropy_gradient)
     assert logprobs.isfinite().all() and entropy.isfinite().all()
-    assert all(gradient.isfinite().all() for gradient in gradients(model, logprobs).values())
+    results = (logprobs, entropy) if entropy_gradient else (logprobs,)
+    assert all(gradient.isfinite().all() for gradient in gradients(model, *results).values())
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "ordinary"])

@@ -22,7 +22,7 @@ from transformers import (
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Turn
-from lightning_rft.trainer.packing import pack, shares_prompts
+from lightning_rft.trainer.packing import columns, pack, shares_prompts
 
 
 def turn(prompt, tokens, temperature=1.0):
@@ -121,6 +121,7 @@ turns = st.builds(
 def test_every_token_is_predicted_from_its_own_text(groups, balance, shared):
     sampled = [one for group in groups for one in group if one.num_tokens]
     if not sampled:
+        assert columns(groups, shared=shared, balance=balance) == 0
         return
     packed = pack(groups, shared=shared, balance=balance)
     ordinary = pack(groups, shared=False)
@@ -135,6 +136,7 @@ def test_every_token_is_predicted_from_its_own_text(groups, balance, shared):
         assert order.tolist() == list(range(len(text)))
         assert tuple(packed.input_ids[row][seen].tolist()) == text
     assert packed.input_ids.numel() <= ordinary.input_ids.numel()
+    assert packed.input_ids.numel() == columns(groups, shared=shared, balance=balance)
 
 
 def test_index_tensors_are_int64_and_move_together():
