@@ -213,7 +213,8 @@ class RFTModule(L.LightningModule):
     @override
     def on_train_start(self) -> None:
         if self.objective.needs_reference and not self._references:
-            self._references = [self._load(self.reference).to(self.device).requires_grad_(False)]
+            reference: Any = self._load(self.reference)
+            self._references = [reference.to(self.device).requires_grad_(False)]
         self.metrics.restart()
         self._guard = StepGuard()
         for optimizer in self.trainer.optimizers:
