@@ -63,7 +63,7 @@ TRAIN = """
     from tests.processes import MODEL
     from tests.trainer_and_data import quiet_trainer, stored_data
 
-    module = rft.RFTModule(os.environ[MODEL], optimizer=lambda parameters: torch.optim.{optimizer})
+    module = rft.RFTModule(os.environ[MODEL], optimizer=lambda parameters: torch.optim.{optimizer}, {module})
     logged = []
 
     class Note(L.Callback):
@@ -85,8 +85,8 @@ TRAIN = """
 """
 
 
-def write_buffer(folder: Path, rewards: list[list[float]]) -> Path:
-    """A buffer with a group of samples for each list of rewards."""
+def write_buffer(folder: Path, rewards: list[list[float]], turns: int = 1) -> Path:
+    """A buffer with a group of samples, of some turns each, for each list of rewards."""
     from lightning_rft.buffer.ledger import Ledger
     from lightning_rft.experience import Experience, Group, GroupKey, Turn
 
@@ -98,25 +98,39 @@ def write_buffer(folder: Path, rewards: list[list[float]]) -> Path:
             ledger.issue(key, str(number), epoch=0, explorer=0)
             length = 3 + 2 * number
             turn = Turn((4, 5, 6 + number), tuple(range(7, 7 + length)), (-3.0,) * length, (0,) * length, "stop")
-            experiences = [Experience(str(number), i, (turn,), reward) for i, reward in enumerate(scores)]
+            experiences = [Experience(str(number), i, (turn,) * turns, reward) for i, reward in enumerate(scores)]
             ledger.ready(Group(key, str(number), tuple(experiences)))
     return path
 
 
+# Seven groups, of which one without signal: in batches of 3, 3 and 1, some ranks have nothing to do.
+REWARDS = [[0.0, 1.0, 0.5, float(number)] for number in range(6)] + [[0.0] * 4]
+
+
 @pytest.fixture
 def buffer(tmp_path: Path) -> Path:
-    """Seven groups, of which one without signal: in batches of 3, 3 and 1, some ranks have nothing to do."""
-    return write_buffer(tmp_path, [[0.0, 1.0, 0.5, float(number)] for number in range(6)] + [[0.0] * 4])
+    return write_buffer(tmp_path, REWARDS)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulate", "module"),
+    [
+        (1, ""),
+        (2, ""),
+        # the ratios are of samples whose turns lie in several micro-batches, and a reference model is asked
+        (1, "max_tokens_per_micro_batch=25, objective=rft.GSPO(kl=rft.KL(0.1), correction=None)"),
+        (1, "max_tokens_per_micro_batch=25, objective=rft.RLOO(kl=rft.KL(0.1, 'k1', 'reward'))"),
+    ],
+    ids=["whole", "two parts", "micro-batches", "micro-batches, rewards"],
+)
 @pytest.mark.parametrize("strategy", ["'ddp'", SHARDED])
 def test_two_ranks_train_what_one_does(
-    strategy: str, accumulate: int, buffer: Path, start: Start, start_ranks: StartRanks, tmp_path: Path
+    strategy: str, accumulate: int, module: str, start: Start, start_ranks: StartRanks, tmp_path: Path
 ) -> None:
     (one, logged_one), (two, logged_two) = on_one_and_two(
-        buffer, start, start_ranks, tmp_path,
-        strategy=strategy, accumulate=accumulate, optimizer="SGD(parameters, lr=1.0)", precision="32-true",
+        write_buffer(tmp_path, REWARDS, turns=2 if module else 1), start, start_ranks, tmp_path,
+        strategy=strategy, accumulate=accumulate, module=module, optimizer="SGD(parameters, lr=1.0)",
+        precision="32-true",
     )  # fmt: skip
     assert one.keys() == two.keys()
     for name in one:
@@ -131,7 +145,8 @@ def test_fused_and_clipped_in_bfloat16(
 ) -> None:
     (one, logged_one), (two, logged_two) = on_one_and_two(
         buffer, start, start_ranks, tmp_path,
-        strategy=strategy, accumulate=1, optimizer="AdamW(parameters, lr=1e-4, fused=True)", precision="bf16-mixed",
+        strategy=strategy, accumulate=1, module="", optimizer="AdamW(parameters, lr=1e-4, fused=True)",
+        precision="bf16-mixed",
     )  # fmt: skip
     assert torch.allclose(logged_one[:2], logged_two[:2], rtol=0.05, atol=1e-3)
     gaps = torch.cat([(one[name] - two[name]).abs().reshape(-1) for name in one])
@@ -176,7 +191,8 @@ def test_both_ranks_skip_what_is_not_finite_on_one(strategy: str, start_ranks: S
         data = stored_data(rft.Buffer("{path}", shuffle=False), tasks_per_step=2)
         trainer = quiet_trainer(os.getcwd(), Note(), devices=2, strategy={strategy}, max_epochs=1)
         optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
-        trainer.fit(rft.RFTModule(os.environ[MODEL], rft.GRPO(scale_rewards=False), optimizer), data)
+        objective = rft.GRPO(advantage=rft.GroupRelative(scale=None))
+        trainer.fit(rft.RFTModule(os.environ[MODEL], objective, optimizer), data)
     """)
     for script in scripts:
         assert script.wait() == 0, script.stderr
