@@ -134,9 +134,14 @@ def test_two_ranks_train_what_one_does(
     )  # fmt: skip
     assert one.keys() == two.keys()
     for name in one:
-        assert torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6), name
+        # an update has a norm of 0.5, and penalties in the reward are sums of log-probs, with their rounding
+        assert torch.allclose(one[name], two[name], rtol=1e-5, atol=5e-6 if "reward" in module else 1e-6), name
     assert torch.allclose(logged_one, logged_two, rtol=1e-5, atol=1e-6, equal_nan=True)
     assert not torch.equal(logged_one[0], logged_one[1]), "nothing was trained"
+
+
+# few tokens are near a border of its clipping range, across which rounding would move them
+SMOOTH = "objective=rft.GRPO(surrogate=rft.Clip(dual=None), correction=None, normalisation='token')"
 
 
 @pytest.mark.parametrize("strategy", ["'ddp'", SHARDED])
@@ -145,7 +150,7 @@ def test_fused_and_clipped_in_bfloat16(
 ) -> None:
     (one, logged_one), (two, logged_two) = on_one_and_two(
         buffer, start, start_ranks, tmp_path,
-        strategy=strategy, accumulate=1, module="", optimizer="AdamW(parameters, lr=1e-4, fused=True)",
+        strategy=strategy, accumulate=1, module=SMOOTH, optimizer="AdamW(parameters, lr=1e-4, fused=True)",
         precision="bf16-mixed",
     )  # fmt: skip
     assert torch.allclose(logged_one[:2], logged_two[:2], rtol=0.05, atol=1e-3)
