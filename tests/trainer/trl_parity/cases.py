@@ -103,9 +103,12 @@ def _cases() -> dict[str, Case]:
         cases[f"dapo, {mode}, first update"] = Case(
             {"loss_type": "dapo", **correction}, first_update=True, from_engine=True
         )
-        cases[f"gspo, {mode}"] = Case({**gspo, **band}, "narrow", from_engine=True)
+        gspo_bound = band if mode.endswith("mask") else correction
+        cases[f"gspo, {mode}"] = Case({**gspo, **gspo_bound}, "narrow", from_engine=True)
         if mode.startswith("token"):
             cases[f"vespo, {mode}"] = Case({"loss_type": "vespo", **correction}, from_engine=True)
+    unbounded = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 1e6}
+    cases["vespo, weights without a bound"] = Case({"loss_type": "vespo", **unbounded}, from_engine=True)
     mask = {"vllm_importance_sampling_mode": "token_mask"}
     cases["cispo, token_mask"] = Case({**cispo, **mask}, from_engine=True)
     cases["sapo, token_mask"] = Case({"loss_type": "sapo", **mask}, from_engine=True)
