@@ -117,7 +117,7 @@ class Coordinator:
             self._wait_for_batch(batch, lambda: self._schedule.is_ready(batch))
         self._end_status()
         with self._listener.locked():
-            return batch, self._groups.read(batch)
+            return batch, self._groups.kept(batch)
 
     # What the strategy tells
 

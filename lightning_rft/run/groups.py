@@ -142,9 +142,10 @@ class Groups:
             self._cursor.replace(key)
         return judged.kept
 
-    def read(self, batch: int) -> list[Group]:
-        """Reads a batch whose groups are all ready."""
+    def kept(self, batch: int) -> list[Group]:
+        """Reads a batch whose groups are all ready and are not to be trained."""
         keys = [GroupKey(batch, slot) for slot in range(self._cursor.plan.size(batch))]
+        self._done(keys)
         return list(self._ledger.read(keys))
 
     # When it is trained
@@ -169,8 +170,7 @@ class Groups:
         """Records that the leased groups are part of the weights."""
         assert self.leased is not None
         self._ledger.trained(batch)
-        for group in self.leased:
-            self._cursor.done(group.key)
+        self._done(group.key for group in self.leased)
         self._replay.trained(batch, self.leased)
         self.leased = None
 
@@ -195,7 +195,12 @@ class Groups:
         """The state of the run as plain values, for a checkpoint."""
         return run_state(progress, self._cursor, self._ledger, self.incarnation)
 
-    # Bad ends
+    # How a group ends
+
+    def _done(self, keys: Iterable[GroupKey]) -> None:
+        for key in keys:
+            self._cursor.done(key)
+            del self._attempts[key], self._refusals[key]
 
     def _refuse(self, group: Group, batch: int) -> None:
         self._refusals[group.key] += 1
