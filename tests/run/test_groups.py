@@ -8,7 +8,6 @@ import pytest
 
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
-from lightning_rft.buffer.selection import Filter, ReplayMemory
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from lightning_rft.run.groups import Groups
@@ -36,14 +35,12 @@ def lease(ledger: Ledger, batch: int, versions: list[int], bound: int) -> Groups
     groups = Groups(
         ledger,
         cursor,
+        rft.Buffer(),
         incarnation=1,
         samples_per_task=1,
         min_samples=1,
         sampling=rft.Sampling(8, 1.0),
         max_staleness=bound,
-        group_filter=Filter(None, SIZE),
-        score=None,
-        replay=ReplayMemory(None, SIZE, bound),
     )
     keys = [GroupKey(batch, slot) for slot in range(SIZE)]
     groups.issue([(key, 0) for key in keys])
