@@ -50,7 +50,7 @@ class Schedule:
         self.order = order
         self.pushed_version = -1
         self.push_pending = False  # from the batch that makes a push due until the push
-        self._rule = order.rule
+        self.rule = order.rule
         self._samples = samples
         self._explorers: dict[int, Member] = {}
         self._unusable: list[Action] = [Drop(group, None) for group in order.unusable]  # with the first event
@@ -124,14 +124,14 @@ class Schedule:
         if batch != self.version:
             raise ScheduleError(f"batch {batch} was trained by version {self.version}: batches must come in order")
         self.order.trained(batch)
-        if self._rule.pushes_after(batch):
+        if self.rule.pushes_after(batch):
             self._due = self.version
-            self.push_pending = not self._rule.asynchronous
+            self.push_pending = not self.rule.asynchronous
         return self._actions()
 
     def pushed(self, version: int) -> list[Action]:
         """``version`` was pushed to every explorer, or made ready to load if pushes happen in the background."""
-        newest = version <= self.version if self._rule.asynchronous else version == self.version
+        newest = version <= self.version if self.rule.asynchronous else version == self.version
         if not newest or version <= self.pushed_version:
             raise ScheduleError(
                 f"version {version} was pushed after {self.pushed_version}, with the trainer at {self.version}"
@@ -211,7 +211,7 @@ class Schedule:
         """Explorers whose turn it is to load."""
         members = self._explorers
         lagging = [index for index, member in members.items() if member.loaded < self.pushed_version]
-        if not self._rule.staggered:
+        if not self.rule.staggered:
             return lagging
         loading = [index for index in lagging if members[index].loading]
         return loading or sorted(lagging, key=lambda index: (members[index].loaded, index))[:1]
@@ -226,7 +226,7 @@ class Schedule:
         return loads
 
     def _can_load(self, member: Member) -> bool:
-        return self._rule.in_flight or not member.groups
+        return self.rule.in_flight or not member.groups
 
     def _busy(self, explorer: int) -> tuple[float, int]:
         """A key that sorts explorers, the one with most room first."""
@@ -235,20 +235,18 @@ class Schedule:
 
     def _soon(self) -> set[int]:
         """Explorers that load, or will when it is their turn, without waiting for the trainer."""
-        if not self._rule.asynchronous:
+        if not self.rule.asynchronous:
             return set()
         return {
             index
             for index, member in self._explorers.items()
             if member.room > 0
-            and (
-                member.loading or (member.loaded < self.pushed_version and (self._rule.in_flight or not member.groups))
-            )
+            and (member.loading or (member.loaded < self.pushed_version and (self.rule.in_flight or not member.groups)))
         }
 
     def _resting(self) -> set[int]:
         """Explorers that get no work, because they load or must finish what they have to load."""
-        turns = set() if self._rule.in_flight else set(self._turns())
+        turns = set() if self.rule.in_flight else set(self._turns())
         return turns | {index for index, member in self._explorers.items() if member.loading}
 
     # What is trained
@@ -260,7 +258,7 @@ class Schedule:
         if not groups:
             return []
         self._wanted = None
-        return [Lease(batch, groups), *(self._drops() if self._rule.asynchronous else [])]
+        return [Lease(batch, groups), *(self._drops() if self.rule.asynchronous else [])]
 
     def _drops(self) -> list[Action]:
         drops: list[Action] = []
@@ -282,7 +280,7 @@ class Schedule:
         """
         if self._due is None:
             return []
-        strict = not self._rule.asynchronous and not self._rule.in_flight
+        strict = not self.rule.asynchronous and not self.rule.in_flight
         if strict and self.order.needs_older(self._due):
             return []
         version, self._due = self._due, None
