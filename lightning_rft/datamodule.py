@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import lightning as L
@@ -26,7 +25,7 @@ from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.renamed import refuses_old_names
 from lightning_rft.rewards import check_answers
-from lightning_rft.run.checks import check_counts, check_source, check_together
+from lightning_rft.run.checks import check_counts, check_source, check_together, check_unwrapped
 from lightning_rft.run.lifecycle import RunSettings
 from lightning_rft.run.session import Session
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
@@ -149,9 +148,7 @@ class RFTDataModule(L.LightningDataModule):
         self._held = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._held = False
         self._stop()
 
@@ -207,6 +204,7 @@ class RFTDataModule(L.LightningDataModule):
         session = self._active
         if session.begun:
             return
+        check_unwrapped(self._trainer.lightning_module)  # which an overridden configure_model may have wrapped
         saved, self._restored = self._restored if session.fits else {}, {}
         self._last = {} if session.fits else self._last
         settings = RunSettings(

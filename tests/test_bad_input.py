@@ -153,7 +153,7 @@ def test_old_names_are_refused_with_the_new_ones() -> None:
 def test_a_generator_of_tasks_with_steps_per_epoch() -> None:
     data = make_data(tasks=rft.TaskSet((str(i) for i in range(1_000)), steps_per_epoch=3), tasks_per_step=2)
     assert data.steps_per_epoch == 3
-    assert [data.tasks.at(position)[1].prompt for position in (0, 5, 6)] == ["0", "5", "6"]
+    assert [data.tasks.at(position).prompt for position in (0, 5, 6)] == ["0", "5", "6"]
 
 
 def test_settings_of_strategy_and_transport() -> None:

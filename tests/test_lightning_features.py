@@ -329,18 +329,23 @@ def test_what_is_compiled_is_refused(tiny_model_path: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("part", ["", "model.layers.0"])
 def test_a_policy_that_is_wrapped_while_it_is_loaded_is_refused(
-    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+    part: str, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
 ) -> None:
     class Wraps(Noted):
         def configure_model(self) -> None:
             super().configure_model()
-            self.policy = torch.compile(self.policy)  # type: ignore[assignment]
+            assert self.policy is not None
+            if part:
+                self.policy.set_submodule(part, torch.compile(self.policy.get_submodule(part)))  # type: ignore[arg-type]
+            else:
+                self.policy = torch.compile(self.policy)  # type: ignore[assignment]
 
     module = Wraps(tiny_model_path)
-    with pytest.raises(rft.ConfigurationError, match="policy is a OptimizedModule"):
+    with pytest.raises(rft.ConfigurationError, match=r"policy.* is a OptimizedModule, whose weights have other names"):
         make_trainer(tmp_path).fit(module, data)
-    assert not module.trained
+    assert not (tmp_path / "rft" / "buffer.sqlite").exists()  # before the run began, and explorers were waited for
 
 
 @pytest.mark.usefixtures("no_process")

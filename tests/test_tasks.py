@@ -12,6 +12,7 @@ from random import Random
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from hypothesis import given, settings
@@ -352,15 +353,91 @@ def test_an_endless_stream_goes_on_and_is_resumed() -> None:
 def test_a_stream_that_ends_begins_again_with_other_seeds(caplog: pytest.LogCaptureFixture) -> None:
     cursor = TaskCursor(stream_plan(iter(["a", " ", {"prompt": "c", "id": "x"}])))
     keys = keys_of(cursor.plan, range(2))
-    assert [(cursor.epoch(key), cursor.task(key).id) for key in keys] == [
-        *((0, "0"), (0, "x"), (1, "0"), (1, "x"), (2, "0"), (2, "x"))
-    ]
+    assert [cursor.task(key).id for key in keys] == ["0", "x"] * 3
+    assert len({cursor.epoch(key) for key in keys}) == 6  # so that each task ends once, under its number
     assert len({cursor.sample_seed(key, 0) for key in keys}) == 6
     assert [record.message for record in caplog.records] == [
         "left out: tasks[1]: the prompt is blank; give text, or chat messages with `role` and `content`"
     ]
     with pytest.raises(ConfigurationError, match="tasks is empty"):
         stream_plan(iter([])).at(0)
+
+
+class Anew:
+    """A source without a length that begins anew with every loop, and the tasks of it that are alive."""
+
+    def __init__(self, end: int | None = None) -> None:
+        self.end = end
+        self.alive: WeakSet[Task] = WeakSet()
+
+    def __iter__(self) -> Iterator[Task]:
+        for index in count() if self.end is None else range(self.end):
+            task = Identified(f"prompt {index}", id=str(index))
+            self.alive.add(task)
+            yield task
+
+
+class Identified(Task):
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["anew", "once"])
+def test_a_stream_keeps_what_can_be_asked_for_and_no_more(once: bool) -> None:
+    source = Anew()
+    cursor = TaskCursor(stream_plan(iter(source) if once else source))
+    straggler, most = GroupKey(0, 1), 0
+    for key in keys_of(cursor.plan, range(100_000 // 3)):
+        assert cursor.task(key).id == str(key.batch * 3 + key.slot)
+        if key != straggler:
+            cursor.done(key)
+        if key == (100, 0):  # a group that comes back late, is issued again, and is trained
+            assert cursor.task(straggler).id == "1"
+            cursor.done(straggler)
+        most = max(most, len(source.alive))
+    assert most < (10_010 if once else 310)  # an iterator's are remembered, in case that it ends
+    assert len(source.alive) < 5
+    resumed = TaskCursor(stream_plan(source), json.loads(json.dumps(cursor.state_dict())))
+    assert resumed.task(GroupKey(33_333, 0)).id == "99999"
+    assert len(source.alive) < 10
+
+
+def test_a_source_that_begins_anew_is_read_again_for_another_run(caplog: pytest.LogCaptureFixture) -> None:
+    source = Anew(end=10)
+    stream = TaskSet(source, steps_per_epoch=2).read()
+    for _ in range(2):
+        cursor = TaskCursor(TaskPlan(stream, 3, 2, True, 0, goes_on=True))
+        keys = keys_of(cursor.plan, range(8))
+        for position, key in enumerate(keys):
+            assert cursor.task(key).id == str(position % 10)
+            cursor.done(key)
+        assert len(source.alive) < 5
+    blank = Blanks()
+    stream = TaskSet(blank, steps_per_epoch=2).read()
+    for position in (0, 5, 0):
+        assert stream.at(position).prompt == "a"
+    assert len(caplog.records) == 1  # in the first pass
+
+
+class Blanks:
+    def __iter__(self) -> Iterator[str]:
+        return iter(["a", " "])
+
+
+def test_a_long_iterator_is_not_read_again() -> None:
+    def fresh(length: int) -> TaskPlan:
+        return stream_plan(str(index) for index in range(length))
+
+    again = fresh(10_000)
+    assert [again.at(position)[1].prompt for position in (9_999, 10_000, 25_000, 3)] == ["9999", "0", "5000", "3"]
+    over = fresh(10_001)
+    over.forget(5_000)
+    over.at(10_000)
+    for position in (10_001, 4_999):  # the end, and another run
+        with pytest.raises(
+            ConfigurationError, match=r"an iterator, which cannot begin again, .* class with `__iter__`"
+        ):
+            over.at(position)
+    assert fresh(10_001).at(10_000)[1].prompt == "10000"
 
 
 # The cursor

@@ -25,8 +25,8 @@ _PLAIN = (str, bytes, int, float, type, torch.Tensor, type(None))
 
 
 def holds(value: Any, kinds: frozenset[str], depth: int = 4) -> bool:
-    """Whether a value is of one of the classes, or has one inside: a first item, or a field of a dataclass."""
-    if type(value).__name__ in kinds:
+    """Whether a value is of one of our classes, or has one inside: a first item, or a field of a dataclass."""
+    if type(value).__name__ in kinds and type(value).__module__.startswith(rft.__name__):  # asyncio has tasks, too
         return True
     if depth == 0 or isinstance(value, _PLAIN):
         return False

@@ -35,10 +35,11 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
     last row is read. SQLite may leave two small files beside the buffer, which end in ``-wal`` and ``-shm``.
 
     Columns of the group: ``run``, ``incarnation`` (the last that issued it), ``batch``, ``slot``, ``round`` (counts the
-    tasks of the slot), ``epoch``, ``task_id``, ``state``, ``step`` (the batch that trained it, or the version at which
-    it failed or was filtered), ``attempts`` and ``error``. Columns of the sample: ``sample``, ``reward``, ``rewards``
-    (its parts by name, as JSON), ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and
-    ``newest_version``; a group without samples is one row, with None for these.
+    tasks of the slot), ``epoch`` (the pass through the tasks, or the position in a source without a length),
+    ``task_id``, ``state``, ``step`` (the batch that trained it, or the version at which it failed or was filtered),
+    ``attempts`` and ``error``. Columns of the sample: ``sample``, ``reward``, ``rewards`` (its parts by name, as JSON),
+    ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and ``newest_version``; a group without samples is
+    one row, with None for these.
 
     Args:
         path: The file.

@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from lightning_rft.channel import spawn
 
@@ -37,10 +36,6 @@ class LocalProcess:
         """Process id, which is also that of its process group."""
         return self._process.pid
 
-    def send(self, message: Any) -> None:
-        """Sends a message; raises ``OSError`` if the process does not read it."""
-        self.channel.send(message)
-
     def kill(self) -> None:
         """Kills the process and everything it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter on macOS, of one that has ended
@@ -62,7 +57,7 @@ def end_all(processes: Collection[LocalProcess], grace_s: float = GRACE_S) -> No
     if grace_s > 0:
         for process in processes:
             with contextlib.suppress(OSError):
-                process.send(None)
+                process.channel.send(None)
         _wait(processes, grace_s)
     for process in processes:
         process.kill()

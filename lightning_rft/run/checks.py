@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.model_folder import check_policy
@@ -19,7 +20,12 @@ from lightning_rft.settings import Buffer, Sampling, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.trainer.module import RFTModule
 
-__all__ = ["check_counts", "check_folder", "check_source", "check_together", "sync_strategies", "sync_strategy"]
+__all__ = [
+    *("check_counts", "check_folder", "check_source", "check_together", "check_unwrapped"),
+    *("sync_strategies", "sync_strategy"),
+]
+
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module")  # what torch.compile and FSDP1 call the module that they wrap
 
 
 def check_counts(
@@ -81,7 +87,7 @@ def check_together(
     module = trainer.lightning_module
     if not isinstance(module, RFTModule):
         raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
-    check_policy(module.policy)
+    check_unwrapped(module)
     _check_features(trainer, module)
     if trainer.precision == "16-true":
         raise ConfigurationError(
@@ -101,6 +107,19 @@ def check_together(
     if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING) and not validates:
         raise ConfigurationError(f"trainer.{trainer.state.fn.value}() needs RFTDataModule(val_tasks=[...])")
     return module
+
+
+def check_unwrapped(module: L.LightningModule) -> None:
+    """Raises ConfigurationError if the policy, once it is loaded, gives any weight another name than its folder."""
+    assert isinstance(module, RFTModule)
+    policy = module.policy
+    check_policy(policy)
+    for name, part in [] if policy is None else policy.named_modules():
+        if isinstance(part, DistributedDataParallel) or any(inner in _WRAPPED for inner, _ in part.named_children()):
+            raise ConfigurationError(
+                f"policy.{name} is a {type(part).__name__}, whose weights have other names than the model's: leave the "
+                "model of transformers as it is, without wrappers in it"
+            )
 
 
 def check_folder(folder: Path) -> None:

@@ -114,10 +114,10 @@ class Coordinator:
         self._listener.raise_failures()
         batch = self._schedule.version + index  # nothing is trained, so the version stays
         with self._status:
-            self._wait_for_batch(batch, lambda: self._schedule.is_ready(batch))
+            self._wait_for_batch(batch, lambda: self._schedule.order.is_ready(batch))
         self._end_status()
         with self._listener.locked():
-            return batch, self._groups.read(batch)
+            return batch, self._groups.kept(batch)
 
     # What the strategy tells
 
@@ -194,7 +194,7 @@ class Coordinator:
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, for a checkpoint: plain values."""
         with self._listener.locked():
-            return self._groups.state_dict(self._schedule.progress)
+            return self._groups.state_dict(self._schedule.order.progress)
 
     def summary(self) -> str:
         """One line about who waited for whom, and what to change."""
@@ -218,7 +218,7 @@ class Coordinator:
 
     def _wait_for_batch(self, batch: int, done: Callable[[], bool]) -> None:
         def show() -> None:
-            self._status.say(f"exploring batch {batch}", *self._schedule.arrived(batch), "groups")
+            self._status.say(f"exploring batch {batch}", *self._schedule.order.arrived(batch), "groups")
 
         self._wait(done, f"batch {batch} of experience", show)
 

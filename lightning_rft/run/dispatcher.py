@@ -216,7 +216,7 @@ class Dispatcher:
     def _explored(self, explorer: int, message: Explored, judged: Judged, began: float) -> None:
         key, oldest = message.key, judged.oldest
         self.activity.observe(f"explorer {explorer}", "rollout", began, oldest, key.batch)
-        if self.groups.keep(judged, self.schedule.version, self.schedule.trained_by(key)):
+        if self.groups.keep(judged, self.schedule.version, self.schedule.order.trained_by(key)):
             self.activity.observe("buffer", "put", time.monotonic(), oldest, key.batch)
             self._carry_out(self.schedule.ready(key, oldest, judged.score))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_rft.experience import Group, GroupKey, Progress
 from lightning_rft.explorer.messages import Explore, Explored
 from lightning_rft.run.resume import run_state
 from lightning_rft.run.validation import Validation
-from lightning_rft.settings import Sampling
+from lightning_rft.settings import Buffer, Sampling
 from lightning_rft.tasks.plan import TaskCursor
 
 __all__ = ["Groups", "Judged"]
@@ -51,15 +51,13 @@ class Groups:
         self,
         ledger: Ledger,
         cursor: TaskCursor,
+        buffer: Buffer,
         *,
         incarnation: int,
         samples_per_task: int,
         min_samples: int,
         sampling: Sampling,
         max_staleness: int,
-        group_filter: Filter,
-        score: Callable[[Group], float] | None,
-        replay: ReplayMemory,
     ) -> None:
         self.incarnation = incarnation
         self.samples_per_task = samples_per_task
@@ -70,9 +68,9 @@ class Groups:
         self._min_samples = min_samples
         self._sampling = sampling
         self._max_staleness = max_staleness
-        self._filter = group_filter
-        self._score = score
-        self._replay = replay
+        self._filter = Filter(buffer.group_filter, buffer.max_refused)
+        self._score = buffer.selection
+        self._replay = ReplayMemory(buffer.replay, cursor.plan.tasks_per_step, max_staleness)
         self._dropped = self._failed = 0
         self._attempts: Counter[GroupKey] = Counter()
         self._refusals: Counter[GroupKey] = Counter()
@@ -142,9 +140,10 @@ class Groups:
             self._cursor.replace(key)
         return judged.kept
 
-    def read(self, batch: int) -> list[Group]:
-        """Reads a batch whose groups are all ready."""
+    def kept(self, batch: int) -> list[Group]:
+        """Reads a batch whose groups are all ready and are not to be trained."""
         keys = [GroupKey(batch, slot) for slot in range(self._cursor.plan.size(batch))]
+        self._done(keys)
         return list(self._ledger.read(keys))
 
     # When it is trained
@@ -169,8 +168,7 @@ class Groups:
         """Records that the leased groups are part of the weights."""
         assert self.leased is not None
         self._ledger.trained(batch)
-        for group in self.leased:
-            self._cursor.done(group.key)
+        self._done(group.key for group in self.leased)
         self._replay.trained(batch, self.leased)
         self.leased = None
 
@@ -195,7 +193,12 @@ class Groups:
         """The state of the run as plain values, for a checkpoint."""
         return run_state(progress, self._cursor, self._ledger, self.incarnation)
 
-    # Bad ends
+    # How a group ends
+
+    def _done(self, keys: Iterable[GroupKey]) -> None:
+        for key in keys:
+            self._cursor.done(key)
+            del self._attempts[key], self._refusals[key]
 
     def _refuse(self, group: Group, batch: int) -> None:
         self._refusals[group.key] += 1

@@ -15,7 +15,6 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.buffer.reader import stored_keys
-from lightning_rft.buffer.selection import Filter, ReplayMemory
 from lightning_rft.experience import GroupKey, Progress, Task
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.monitor.activity import Activity
@@ -29,6 +28,7 @@ from lightning_rft.run.groups import Groups
 from lightning_rft.run.placement import cpu_threads
 from lightning_rft.run.resume import begin_or_resume, buffer_path, progress_at, restore_rng, rng_state
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
+from lightning_rft.sync.order import Order
 from lightning_rft.sync.rule import Exploration, Rule
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
@@ -90,19 +90,21 @@ class Run:
         observers: Sequence[Callable[[Span], None]],
     ) -> None:
         self._trainer = trainer
-        explores_only = trainer.state.fn == TrainerFn.PREDICTING
-        rule: Rule = Exploration() if explores_only else strategy
-        cursor = TaskCursor(_plan(trainer, settings, explores_only), saved.get("cursor"))
+        self._settings = settings
+        self._explores_only = trainer.state.fn == TrainerFn.PREDICTING
+        self._rule: Rule = Exploration() if self._explores_only else strategy
+        self._cursor = TaskCursor(self._plan(), saved.get("cursor"))
+        self._path = buffer_path(settings.buffer.path, saved, folder)
         progress = progress_at(trainer.global_step, saved, settings.samples_per_task)
-        self._path = path = buffer_path(settings.buffer.path, saved, folder)
-        self._samples_per_task = settings.samples_per_task
         with ExitStack() as ends:
-            ledger = Ledger.open(path)
-            ends.callback(ledger.close)
-            incarnation, ready = begin_or_resume(ledger, path, saved, progress, cursor, rule.max_staleness)
+            self._ledger = Ledger.open(self._path)
+            ends.callback(self._ledger.close)
+            incarnation, ready = begin_or_resume(
+                self._ledger, self._path, saved, progress, self._cursor, self._rule.max_staleness
+            )
             dispatcher = Dispatcher(
-                _schedule(trainer, rule, settings, cursor, ledger, progress, ready),
-                _groups(trainer, rule, settings, cursor, ledger, incarnation),
+                Schedule(self._order(progress, ready), settings.samples_per_task),
+                self._groups(incarnation),
                 pool,
                 ErrorRate(settings.tolerance.max_error_rate, 2 * settings.tasks_per_step * settings.samples_per_task),
                 Activity(observers),
@@ -119,8 +121,8 @@ class Run:
                 folder=folder,
                 status=StatusLine(trainer),
             )
-            if explores_only:
-                ends.callback(_tell_explored, ledger, Path(path))
+            if self._explores_only:
+                ends.callback(self._tell_explored)
             ends.callback(self.coordinator.close)
             self.coordinator.start()
             if trainer.strategy.root_device.type == "cpu" and trainer.world_size == 1:
@@ -136,7 +138,7 @@ class Run:
         self.coordinator.take_in(self._trainer.global_step)  # a callback may save before the strategy's hook comes
         return self.coordinator.state_dict() | {
             "path": None if self._path == ":memory:" else str(Path(self._path).absolute()),
-            "samples_per_task": self._samples_per_task,
+            "samples_per_task": self._settings.samples_per_task,
             "rng": rng_state(),
         }
 
@@ -144,74 +146,54 @@ class Run:
         """Ends the run, closes the buffer and gives the trainer its threads back."""
         self._ends.close()
 
+    def _plan(self) -> TaskPlan:
+        """Which task is where; what limits leave out of exploring is what failed tasks are replaced with."""
+        trainer, settings = self._trainer, self._settings
+        items = micro_batches(trainer, settings.steps_per_epoch)
+        trained = max(1, -(-items // trainer.accumulate_grad_batches))
+        return TaskPlan(
+            tasks=settings.tasks,
+            tasks_per_step=settings.tasks_per_step,
+            batches_per_epoch=settings.steps_per_epoch if self._explores_only else trained,
+            shuffle=settings.shuffle,
+            seed=settings.sampling.seed or 0,
+            first_batch=trainer.global_step,
+            first_epoch=trainer.current_epoch,
+            goes_on=settings.goes_on,
+        )
 
-def _plan(trainer: L.Trainer, settings: RunSettings, explores_only: bool) -> TaskPlan:
-    """Which task is where; what limits leave out of exploring is what failed tasks are replaced with."""
-    items = micro_batches(trainer, settings.steps_per_epoch)
-    trained = max(1, -(-items // trainer.accumulate_grad_batches))
-    return TaskPlan(
-        tasks=settings.tasks,
-        tasks_per_step=settings.tasks_per_step,
-        batches_per_epoch=settings.steps_per_epoch if explores_only else trained,
-        shuffle=settings.shuffle,
-        seed=settings.sampling.seed or 0,
-        first_batch=trainer.global_step,
-        first_epoch=trainer.current_epoch,
-        goes_on=settings.goes_on,
-    )
+    def _order(self, progress: Progress, ready: Mapping[GroupKey, int]) -> Order:
+        plan, buffer = self._cursor.plan, self._settings.buffer
+        trains = micro_batches(self._trainer, self._settings.steps_per_epoch) > 0
+        score = buffer.selection
+        return Order(
+            self._rule,
+            plan.size,
+            stop=stop_batch(self._trainer, plan.batches_per_epoch if trains else 0),
+            capacity=None if self._explores_only else buffer.capacity,  # only training makes room
+            progress=progress,
+            ready=ready,
+            scores={} if score is None else {group.key: score(group) for group in self._ledger.read(ready)},
+        )
 
+    def _groups(self, incarnation: int) -> Groups:
+        settings, objective = self._settings, self._trainer.lightning_module.objective
+        return Groups(
+            self._ledger,
+            self._cursor,
+            settings.buffer,
+            incarnation=incarnation,
+            samples_per_task=settings.samples_per_task,
+            min_samples=settings.tolerance.needed(settings.samples_per_task, bool(objective.needs_group)),  # type: ignore[union-attr]
+            sampling=settings.sampling,
+            max_staleness=self._rule.max_staleness,
+        )
 
-def _schedule(
-    trainer: L.Trainer,
-    rule: Rule,
-    settings: RunSettings,
-    cursor: TaskCursor,
-    ledger: Ledger,
-    progress: Progress,
-    ready: Mapping[GroupKey, int],
-) -> Schedule:
-    score = settings.buffer.selection
-    trains = micro_batches(trainer, settings.steps_per_epoch) > 0
-    return Schedule(
-        rule,
-        size=cursor.plan.size,
-        samples=settings.samples_per_task,
-        stop=stop_batch(trainer, cursor.plan.batches_per_epoch if trains else 0),
-        capacity=None if isinstance(rule, Exploration) else settings.buffer.capacity,  # only training makes room
-        progress=progress,
-        ready=ready,
-        scores={} if score is None else {group.key: score(group) for group in ledger.read(ready)},
-    )
-
-
-def _groups(
-    trainer: L.Trainer,
-    rule: Rule,
-    settings: RunSettings,
-    cursor: TaskCursor,
-    ledger: Ledger,
-    incarnation: int,
-) -> Groups:
-    buffer, objective = settings.buffer, trainer.lightning_module.objective
-    return Groups(
-        ledger,
-        cursor,
-        incarnation=incarnation,
-        samples_per_task=settings.samples_per_task,
-        min_samples=settings.tolerance.needed(settings.samples_per_task, bool(objective.needs_group)),  # type: ignore[union-attr]
-        sampling=settings.sampling,
-        max_staleness=rule.max_staleness,
-        group_filter=Filter(buffer.group_filter, buffer.max_refused),
-        score=buffer.selection,
-        replay=ReplayMemory(buffer.replay, settings.tasks_per_step, rule.max_staleness),
-    )
-
-
-def _tell_explored(ledger: Ledger, path: Path) -> None:
-    """Says what there is to train on, and how; also of a run that was cut short."""
-    counts = ledger.counts()
-    rank_zero_info(
-        f"Explored {counts[State.READY]} groups into {path}, {counts[State.FAILED]} tasks failed. The file holds "
-        f"{len(stored_keys(path))} groups: to train on them, set explorers=0 and buffer={str(path)!r} in "
-        "RFTDataModule or the config's data, and leave val_tasks and the sync strategy out"
-    )
+    def _tell_explored(self) -> None:
+        """Says what there is to train on, and how; also of a run that was cut short."""
+        counts, path = self._ledger.counts(), str(self._path)
+        rank_zero_info(
+            f"Explored {counts[State.READY]} groups into {path}, {counts[State.FAILED]} tasks failed. The file holds "
+            f"{len(stored_keys(Path(path)))} groups: to train on them, set explorers=0 and buffer={path!r} in "
+            "RFTDataModule or the config's data, and leave val_tasks and the sync strategy out"
+        )

@@ -77,16 +77,34 @@ class TaskPlan:
         return min(self.tasks_per_step, len(self.tasks) - before)
 
     def at(self, position: int) -> tuple[int, Task]:
-        """Number of the pass, and task, at a position from 0 of the stream of all tasks, without what limits drop."""
-        whole = self.batches_per_epoch * self.tasks_per_step
+        """Number of the pass, and task, at a position from 0 of the stream of all tasks, without what limits drop.
+
+        A stream has no passes that could be told apart, so there each task has a number of its own.
+        """
         if isinstance(self.tasks, TaskStream):
-            return self.tasks.at(self.first_epoch * whole + position)
+            number = self._before + position
+            return number, self.tasks.at(number)
         if self.goes_on:
-            number, index = divmod(self.first_epoch * whole + position, len(self.tasks))
+            number, index = divmod(self._before + position, len(self.tasks))
         else:
-            number, index = divmod(position, min(whole, len(self.tasks)))
+            number, index = divmod(position, min(self._epoch, len(self.tasks)))
             number += self.first_epoch
         return number, self.tasks[self._order(number, len(self.tasks))[index]]
+
+    def forget(self, before: int) -> None:
+        """Has a stream let go of what is before a position, which nobody asks for any more."""
+        if isinstance(self.tasks, TaskStream):
+            self.tasks.forget(self._before + before)
+
+    @property
+    def _epoch(self) -> int:
+        """Tasks of a whole epoch."""
+        return self.batches_per_epoch * self.tasks_per_step
+
+    @property
+    def _before(self) -> int:
+        """Tasks of the epochs before the first, where epochs go on."""
+        return self.first_epoch * self._epoch
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -154,13 +172,14 @@ class TaskCursor:
             self.plan = replace(plan, first_batch=state["first_batch"], first_epoch=state["first_epoch"])
             self._next, self._position = GroupKey(*state["next"]), state["position"]
             self._positions = {GroupKey(batch, slot): position for batch, slot, position in state["positions"]}
+        self._forget()
 
     def task(self, key: GroupKey) -> Task:
         """The task that a group answers."""
         return self._at(key)[1]
 
     def epoch(self, key: GroupKey) -> int:
-        """The pass that a group's task belongs to; after replacements it may be later than its batch's."""
+        """Number of the pass that a group's task belongs to; after replacements it may be later than its batch's."""
         return self._at(key)[0]
 
     def sample_seed(self, key: GroupKey, sample: int) -> int:
@@ -177,9 +196,10 @@ class TaskCursor:
         self._positions[key] = self._take()
 
     def done(self, key: GroupKey) -> None:
-        """Forgets a group, which is trained."""
+        """Forgets a group, whose task is not asked for again."""
         if self._positions.pop(key, None) is None:
             raise ScheduleError(f"group {tuple(key)} is done, but it has no task (any more)")
+        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a resumed run, as JSON values, with one entry for each group that is not done."""
@@ -209,6 +229,9 @@ class TaskCursor:
             batch, slot = self._next
             self._positions[self._next] = self._take()
             self._next = GroupKey(batch, slot + 1) if slot + 1 < self.plan.size(batch) else GroupKey(batch + 1, 0)
+
+    def _forget(self) -> None:
+        self.plan.forget(min(self._positions.values(), default=self._position))
 
     def _take(self) -> int:
         self._position += 1

@@ -18,7 +18,9 @@ class TaskSet:
     """Tasks to train on, and how an epoch goes through them.
 
     Args:
-        source: :class:`Task` objects, dictionaries, plain prompts, or the path of a JSONL file.
+        source: :class:`Task` objects, dictionaries, plain prompts, or the path of a JSONL file. One without a length is
+            read as it is needed, and should begin anew with every ``for``: an iterator, which cannot, begins again
+            after its end only if that comes within 10,000 tasks.
         shuffle: Whether every epoch has an order of its own.
         steps_per_epoch: Batches of an epoch, which goes on where the last one ended; needed when ``source`` has no
             length, whose tasks come in their own order. Left out, an epoch is all tasks once.

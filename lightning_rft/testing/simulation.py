@@ -10,6 +10,7 @@ from math import inf
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import GroupKey, Progress
+from lightning_rft.sync.order import Order
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Push, Rule, Schedule
 from lightning_rft.testing.clock import Clock
 from lightning_rft.testing.events import Event
@@ -76,16 +77,16 @@ class Run:
         ready: Mapping[GroupKey, int] | None = None,
     ) -> None:
         self._rule, self._given, self._history = rule, given, history
-        self._schedule = Schedule(
+        order = Order(
             rule,
             size=given.size,
-            samples=given.samples,
             stop=given.batches,
             capacity=given.capacity,
             progress=progress,
             ready=ready,
             scores={group: given.score(group) for group in ready or ()},
         )
+        self._schedule = Schedule(order, given.samples)
         self._clock = Clock(now)
         self._explorers: dict[int, SimulatedExplorer] = {}
         self._known: set[int] = set()  # explorers, the dead ones too
@@ -244,7 +245,7 @@ class Run:
     def _continue(self) -> None:
         """Takes a checkpoint and asks for the next batch; after the last one the last version is pushed."""
         version, batches = self._schedule.version, self._given.batches
-        self._history.checkpoints[version] = self._schedule.progress
+        self._history.checkpoints[version] = self._schedule.order.progress
         if version < batches:
             self._carry_out(self._schedule.wanted(version))
         elif max([self._schedule.pushed_version, *self._background]) < batches:

@@ -24,26 +24,29 @@ def test_an_unknown_dtype_is_refused(engine: Any) -> None:
         engine(dtype="float8").check()
 
 
-@pytest.mark.parametrize(
-    ("name", "advice"),
-    [
-        ("model", r"set VLLMEngine\(model=...\)"),
-        ("dtype", r"set VLLMEngine\(dtype=...\)"),
-        ("tensor_parallel_size", r"set VLLMEngine\(tensor_parallel_size=...\)"),
-        ("max_num_seqs", r"set VLLMEngine\(max_num_seqs=...\)"),
-        ("max_model_len", r"set VLLMEngine\(max_model_len=...\)"),
-        ("seed", r"set Sampling\(seed=...\)"),
-        ("pipeline_parallel_size", "set tensor_parallel_size"),
-        ("data_parallel_size", r"set RFTDataModule\(explorers=...\)"),
-        ("data_parallel_size_local", r"set RFTDataModule\(explorers=...\)"),
-        ("async_scheduling", "leave it out"),
-        ("logprobs_mode", "leave it out"),
-        ("skip_tokenizer_init", "leave it out"),
-        ("stream_interval", "leave it out"),
-        ("kv_transfer_config", "leave it out"),
-        ("weight_transfer_config", "leave it out"),
-    ],
-)
+REFUSED = {
+    "model": r"set VLLMEngine\(model=...\)",
+    "dtype": r"set VLLMEngine\(dtype=...\)",
+    "tensor_parallel_size": r"set VLLMEngine\(tensor_parallel_size=...\)",
+    "max_num_seqs": r"set VLLMEngine\(max_num_seqs=...\)",
+    "max_model_len": r"set VLLMEngine\(max_model_len=...\)",
+    "seed": r"set Sampling\(seed=...\)",
+    "pipeline_parallel_size": "set tensor_parallel_size",
+    "data_parallel_size": r"set RFTDataModule\(explorers=...\)",
+    "data_parallel_size_local": r"set RFTDataModule\(explorers=...\)",
+    **dict.fromkeys(("distributed_executor_backend", "nnodes", "node_rank"), "leave it out, since .* one machine"),
+    **dict.fromkeys(("max_num_active_seqs", "max_num_queued_reqs", "max_num_queued_tokens"), "set max_num_seqs"),
+    **dict.fromkeys(("scheduling_policy", "scheduler_cls"), "leave it out: .* priority"),
+    **dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"), "leave it out: .* drafts"),
+    "enable_lora": "leave it out: whole weights are pushed",
+    **dict.fromkeys(("async_scheduling", "stream_interval", "logprobs_mode", "skip_tokenizer_init"), "leave it out"),
+    **dict.fromkeys(("logits_processors", "watermark_config", "kv_transfer_config"), "leave it out: .* exact"),
+    "kv_offloading_size": "leave it out: .* exact",
+    "weight_transfer_config": "leave it out: .* transport",
+}
+
+
+@pytest.mark.parametrize(("name", "advice"), REFUSED.items())
 def test_what_vllm_is_not_to_be_told_is_refused(name: str, advice: str) -> None:
     with pytest.raises(rft.ConfigurationError, match=rf"engine_args=...\) cannot hold '{name}': {advice}"):
         rft.VLLMEngine(engine_args={"block_size": 16, name: 1}).check()
@@ -55,8 +58,8 @@ def test_vllm_has_no_other_size_that_would_make_an_engine_larger() -> None:
     names = [field.name for field in dataclasses.fields(arg_utils.EngineArgs)]
     sizes = [name for name in names if name.endswith("parallel_size")]
     sizes.remove("decode_context_parallel_size")  # which uses the tensor-parallel ranks once more
-    for name in [*sizes, "async_scheduling", "stream_interval", "logprobs_mode"]:
-        assert name in names
+    assert set(REFUSED) <= set(names)
+    for name in sizes:
         with pytest.raises(rft.ConfigurationError, match=name):
             rft.VLLMEngine(engine_args={name: 2}).check()
     rft.VLLMEngine(engine_args={"block_size": 16, "generation_config": "auto"}).check()

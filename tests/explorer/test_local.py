@@ -45,7 +45,7 @@ def test_a_process_that_outlives_its_kill_is_named_and_waited_for_no_longer(
     for process in held:
         assert f"Process {process.pid} was killed and is not gone" in caplog.text
         with pytest.raises(OSError, match="closed"):
-            process.send(None)
+            process.channel.send(None)
 
 
 @pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning")

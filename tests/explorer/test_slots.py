@@ -22,6 +22,7 @@ from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.explorer import Explorer
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.settings import Sampling, Timeouts, Tolerance
+from lightning_rft.sync.order import Order
 from lightning_rft.sync.schedule import Action, Issue, Lease, Schedule
 from lightning_rft.sync.synchronous import Synchronous
 
@@ -68,7 +69,7 @@ class Rank0:
         self.engine = engine
         self.samples = samples
         groups = len(engine.lengths)
-        self.schedule = Schedule(Synchronous(), size=lambda batch: groups, samples=samples, stop=1)
+        self.schedule = Schedule(Order(Synchronous(), size=lambda batch: groups, stop=1), samples)
         self.done = asyncio.Event()
 
     def send(self, message: Any) -> None:

@@ -19,6 +19,7 @@ from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.run.groups import Groups
 from lightning_rft.run.validation import Validation
 from lightning_rft.settings import Sampling, Timeouts
+from lightning_rft.sync.order import Order
 from lightning_rft.sync.schedule import Schedule
 
 FIRST, SECOND, THIRD = (GroupKey(0, slot) for slot in range(3))
@@ -43,17 +44,15 @@ def run() -> tuple[Dispatcher, Pool]:
     groups = Groups(
         MagicMock(),
         MagicMock(),
+        rft.Buffer(),
         incarnation=7,
         samples_per_task=4,
         min_samples=1,
         sampling=Sampling(8, 1.0),
         max_staleness=0,
-        group_filter=MagicMock(),
-        score=None,
-        replay=MagicMock(),
     )
     dispatcher = Dispatcher(
-        Schedule(rft.Synchronous(), size=lambda batch: 3, samples=4),
+        Schedule(Order(rft.Synchronous(), size=lambda batch: 3), samples=4),
         groups,
         pool,
         ErrorRate(0.1, 100),

@@ -17,6 +17,7 @@ import lightning_rft as rft
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import GroupKey, Progress
 from lightning_rft.sync.feasibility import best_groups, moved_groups
+from lightning_rft.sync.order import Order
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Push, Rule, Schedule
 from lightning_rft.sync.synchronous import Synchronous
 from lightning_rft.testing import Crash, Event, check_events, check_strategy, drive
@@ -57,10 +58,10 @@ class Ahead(Rule):
 
 
 def started(
-    rule: Rule, *, size: int = 2, explorers: int = 1, room: int | None = None, **settings: Any
+    rule: Rule, *, size: int = 2, explorers: int = 1, samples: int = 1, room: int | None = None, **settings: Any
 ) -> tuple[Schedule, list[Action]]:
     """A schedule whose first version is pushed, and what that led to."""
-    schedule = Schedule(rule, size=lambda batch: size, **settings)
+    schedule = Schedule(Order(rule, lambda batch: size, **settings), samples)
     version = schedule.version
     actions = [action for explorer in range(explorers) for action in schedule.joined(explorer, room)]
     actions += [action for explorer in range(explorers) for action in schedule.loaded(explorer, version)]
@@ -83,7 +84,7 @@ def all_ready(schedule: Schedule, batch: int, size: int = 2) -> list[Action]:
 
 
 def test_no_work_before_weights():
-    schedule = Schedule(Ahead(2), size=lambda batch: 1)
+    schedule = Schedule(Order(Ahead(2), size=lambda batch: 1))
     assert schedule.joined(0) + schedule.wanted(0) == []
     assert schedule.waits_for(0) == "weights"
     assert schedule.loaded(0, 0) + schedule.pushed(0) == [issue(0, 0), issue(1, 0), issue(2, 0)]
@@ -235,7 +236,7 @@ def test_first_stop_and_capacity_limit_issuing():
 
 
 def test_short_batches_are_complete_when_they_are():
-    schedule = Schedule(Synchronous(), size=lambda batch: 1 + batch % 2)
+    schedule = Schedule(Order(Synchronous(), size=lambda batch: 1 + batch % 2))
     schedule.joined(0)
     assert schedule.loaded(0, 0) + schedule.pushed(0) == [issue(0, 0)]
     assert all_ready(schedule, 0, 1) + schedule.wanted(0) == [lease(0, 1)]
@@ -383,13 +384,13 @@ def test_progress_is_what_was_trained_in_whatever_order():
         ([(2, 0), (2, 1)], {(0, 1), (1, 0)}, {(2, 0), (2, 1)}),
         ([(0, 1), (1, 0)], set(), set()),
     ]
-    assert schedule.progress == Progress(0)
+    assert schedule.order.progress == Progress(0)
     for batch, (groups, behind, ahead) in enumerate(steps):
         for group in groups:
             schedule.ready(GroupKey(*group))
         assert schedule.wanted(batch) == [Lease(batch, tuple(GroupKey(*group) for group in groups))]
         schedule.trained(batch)
-        assert schedule.progress == Progress(batch + 1, frozenset(behind), frozenset(ahead))  # type: ignore[arg-type]
+        assert schedule.order.progress == Progress(batch + 1, frozenset(behind), frozenset(ahead))  # type: ignore[arg-type]
 
 
 # Resumed
@@ -413,12 +414,12 @@ def test_groups_that_were_left_come_first_and_shift_the_others():
 
 def test_an_asynchronous_run_goes_on_with_what_is_left():
     schedule, actions = resumed(rft.FullyAsynchronous(max_staleness=1), {GroupKey(5, 0): 4})
-    assert schedule.progress == HOLES
+    assert schedule.order.progress == HOLES
     assert actions == [issue(3, 1), issue(4, 0), issue(6, 0)]  # 6.1 has its turn in step 7, and needs version 6
     assert schedule.wanted(5) == []
     assert schedule.ready(GroupKey(3, 1)) == [Lease(5, (GroupKey(5, 0), GroupKey(3, 1)))]
     assert schedule.trained(5) == [Push(6)]
-    assert schedule.progress == Progress(6, frozenset({GroupKey(4, 0)}), frozenset({GroupKey(7, 0)}))
+    assert schedule.order.progress == Progress(6, frozenset({GroupKey(4, 0)}), frozenset({GroupKey(7, 0)}))
 
 
 def test_what_was_left_and_has_its_turn_later_is_explored_with_newer_weights():
@@ -440,31 +441,30 @@ def test_what_was_kept_is_trained_before_what_is_new():
     schedule.joined(0)
     assert schedule.loaded(0, 5) == []  # 5.0 has its turn in step 6 now
     assert schedule.trained(5) == [Push(6)]
-    assert schedule.progress == Progress(6, frozenset({GroupKey(5, 0)}), frozenset({GroupKey(6, 0)}))
+    assert schedule.order.progress == Progress(6, frozenset({GroupKey(5, 0)}), frozenset({GroupKey(6, 0)}))
     schedule.pushed(6)
     assert schedule.loaded(0, 6) == [issue(5, 0)]
 
 
 def test_a_synchronous_run_goes_on_with_what_an_asynchronous_one_left():
     schedule, actions = resumed(Synchronous(), {GroupKey(4, 0): 5, GroupKey(5, 0): 5}, capacity=2)
-    assert schedule.progress == HOLES
+    assert schedule.order.progress == HOLES
     # 5.0 has its turn in step 6, and is explored again with version 6
     assert actions == [Drop(GroupKey(5, 0), None), issue(3, 1)]
     assert schedule.wanted(5) == []
     assert schedule.ready(GroupKey(3, 1)) == [Lease(5, (GroupKey(3, 1), GroupKey(4, 0)))]
     assert schedule.trained(5) == [Push(6)]
-    assert schedule.progress == Progress(6, frozenset({GroupKey(5, 0)}), frozenset({GroupKey(7, 0)}))
+    assert schedule.order.progress == Progress(6, frozenset({GroupKey(5, 0)}), frozenset({GroupKey(7, 0)}))
     assert schedule.loaded(0, 6) + schedule.pushed(6) == [issue(5, 0), issue(6, 0)]
 
 
 def test_what_a_rule_cannot_train_in_time_is_dropped():
-    schedule = Schedule(Synchronous(), size=lambda batch: 2, progress=HOLES, ready={GroupKey(5, 0): 5}, stop=8)
+    schedule = Schedule(Order(Synchronous(), lambda batch: 2, progress=HOLES, ready={GroupKey(5, 0): 5}, stop=8))
     assert schedule.joined(0) == [Drop(GroupKey(5, 0), None)]
     assert schedule.joined(1) == []
     # past the end
-    schedule = Schedule(
-        rft.FullyAsynchronous(), size=lambda batch: 1, progress=Progress(3), stop=4, ready={GroupKey(4, 0): 3}
-    )
+    ready = {GroupKey(4, 0): 3}
+    schedule = Schedule(Order(rft.FullyAsynchronous(), lambda batch: 1, progress=Progress(3), stop=4, ready=ready))
     assert schedule.joined(0) == [Drop(GroupKey(4, 0), None)]
     # three that are due in step 3, of which one has room
     ready = {GroupKey(3, 0): 3, GroupKey(4, 0): 3, GroupKey(5, 0): 3}
@@ -496,7 +496,7 @@ def test_kept_groups_never_take_the_room_of_the_next_batch():
 )
 def test_a_resume_that_cannot_be_is_refused(progress: Progress, ready: dict[GroupKey, int], message: str):
     with pytest.raises(ScheduleError, match=message):
-        Schedule(OneStepOff(), size=lambda batch: 2, progress=progress, ready=ready)
+        Order(OneStepOff(), size=lambda batch: 2, progress=progress, ready=ready)
 
 
 @pytest.mark.parametrize(
@@ -519,11 +519,11 @@ def test_what_cannot_be_is_refused(event: Callable[[Schedule], Any], message: st
 
 def test_capacity_below_a_batch_is_refused():
     with pytest.raises(ConfigurationError, match=r"capacity=3\) .* at least 4"):
-        Schedule(Synchronous(), size=lambda batch: 4, capacity=3)
+        Order(Synchronous(), size=lambda batch: 4, capacity=3)
     with pytest.raises(ConfigurationError, match=r"at least 4"):  # though the first batch is a short one
-        Schedule(Synchronous(), size=lambda batch: 4 if batch else 1, capacity=3)
-    Schedule(Synchronous(), size=lambda batch: 4, capacity=4)
-    Schedule(Synchronous(), size=lambda batch: 4, capacity=3, stop=0)  # nothing will be issued
+        Order(Synchronous(), size=lambda batch: 4 if batch else 1, capacity=3)
+    Order(Synchronous(), size=lambda batch: 4, capacity=4)
+    Order(Synchronous(), size=lambda batch: 4, capacity=3, stop=0)  # nothing will be issued
 
 
 # Under a fake clock
@@ -789,8 +789,8 @@ def test_the_first_to_load_does_not_take_all_the_work(make: Any, in_flight: bool
         (lambda: rft.OneStepOffPolicy(0), "sync_interval=0 must be at least 1"),
         (lambda: rft.MultiExplorerAsynchronous().check(1), "two or more explorers"),
         (lambda: rft.CheckpointTransport(keep=0), "keep at least 1"),
-        (lambda: Schedule(TooStale(1), size=lambda batch: 1), r"admit\(2\) is 0: .* staleness of 2 .* max_staleness=1"),
-        (lambda: Schedule(Backwards(1), size=lambda batch: 1), r"must never decrease"),
+        (lambda: Order(TooStale(1), size=lambda batch: 1), r"admit\(2\) is 0: .* staleness of 2 .* max_staleness=1"),
+        (lambda: Order(Backwards(1), size=lambda batch: 1), r"must never decrease"),
     ],
 )
 def test_what_can_never_work_is_refused(make: Callable[[], Any], message: str):

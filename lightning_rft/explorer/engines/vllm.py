@@ -26,16 +26,21 @@ __all__ = ["VLLMEngine"]
 
 # Arguments of vLLM that are set elsewhere, or that no value makes right, and what to do instead.
 _STAGES = "set tensor_parallel_size, since what pipeline stages hold in flight would outlive a weight push"
+_MACHINES = "leave it out, since an engine is one process on one machine, with tensor_parallel_size GPUs of it"
 _EXACT = "leave it out: the version and log-prob of every token would no longer be exact"
+_DRAFT = "leave it out: pushes bring weights to the model alone, and what drafts for it would stay as it was"
 _REFUSED = {
     "seed": "set Sampling(seed=...)",
     "pipeline_parallel_size": _STAGES,
     "prefill_context_parallel_size": "set tensor_parallel_size",
-    "max_num_active_seqs": "set max_num_seqs",
-    "max_num_queued_reqs": "set max_num_seqs",
-    "max_num_queued_tokens": "set max_num_seqs",
+    **dict.fromkeys(("distributed_executor_backend", "nnodes", "node_rank"), _MACHINES),
+    **dict.fromkeys(("max_num_active_seqs", "max_num_queued_reqs", "max_num_queued_tokens"), "set max_num_seqs"),
+    **dict.fromkeys(("scheduling_policy", "scheduler_cls"), "leave it out: a push is checked by a request of priority"),
+    **dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"), _DRAFT),
+    "enable_lora": "leave it out: whole weights are pushed, to layers without adapters",
     **dict.fromkeys(("async_scheduling", "stream_interval", "logprobs_mode", "skip_tokenizer_init"), _EXACT),
-    **dict.fromkeys(("kv_transfer_config", "kv_offloading_size", "weight_transfer_config"), _EXACT),
+    **dict.fromkeys(("logits_processors", "watermark_config", "kv_transfer_config", "kv_offloading_size"), _EXACT),
+    "weight_transfer_config": "leave it out: the sync strategy's transport says how weights travel",
 }
 
 
@@ -58,8 +63,8 @@ class VLLMEngine(Engine):
         cpu_cache_gib: Maximum GiB of KV cache on a CPU; no more is taken than ``max_num_seqs`` sequences can fill.
         enforce_eager: Skip compilation and CUDA graphs: a start in seconds against faster steps. Left out, true on
             CPUs.
-        engine_args: Anything else that ``vllm.EngineArgs`` takes, but for what has an argument here or would make
-            versions and log-probs inexact.
+        engine_args: Anything else that ``vllm.EngineArgs`` takes, but for what has an argument here, or would keep
+            pushes from the engine or make versions and log-probs inexact.
 
     Example::
 

@@ -21,6 +21,7 @@ from typing import Any
 from lightning_rft.channel import Channel, Failure, spawn
 from lightning_rft.errors import ConfigurationError, DeadlineError
 from lightning_rft.experience import Task
+from lightning_rft.explorer.worker.stepper import settle
 from lightning_rft.explorer.worker.users_code import as_exception, in_time, kill_tree, not_rebuilt
 from lightning_rft.hardware import available_cpus
 from lightning_rft.pickling import dumps
@@ -156,7 +157,7 @@ class _Process:
                 answer = self._first_answer(calls[index:])
             except Exception as error:  # raised where the reward was asked for
                 answer = error
-            loop.call_soon_threadsafe(_settle, call.answer, answer)
+            loop.call_soon_threadsafe(settle, call.answer, answer)
         self._asked = False
         return (loop.time() - began) / len(calls)
 
@@ -225,15 +226,6 @@ def _late(task_id: str, limit_s: float) -> str:
 
 async def _score(reward: Callable[..., Any], completion: str, task: Task, sample: Sample | None) -> Any:
     return await (reward(completion, task) if sample is None else reward(completion, task, sample=sample))
-
-
-def _settle(future: asyncio.Future[float], answer: float | BaseException) -> None:
-    if future.done():  # its sample was cancelled
-        return
-    if isinstance(answer, BaseException):
-        future.set_exception(answer)
-    else:
-        future.set_result(answer)
 
 
 def main(fd: int) -> None:

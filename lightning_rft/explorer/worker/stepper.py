@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Completion, Engine, Request
 
-__all__ = ["Stepper"]
+__all__ = ["Stepper", "settle"]
 
 _T = TypeVar("_T")
 
@@ -28,17 +28,13 @@ class Stepper:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[str, asyncio.Future[Completion]] = {}
         self._requests: list[Request] = []  # that go to the engine together
-        self._error: BaseException | None = None
+        #: The error that the engine failed with, after which it is not used any more.
+        self.error: BaseException | None = None
         self._halted = False
         #: Steps made so far.
         self.steps = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
-
-    @property
-    def error(self) -> BaseException | None:
-        """The error that the engine failed with, after which it is not used any more."""
-        return self._error
 
     async def load(self, manifest: Sequence[TensorInfo], version: int) -> None:
         """Has the engine receive weights; after a :class:`LinkError`, which may leave half of them new, it halts.
@@ -58,14 +54,14 @@ class Stepper:
         future: asyncio.Future[_T] = self._loop.create_future()
 
         def job() -> None:
+            answer: _T | BaseException
             try:
-                if self._error is not None:
-                    raise self._error
-                result = function(*args, **kwargs)
+                if self.error is not None:
+                    raise self.error
+                answer = function(*args, **kwargs)
             except BaseException as error:
-                self._resolve(future, None, error)
-            else:
-                self._resolve(future, result, None)
+                answer = error
+            self._resolve(future, answer)
 
         self._jobs.put(job)
         return await future
@@ -101,13 +97,13 @@ class Stepper:
             if request.id not in self._waiting:  # cancelled meanwhile
                 continue
             try:
-                if self._error is not None:
-                    raise self._error
+                if self.error is not None:
+                    raise self.error
                 self._engine.add(request)
             except BaseException as error:
                 future = self._waiting.get(request.id)
                 if future is not None:
-                    self._resolve(future, None, error)
+                    self._resolve(future, error)
 
     def _run(self) -> None:
         busy = False
@@ -124,9 +120,9 @@ class Stepper:
                 busy = not self._halted and bool(self._waiting) and self._engine.has_work
             except BaseException as error:
                 # an engine that failed once is not to be trusted: current and later requests get the error
-                self._error, busy = error, False
-            if self._error is not None:
-                self._fail_all(self._error)
+                self.error, busy = error, False
+            if self.error is not None:
+                self._fail_all(self.error)
 
     def _step(self) -> None:
         completions = self._engine.step()
@@ -139,22 +135,23 @@ class Stepper:
         for request_id in list(self._waiting):
             future = self._waiting.pop(request_id, None)  # a cancelled coroutine may have taken it meanwhile
             if future is not None:
-                self._resolve(future, None, error)
+                self._resolve(future, error)
 
-    def _resolve(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-        self._loop.call_soon_threadsafe(_settle, future, result, error)
+    def _resolve(self, future: asyncio.Future[Any], answer: Any) -> None:
+        self._loop.call_soon_threadsafe(settle, future, answer)
 
 
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.done():  # its coroutine was cancelled
+def settle(future: asyncio.Future[Any], answer: Any) -> None:
+    """Gives a future its result, or the error in place of one, unless its coroutine was cancelled."""
+    if future.done():
         return
-    if error is None:
-        future.set_result(result)
+    if isinstance(answer, BaseException):
+        future.set_exception(answer)
     else:
-        future.set_exception(error)
+        future.set_result(answer)
 
 
 def _complete(done: Sequence[tuple[asyncio.Future[Completion] | None, Completion]]) -> None:
     for future, completion in done:
         if future is not None:  # else its coroutine was cancelled
-            _settle(future, completion, None)
+            settle(future, completion)
