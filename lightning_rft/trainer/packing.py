@@ -31,9 +31,12 @@ class Packed:
     """R rows of L columns, K of which are kept because their logits predict some of the N trained tokens."""
 
     input_ids: Tensor  # [R, L]
-    position_ids: Tensor  # [R, L], within the text that a token belongs to; 0 in padding
-    #: Shared rows: added to the attention scores [R, 1, L, L]. Ordinary rows: 1 for tokens, 0 for padding [R, L].
-    attention_mask: Tensor
+    #: Within the text that a token belongs to [R, L]. Padding goes on counting in ordinary rows, where transformers
+    #: would take a position that falls for the start of another text, and is 0 in shared ones.
+    position_ids: Tensor
+    #: Added to the attention scores of shared rows [R, 1, L, L]. ``None`` for ordinary rows: padding on their right is
+    #: seen by no token of a causal model.
+    attention_mask: Tensor | None
     keep: Tensor  # columns, ascending [K]
     row: Tensor  # of each trained token [N]
     column: Tensor  # index into ``keep`` of the column that predicts each trained token [N]
@@ -89,11 +92,17 @@ def pack(
         column.append(rows[r].add(turn))
     lengths = torch.tensor([turn.num_tokens for turn in flat])
     keep, kept = torch.unique(torch.from_numpy(np.concatenate(column)), return_inverse=True)
-    segments = _rectangle([row.segments for row in rows], -1)
+    input_ids = _rectangle([row.ids for row in rows], pad_id)
+    if shared:
+        position_ids = _rectangle([row.positions for row in rows], 0)
+        attention_mask = _additive_mask(_rectangle([row.segments for row in rows], -1), mask_dtype)
+    else:
+        position_ids = torch.arange(input_ids.shape[1]).repeat(len(input_ids), 1)
+        attention_mask = None
     return Packed(
-        input_ids=_rectangle([row.ids for row in rows], pad_id),
-        position_ids=_rectangle([row.positions for row in rows], 0),
-        attention_mask=_additive_mask(segments, mask_dtype) if shared else (segments >= 0).long(),
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
         keep=keep,
         row=torch.tensor(row).repeat_interleave(lengths),
         column=kept,

@@ -79,9 +79,8 @@ def test_mask_is_zero_or_the_lowest_finite_number(dtype):
 def test_ordinary_rows_hold_one_turn_each_padded_on_the_right():
     packed = pack(GROUPS, shared=False, pad_id=99)
     assert packed.input_ids.tolist() == [[5, 6, 7, 8], [1, 2, 3, 99], [5, 6, 11, 99], [5, 6, 13, 99], [5, 6, 99, 99]]
-    assert packed.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]]
-    assert packed.attention_mask.dtype == torch.int64
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 0, 0]]
+    assert packed.attention_mask is None
+    assert packed.position_ids.tolist() == 5 * [[0, 1, 2, 3]]
     assert packed.target.tolist() == TARGETS
     assert packed.row.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4]
     assert packed.keep[packed.column].tolist() == [1, 2, 3, 2, 1, 2, 1, 2, 1]
@@ -96,7 +95,7 @@ def test_rows_share_only_as_far_as_attention_lets_it_pay():
     assert shape(1e9) == (1, 20 + 4 * 39)
     assert shape(500) == (2, 20 + 2 * 39)
     assert shape(1) == (4, 20 + 39)
-    assert pack([group], shared=True, balance=1).attention_mask.ndim == 2
+    assert pack([group], shared=True, balance=1).attention_mask is None
 
 
 def test_short_groups_fill_the_width_that_a_long_one_needs():
@@ -130,8 +129,9 @@ def test_every_token_is_predicted_from_its_own_text(groups, balance, shared):
     for text, row, kept in zip(texts, packed.row, packed.column, strict=True):
         column = packed.keep[kept]
         mask = packed.attention_mask
-        seen = mask[row, 0, column] == 0 if mask.ndim == 4 else mask[row].bool()
-        seen = seen & (torch.arange(len(seen)) <= column)
+        seen = torch.arange(packed.input_ids.shape[1]) <= column
+        if mask is not None:
+            seen &= mask[row, 0, column] == 0
         order = packed.position_ids[row][seen]
         assert order.tolist() == list(range(len(text)))
         assert tuple(packed.input_ids[row][seen].tolist()) == text
@@ -145,6 +145,7 @@ def test_index_tensors_are_int64_and_move_together():
         assert getattr(packed, name).dtype == torch.int64
     moved = packed.to("meta")
     assert all(value.device.type == "meta" for value in vars(moved).values())
+    assert pack(GROUPS, shared=False).to("meta").attention_mask is None
 
 
 def test_every_token_has_the_temperature_that_it_was_sampled_at():
