@@ -46,7 +46,7 @@ def kept_logits(model: nn.Module, packed: Packed) -> Tensor:
     """The model's logits of the kept columns, [R, K, V] unless its head was replaced."""
     logits: Tensor = model(
         input_ids=packed.input_ids,
-        attention_mask=_as_queries(packed.attention_mask),
+        attention_mask=None if packed.attention_mask is None else _as_queries(packed.attention_mask),
         position_ids=packed.position_ids,
         logits_to_keep=packed.keep,
         use_cache=False,
@@ -113,7 +113,7 @@ def _chunk(
 def _as_queries(mask: Tensor) -> Tensor:
     """An additive mask in the dtype that autocast gives the queries; attention goes wrong when the two differ."""
     device = mask.device.type
-    if not mask.is_floating_point() or not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device):
         return mask
     dtype = torch.get_autocast_dtype(device)
     # The lowest fp32 would become -inf.

@@ -24,6 +24,9 @@ __all__ = ["Packed", "columns", "pack", "shares_prompts"]
 
 _CAUSAL = 0.5  # time of causal attention, for which the kernels are made, over that of attention with a mask
 _WORTH = 0.95  # of the time of ordinary rows; for less gain they stay
+# Of a shared row's mask: one of 32k tokens in half precision. Rows that are computed sooner, as far as that, need less
+# memory too, the mask included; wider ones have not been thought through.
+_MASK_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,12 @@ class Packed:
     """R rows of L columns, K of which are kept because their logits predict some of the N trained tokens."""
 
     input_ids: Tensor  # [R, L]
-    position_ids: Tensor  # [R, L], within the text that a token belongs to; 0 in padding
-    #: Shared rows: added to the attention scores [R, 1, L, L]. Ordinary rows: 1 for tokens, 0 for padding [R, L].
-    attention_mask: Tensor
+    #: Within the text that a token belongs to [R, L]. Padding goes on counting in ordinary rows, where transformers
+    #: would take a position that falls for the start of another text, and is 0 in shared ones.
+    position_ids: Tensor
+    #: Added to the attention scores of shared rows [R, 1, L, L]. ``None`` for ordinary rows: padding on their right is
+    #: seen by no token of a causal model.
+    attention_mask: Tensor | None
     keep: Tensor  # columns, ascending [K]
     row: Tensor  # of each trained token [N]
     column: Tensor  # index into ``keep`` of the column that predicts each trained token [N]
@@ -52,13 +58,15 @@ def pack(
     mask_dtype: torch.dtype = torch.float32,
     pad_id: int = 0,
     balance: float = 3000.0,
+    multiple: int = 1,
 ) -> Packed:
     """Lays groups of turns out in rows; trained tokens keep the order of the turns.
 
     With ``shared``, turns of a group with the same prompt share a row where that is cheaper, which is exact only for
     models that :func:`shares_prompts` accepts. ``mask_dtype`` is that of the attention queries, ``balance`` the length
-    of a shared row, in tokens, at which attention takes as long as the rest of the model. Raises ``ValueError`` if no
-    turn has a sampled token, or one that has was given an empty prompt.
+    of a shared row, in tokens, at which attention takes as long as the rest of the model; the width of shared rows is a
+    multiple of ``multiple``. Raises ``ValueError`` if no turn has a sampled token, or one that has was given an empty
+    prompt.
 
     Example:
         >>> turns = [Turn((5, 6), tokens, (0, 0), (0, 0), "stop") for tokens in ((7, 8), (9, 4))]
@@ -80,7 +88,7 @@ def pack(
                 f"experience that was sampled at temperature={turn.temperature} cannot be trained with: "
                 "log-probabilities need a temperature above 0"
             )
-    row, _ = _layout(sampled, shared, balance)
+    row, width = _layout(sampled, shared, mask_dtype, balance, multiple)
     shared = len(set(row)) < len(row)
 
     rows = [_Row() for _ in set(row)]
@@ -89,11 +97,17 @@ def pack(
         column.append(rows[r].add(turn))
     lengths = torch.tensor([turn.num_tokens for turn in flat])
     keep, kept = torch.unique(torch.from_numpy(np.concatenate(column)), return_inverse=True)
-    segments = _rectangle([row.segments for row in rows], -1)
+    input_ids = _rectangle([row.ids for row in rows], width, pad_id)
+    if shared:
+        position_ids = _rectangle([row.positions for row in rows], width, 0)
+        attention_mask = _additive_mask(_rectangle([row.segments for row in rows], width, -1), mask_dtype)
+    else:
+        position_ids = torch.arange(width).repeat(len(input_ids), 1)
+        attention_mask = None
     return Packed(
-        input_ids=_rectangle([row.ids for row in rows], pad_id),
-        position_ids=_rectangle([row.positions for row in rows], 0),
-        attention_mask=_additive_mask(segments, mask_dtype) if shared else (segments >= 0).long(),
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
         keep=keep,
         row=torch.tensor(row).repeat_interleave(lengths),
         column=kept,
@@ -104,12 +118,19 @@ def pack(
     )
 
 
-def columns(turns: Sequence[Sequence[Turn]], *, shared: bool, balance: float = 3000.0) -> int:
+def columns(
+    turns: Sequence[Sequence[Turn]],
+    *,
+    shared: bool,
+    mask_dtype: torch.dtype = torch.float32,
+    balance: float = 3000.0,
+    multiple: int = 1,
+) -> int:
     """Columns of all rows, padding included, that :func:`pack` lays groups of turns out in; 0 for no sampled token."""
     sampled = _sampled(turns)
     if not any(sampled):
         return 0
-    row, width = _layout(sampled, shared, balance)
+    row, width = _layout(sampled, shared, mask_dtype, balance, multiple)
     return len(set(row)) * width
 
 
@@ -142,55 +163,63 @@ def _sampled(groups: Sequence[Sequence[Turn]]) -> list[list[Turn]]:
     return [[turn for turn in group if turn.num_tokens] for group in groups]
 
 
-def _layout(groups: Sequence[Sequence[Turn]], shared: bool, balance: float) -> tuple[list[int], int]:
+def _layout(
+    groups: Sequence[Sequence[Turn]], shared: bool, mask_dtype: torch.dtype, balance: float, multiple: int
+) -> tuple[list[int], int]:
     """The row of each turn, of all groups in order, and the width of the rows, in the layout computed soonest."""
     flat = [turn for group in groups for turn in group]
     prompts = [len(turn.prompt_ids) for turn in flat]
     lengths = [turn.num_tokens - 1 for turn in flat]  # nothing is predicted from the last token
-    ordinary = [prompt + length for prompt, length in zip(prompts, lengths, strict=True)]
-    best, widest = list(range(len(flat))), max(ordinary)
+    widest = max(prompt + length for prompt, length in zip(prompts, lengths, strict=True))
+    best = list(range(len(flat))), widest
     if not shared:
-        return best, widest
-    alike: dict[tuple[int, bytes], list[int]] = {}  # turns with the same prompt, group by group
+        return best
+    members: dict[tuple[int, bytes], list[int]] = {}  # turns with the same prompt, group by group
     group_of = [number for number, group in enumerate(groups) for _ in group]
     for index, turn in enumerate(flat):
-        alike.setdefault((group_of[index], turn.prompt_ids.tobytes()), []).append(index)
-
-    def fill(width: int) -> tuple[list[int], list[int]]:
-        """The row of each turn and the columns of each row, where a row takes what it can within this width."""
-        row = [0] * len(flat)
-        used: list[int] = []
-        for members in alike.values():
-            mine: list[int] = []
-            for index in members:
-                r = next((r for r in mine if used[r] + lengths[index] <= width), len(used))
-                if r == len(used):
-                    mine.append(r)
-                    used.append(prompts[index])
-                used[r] += lengths[index]
-                row[index] = r
-        return row, used
-
+        members.setdefault((group_of[index], turn.prompt_ids.tobytes()), []).append(index)
+    alike = list(members.values())
     least = _WORTH * len(flat) * widest * (balance + _CAUSAL * widest)
     # All rows are as wide as the widest, so what is chosen is that width: where some row is just full.
-    full = {
-        prompts[members[0]] + columns
-        for members in alike.values()
-        for columns in accumulate(lengths[index] for index in members)
-    }
-    for width in sorted({max(width, *ordinary) for width in full}):
-        row, used = fill(width)
-        cost = len(used) * max(used) * (balance + max(used))
+    full = [prompts[some[0]] + columns for some in alike for columns in accumulate(lengths[index] for index in some)]
+    widths = np.unique(-(-np.maximum(full, widest) // multiple) * multiple)
+    widths = widths[widths**2 * mask_dtype.itemsize <= _MASK_BYTES]
+    # From the least number of rows at each width follows which are not worth filling.
+    room = widths[:, None] - [prompts[some[0]] for some in alike]
+    total = np.array([sum(lengths[index] for index in some) for some in alike])
+    fewest = np.maximum(1, -(-total // np.maximum(room, 1))).sum(1)
+    bounds = fewest * widths * (balance + widths)
+    for bound, width in sorted(zip(bounds.tolist(), widths.tolist(), strict=True)):
+        if bound >= least:
+            break
+        row = _fill(alike, prompts, lengths, width)
+        rows = max(row) + 1
+        cost = rows * width * (balance + width)
         if cost < least:
-            best, widest, least = row, max(used), cost
-    return best, widest
+            best, least = (row, width), cost
+    return best
 
 
-def _rectangle(rows: Sequence[Sequence[np.ndarray]], fill: int) -> Tensor:
+def _fill(alike: Sequence[Sequence[int]], prompts: Sequence[int], lengths: Sequence[int], width: int) -> list[int]:
+    """The row of each turn, where a row takes what it can of turns with the same prompt within this width."""
+    row = [0] * len(prompts)
+    used: list[int] = []
+    for members in alike:
+        first = len(used)
+        for index in members:
+            r = next((r for r in range(first, len(used)) if used[r] + lengths[index] <= width), len(used))
+            if r == len(used):
+                used.append(prompts[index])
+            used[r] += lengths[index]
+            row[index] = r
+    return row
+
+
+def _rectangle(rows: Sequence[Sequence[np.ndarray]], width: int, fill: int) -> Tensor:
     """Rows that are given in parts as one int64 tensor, filled up on the right."""
-    flat = [np.concatenate(parts) for parts in rows]
-    filled = np.full((len(flat), max(map(len, flat))), fill)
-    for target, values in zip(filled, flat, strict=True):
+    filled = np.full((len(rows), width), fill)
+    for target, parts in zip(filled, rows, strict=True):
+        values = np.concatenate(parts)
         target[: len(values)] = values
     return torch.from_numpy(filled)
 

@@ -22,6 +22,8 @@ __all__ = ["FastPath", "probe"]
 _BALANCE = 5.0
 _SHORTEST_BALANCE = 500.0  # of small models, where overhead dominates
 _SHORT = 8, 8, 2  # tokens of prompt and completion, and completions, to try the head with
+# On CUDA, where the kernel with a mask would otherwise keep a padded copy of it for every layer.
+_MULTIPLE = 16
 # Mean difference, in nats, between log-probs computed in rows of different layouts. Rounding gives about 1e-5 in
 # float32 and 0.03 in bfloat16 (of random tokens, which are improbable); an ignored mask gives far more.
 _TOLERANCE = {torch.float32: 1e-3}
@@ -38,16 +40,22 @@ class FastPath:
     shared: bool
     #: Length of a shared row, in tokens, at which attention takes as long as the rest of the model.
     balance: float
-    #: Dtype that attention computes in, autocast aside.
+    #: Dtype of the attention queries.
     mask_dtype: torch.dtype
+    #: What the width of shared rows is a multiple of.
+    multiple: int
 
     def pack(self, turns: Sequence[Sequence[Turn]]) -> Packed:
         """Packs turns into rows; see :func:`~lightning_rft.trainer.packing.pack`."""
-        return pack(turns, shared=self.shared, mask_dtype=self.mask_dtype, balance=self.balance)
+        return pack(turns, shared=self.shared, **self._layout)
 
     def columns(self, turns: Sequence[Sequence[Turn]]) -> int:
         """Columns of all rows, padding included, that :meth:`pack` lays turns out in."""
-        return columns(turns, shared=self.shared, balance=self.balance)
+        return columns(turns, shared=self.shared, **self._layout)
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        return {"mask_dtype": self.mask_dtype, "balance": self.balance, "multiple": self.multiple}
 
 
 def probe(model: Any, turns: Sequence[Sequence[Turn]], *, attn_implementation: str) -> FastPath:
@@ -57,19 +65,20 @@ def probe(model: Any, turns: Sequence[Sequence[Turn]], *, attn_implementation: s
     from the model's kind alone, never from ``turns`` or from a result. The texts and the shared row are as long as the
     longest of ``turns`` (groups of turns, perhaps none), because a model's window may make the difference.
     """
-    path = FastPath(
-        chunked_head=True,
-        shared=shares_prompts(model.config, attn_implementation),
-        balance=max(_SHORTEST_BALANCE, _BALANCE * model.get_input_embeddings().weight.shape[-1]),
-        mask_dtype=model.dtype,
-    )
     with torch.no_grad(), _undisturbed(model):
         trouble = _head_trouble(model)
         if trouble is not None:
-            path = replace(path, chunked_head=False)
             rank_zero_info(f"Log-probs are computed from all logits at once, which takes more memory: {trouble}.")
+        path = FastPath(
+            chunked_head=trouble is None,
+            shared=shares_prompts(model.config, attn_implementation),
+            balance=max(_SHORTEST_BALANCE, _BALANCE * model.get_input_embeddings().weight.shape[-1]),
+            mask_dtype=_query_dtype(model),
+            multiple=_MULTIPLE if model.device.type == "cuda" else 1,
+        )
         if path.shared:
-            difference, tolerance = _row_difference(model, path, turns)
+            difference = _row_difference(model, path, turns)
+            tolerance = _TOLERANCE.get(path.mask_dtype, _HALF_TOLERANCE)
             if not difference <= tolerance:  # or NaN
                 path = replace(path, shared=False)
                 rank_zero_info(
@@ -125,25 +134,32 @@ def _head_trouble(model: Any) -> str | None:
     return None
 
 
-def _row_difference(model: Any, path: FastPath, turns: Sequence[Sequence[Turn]]) -> tuple[float, float]:
-    """Mean difference in nats between log-probs in a shared row and in ordinary ones, and the tolerance for it."""
-    made_up = _made_up(model, *_measures(path, turns))
+def _query_dtype(model: Any) -> torch.dtype:
+    """That of autocast, or what the embeddings give the layers, which a sharded model may cast to another dtype."""
+    device = model.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     dtypes: list[torch.dtype] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
     try:
-        shared, ordinary = (
-            token_logprobs(model, packed.to(model.device), chunked_head=path.chunked_head)[0]
-            for packed in (
-                # whatever attention costs, so that the made-up samples do share a row
-                replace(path, balance=1e12).pack(made_up),
-                replace(path, shared=False).pack(made_up),
-            )
-        )
+        kept_logits(model, pack(_made_up(model, *_SHORT), shared=False).to(model.device))
     finally:
         hook.remove()
-    device = model.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtypes[0]
-    return float((shared - ordinary).abs().mean()), _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+    return dtypes[0]
+
+
+def _row_difference(model: Any, path: FastPath, turns: Sequence[Sequence[Turn]]) -> float:
+    """Mean difference in nats between log-probs in a shared row and in ordinary ones."""
+    made_up = _made_up(model, *_measures(path, turns))
+    shared, ordinary = (
+        token_logprobs(model, packed.to(model.device), chunked_head=path.chunked_head)[0]
+        for packed in (
+            # whatever attention costs, so that the made-up samples do share a row
+            replace(path, balance=1e12).pack(made_up),
+            replace(path, shared=False).pack(made_up),
+        )
+    )
+    return float((shared - ordinary).abs().mean())
 
 
 def _measures(path: FastPath, turns: Sequence[Sequence[Turn]]) -> tuple[int, int, int]:

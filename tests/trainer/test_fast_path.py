@@ -131,6 +131,20 @@ def test_first_step_under_autocast_has_a_gradient(groups):
     assert all(gradient.any() for gradient in found.values())
 
 
+@pytest.mark.parametrize("name", ["llama", "window"])
+def test_columns_are_those_of_the_rows(name, groups):
+    path = probe(build(EXACT_HEADS[name]), groups, attn_implementation="sdpa")
+    for turns in (groups, groups[:1], groups[1:], [[]]):
+        assert path.columns(turns) == (path.pack(turns).input_ids.numel() if any(turns) else 0)
+
+
+def test_mask_has_the_dtype_of_the_queries():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert probe(build(CONFIGS["llama"]), [], attn_implementation="sdpa").mask_dtype == torch.bfloat16
+    assert probe(build(CONFIGS["llama"]), [], attn_implementation="sdpa").mask_dtype == torch.float32
+    assert probe(build(CONFIGS["llama"]).bfloat16(), [], attn_implementation="sdpa").mask_dtype == torch.bfloat16
+
+
 def test_head_is_restored_when_the_model_raises(groups):
     model = build(CONFIGS["llama"])
     head = model.get_output_embeddings()

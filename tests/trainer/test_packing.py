@@ -22,6 +22,7 @@ from transformers import (
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Turn
+from lightning_rft.trainer import packing as module
 from lightning_rft.trainer.packing import columns, pack, shares_prompts
 
 
@@ -79,9 +80,8 @@ def test_mask_is_zero_or_the_lowest_finite_number(dtype):
 def test_ordinary_rows_hold_one_turn_each_padded_on_the_right():
     packed = pack(GROUPS, shared=False, pad_id=99)
     assert packed.input_ids.tolist() == [[5, 6, 7, 8], [1, 2, 3, 99], [5, 6, 11, 99], [5, 6, 13, 99], [5, 6, 99, 99]]
-    assert packed.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]]
-    assert packed.attention_mask.dtype == torch.int64
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 0, 0]]
+    assert packed.attention_mask is None
+    assert packed.position_ids.tolist() == 5 * [[0, 1, 2, 3]]
     assert packed.target.tolist() == TARGETS
     assert packed.row.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4]
     assert packed.keep[packed.column].tolist() == [1, 2, 3, 2, 1, 2, 1, 2, 1]
@@ -96,7 +96,22 @@ def test_rows_share_only_as_far_as_attention_lets_it_pay():
     assert shape(1e9) == (1, 20 + 4 * 39)
     assert shape(500) == (2, 20 + 2 * 39)
     assert shape(1) == (4, 20 + 39)
-    assert pack([group], shared=True, balance=1).attention_mask.ndim == 2
+    assert pack([group], shared=True, balance=1).attention_mask is None
+
+
+def test_mask_of_a_shared_row_stays_below_a_limit_in_bytes(monkeypatch):
+    groups = [[turn(range(20), range(40)) for _ in range(4)] for _ in range(3)]
+
+    def shape(limit, dtype=torch.float32):
+        monkeypatch.setattr(module, "_MASK_BYTES", limit)
+        packed = pack(groups, shared=True, mask_dtype=dtype, balance=1e9)
+        assert packed.input_ids.numel() == columns(groups, shared=True, mask_dtype=dtype, balance=1e9)
+        return tuple(packed.input_ids.shape)
+
+    one, two = 4 * 176**2, 4 * 98**2
+    assert shape(one) == shape(one // 2, torch.bfloat16) == (3, 176)
+    assert shape(one - 1) == shape(two) == (6, 98)
+    assert shape(two - 1) == (12, 59)
 
 
 def test_short_groups_fill_the_width_that_a_long_one_needs():
@@ -116,27 +131,30 @@ turns = st.builds(
     groups=st.lists(st.lists(turns, max_size=5), min_size=1, max_size=4),
     balance=st.sampled_from([1.0, 20.0, 100.0, 1e9]),
     shared=st.booleans(),
+    multiple=st.sampled_from([1, 16]),
 )
 @settings(max_examples=100, deadline=None)
-def test_every_token_is_predicted_from_its_own_text(groups, balance, shared):
+def test_every_token_is_predicted_from_its_own_text(groups, balance, shared, multiple):
     sampled = [one for group in groups for one in group if one.num_tokens]
     if not sampled:
-        assert columns(groups, shared=shared, balance=balance) == 0
+        assert columns(groups, shared=shared, balance=balance, multiple=multiple) == 0
         return
-    packed = pack(groups, shared=shared, balance=balance)
+    packed = pack(groups, shared=shared, balance=balance, multiple=multiple)
     ordinary = pack(groups, shared=False)
     texts = [(*one.prompt_ids, *one.token_ids[:place]) for one in sampled for place in range(one.num_tokens)]
     assert packed.target.tolist() == [token for one in sampled for token in one.token_ids]
     for text, row, kept in zip(texts, packed.row, packed.column, strict=True):
         column = packed.keep[kept]
         mask = packed.attention_mask
-        seen = mask[row, 0, column] == 0 if mask.ndim == 4 else mask[row].bool()
-        seen = seen & (torch.arange(len(seen)) <= column)
+        seen = torch.arange(packed.input_ids.shape[1]) <= column
+        if mask is not None:
+            seen &= mask[row, 0, column] == 0
         order = packed.position_ids[row][seen]
         assert order.tolist() == list(range(len(text)))
         assert tuple(packed.input_ids[row][seen].tolist()) == text
     assert packed.input_ids.numel() <= ordinary.input_ids.numel()
-    assert packed.input_ids.numel() == columns(groups, shared=shared, balance=balance)
+    assert packed.input_ids.numel() == columns(groups, shared=shared, balance=balance, multiple=multiple)
+    assert packed.attention_mask is None or packed.input_ids.shape[1] % multiple == 0
 
 
 def test_index_tensors_are_int64_and_move_together():
@@ -145,6 +163,7 @@ def test_index_tensors_are_int64_and_move_together():
         assert getattr(packed, name).dtype == torch.int64
     moved = packed.to("meta")
     assert all(value.device.type == "meta" for value in vars(moved).values())
+    assert pack(GROUPS, shared=False).to("meta").attention_mask is None
 
 
 def test_every_token_has_the_temperature_that_it_was_sampled_at():
