@@ -16,17 +16,19 @@ from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, Turn
-from lightning_rft.model_folder import check_model, checkpoint_weights, right_attention
+from lightning_rft.model_folder import check_model
 from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.monitor.status import StatusLine
+from lightning_rft.sync.transports.transport import under_all_names
+from lightning_rft.trainer.gathering import Gathering
 from lightning_rft.trainer.loader import MicroBatch
+from lightning_rft.trainer.loading import load_policy, load_sharded
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.objectives.grpo import GRPO
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin
 from lightning_rft.trainer.saving import write_model
-from lightning_rft.trainer.scoring import Scores, encoded_text, score
-from lightning_rft.trainer.sharding import shard
+from lightning_rft.trainer.scoring import Announcement, encoded_text, score
 from lightning_rft.trainer.shortcuts import FastPath, probe
 from lightning_rft.trainer.step_guard import StepGuard
 
@@ -98,6 +100,7 @@ class RFTModule(L.LightningModule):
         self.sampling_gap: float | None = None
         self._text_ids: tuple[int, ...] | None = None
         self._fast_path: FastPath | None = None
+        self._gathers: Gathering | None = None
         self._guard = StepGuard()
         self._batch = 0
         self._batch_loss = 0.0
@@ -111,24 +114,15 @@ class RFTModule(L.LightningModule):
             self.policy = self._load()
 
     def _load(self) -> PreTrainedModel:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(self.model)
-        for name in vars(config):
-            # With dropout the trainer would see other log-probs than the explorers on the very same weights.
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):
-                setattr(config, name, 0.0)
-        policy = AutoModelForCausalLM.from_pretrained(
-            self.model,
-            config=config,
-            dtype=torch.float32,  # precision plugins take it from there
-            attn_implementation=self.attn_implementation or right_attention(config),
-        )
+        if self.device_mesh is None:
+            policy = load_policy(self.model, self.attn_implementation)
+        else:
+            device = self.trainer.strategy.root_device
+            half = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            policy = load_sharded(self.model, self.attn_implementation, self.device_mesh, device, half)
         policy.train()
         if self.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.device_mesh is not None:
-            shard(policy, self.device_mesh)
         return policy
 
     @override
@@ -161,21 +155,26 @@ class RFTModule(L.LightningModule):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight as a checkpoint names it, aliases of tied weights included; all ranks must iterate together."""
-        yield from checkpoint_weights(self._policy, self._whole_state()).items()
+        tensors = self._gathering.tensors(None)
+        yield from under_all_names(self._gathering.manifest(), (tensor for _, tensor in tensors))
 
-    def pushed(self) -> tuple[list[tuple[str, Tensor]], Scores]:
-        """The weights to push, and how the policy scores a fixed text with them; all ranks together."""
+    def pushed(self, dtype: str) -> Iterator[Any]:
+        """What to push, step by step: an ``Announcement``, and each weight but aliases; all ranks together.
+
+        Sharded weights are cast to ``dtype`` before they are gathered.
+        """
         if self._text_ids is None:
             self._text_ids = encoded_text(self.model)
-        weights = list(self.weights())
         with self.trainer.precision_plugin.forward_context():
-            return weights, score(self._policy, self._text_ids, self.device)
+            scores = score(self._policy, self._text_ids, self.device)
+        yield Announcement(self._gathering.manifest(dtype), self.device, scores)
+        yield from self._gathering.tensors(dtype)
 
-    def _whole_state(self) -> dict[str, Tensor]:
-        state = self._policy.state_dict()
-        return {
-            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
-        }
+    @property
+    def _gathering(self) -> Gathering:
+        if self._gathers is None or self._gathers.policy is not self._policy:
+            self._gathers = Gathering(self._policy)
+        return self._gathers
 
     def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes policy and tokenizer as a folder that transformers and vLLM load; to be called on every rank.
@@ -184,9 +183,7 @@ class RFTModule(L.LightningModule):
             path: The folder.
             dtype: Dtype of the weights. Left out, the one that the model's config names.
         """
-        weights = self._whole_state()
-        if self.global_rank == 0:
-            write_model(self._policy, weights, self.model, path, dtype)
+        write_model(self._policy, self.model, path, dtype, writes=self.global_rank == 0)
 
     @override
     def on_train_start(self) -> None:
