@@ -20,7 +20,8 @@ def shard(policy: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None
 
     Its parameters become ``DTensor``. Those of the layers are gathered in ``compute_dtype``, that of autocast: in
     float32, twice as much would travel, and autocast would keep its own copy of every layer until the backward pass
-    ends. Gradients are summed in float32. The mesh is that of Lightning's ``ModelParallelStrategy``; raises
+    ends. Layers with torch's own norms stay in float32, since on CPUs those want weights and inputs alike. Gradients
+    are summed in float32. The mesh is that of Lightning's ``ModelParallelStrategy``; raises
     :class:`ConfigurationError` if it asks for tensor parallelism.
     """
     if mesh["tensor_parallel"].size() > 1:
@@ -30,6 +31,8 @@ def shard(policy: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None
         )
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if any(isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) for module in policy.modules()):
+        compute_dtype = None
     # Inputs stay as autocast has them: it adds up layers in float32.
     precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     # the modules that transformers would not split over devices: the decoder's layers
