@@ -224,3 +224,18 @@ def test_an_optimizer_that_may_look_at_all_parameters_steps_all_at_once(monkeypa
     optimizer = MasterWeights(model.parameters(), Counts)
     step(model, optimizer, seed=0)
     assert optimizer.inner.param_groups[0]["steps"] == 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_training_holds_16_bytes_a_parameter(precision, tiny_model_path):
+    """As docs/memory.md says of one GPU: weights, gradients and the optimizer's two states."""
+    module = RFTModule(tiny_model_path, optimizer=adamw)
+    (optimizer,) = train(module, precision, steps=1).optimizers
+    inner = optimizer.inner if precision == "bf16-true" else optimizer
+    held = [tensor for state in inner.state.values() for tensor in state.values() if tensor.numel() > 1]
+    held += [tensor for group in inner.param_groups for tensor in group["params"]]
+    for parameter in module.parameters():
+        held += [parameter, parameter.grad]
+    held += [tensor.grad for tensor in held if tensor.is_leaf and tensor.grad is not None]
+    size = sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
+    assert size == 16 * sum(parameter.numel() for parameter in module.parameters())
