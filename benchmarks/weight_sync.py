@@ -39,7 +39,7 @@ from benchmarks.rollout import DEADLINE_S, Consumes, beside
 from lightning_rft.channel import Channel
 from lightning_rft.experience import TensorInfo
 from lightning_rft.hardware import available_cpus, fast_dtype
-from lightning_rft.sync.transports.transport import Weights, announce, nbytes
+from lightning_rft.sync.transports.transport import Named, announce, nbytes
 from lightning_rft.testing import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -52,7 +52,7 @@ TRANSPORTS = {"collective": lambda: rft.CollectiveTransport("gloo"), "checkpoint
 class Held:
     """A link and a receiver that carry nothing: the tensors are there."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Sequence[Named]) -> None:
         self._weights = weights
 
     def open(self, member: int) -> Held:
@@ -67,7 +67,7 @@ class Held:
         """Does nothing."""
 
 
-def policy(model: Path, dtype: str) -> Weights:
+def policy(model: Path, dtype: str) -> list[Named]:
     """What a push of this model's policy brings."""
     from transformers import AutoModelForCausalLM
 

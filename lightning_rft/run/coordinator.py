@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from lightning_rft.run.dispatcher import Dispatcher
 from lightning_rft.run.pusher import Pusher
 from lightning_rft.run.validation import Validation
 from lightning_rft.settings import Sampling
-from lightning_rft.sync.transports.transport import Transport, Weights
-from lightning_rft.trainer.scoring import Scores
+from lightning_rft.sync.transports.transport import Transport
 
 __all__ = ["Coordinator"]
 
@@ -32,7 +31,7 @@ class Coordinator:
         dispatcher: Schedule and explorers.
         transport: How weights travel.
         background: Whether weights are pushed in the background.
-        gathered: Returns the policy's weights, whole, and its scores; called on the trainer's thread.
+        gathered: As a :class:`~lightning_rft.run.pusher.Pusher` takes it.
         folder: The run's own folder.
         status: Shows what is waited for, until the end of the first step.
     """
@@ -43,7 +42,7 @@ class Coordinator:
         transport: Transport,
         *,
         background: bool,
-        gathered: Callable[[], tuple[Weights, Scores]],
+        gathered: Callable[[str], Iterator[Any]],
         folder: Path,
         status: StatusLine,
     ) -> None:
@@ -130,7 +129,7 @@ class Coordinator:
         with self._status:
             self._listener.wait(lambda: self._pool.ready, "the explorers to start", show=show)
             self._status.say(f"pushing weights (version {self.version})")
-            self._pusher.share_changed(self._pusher.push(self.version))
+            self._pusher.push(self.version)
             self._pusher.wait_loaded()
 
     def trained(self, batch: int, sampling_gap: float | None = None) -> dict[str, float]:
@@ -145,15 +144,16 @@ class Coordinator:
         waited = time.monotonic()
         if due:
             self._status.say(f"pushing weights (version {self.version})")
-        weights = self._pusher.push(self.version) if due else None
+        if due:
+            self._pusher.push(self.version)
         self._end_status()  # from now on the progress bar moves
         logged = {
             "rft/version": float(self.version),
             "rft/wait_push_s": waited - began,
             "rft/sync_s": time.monotonic() - waited if due else 0.0,
         }
-        if weights is not None:  # looked at when nobody waits for the push any more
-            logged["rft/weights_changed"] = self._pusher.share_changed(weights)
+        if due:
+            logged["rft/weights_changed"] = self._pusher.share_changed()
         return logged | self._metrics()
 
     def take_in(self, version: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,9 @@ from lightning_rft.sync.order import Order
 from lightning_rft.sync.rule import Exploration, Rule
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.sync.transports.transport import Weights
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
 from lightning_rft.tasks.stream import TaskStream
 from lightning_rft.trainer.limits import micro_batches, stop_batch
-from lightning_rft.trainer.scoring import Scores
 
 __all__ = ["Run", "RunSettings"]
 
@@ -68,7 +66,7 @@ class Run:
         folder: The run's own folder.
         saved: What :meth:`state_dict` returned, to go on from there; empty for a new run.
         check_interrupt: Called during every wait; raises to end it.
-        gathered: Returns the policy's weights, whole, and its scores; called on the trainer's thread.
+        gathered: As a :class:`~lightning_rft.run.pusher.Pusher` takes it.
         observers: Called with every span of the timeline.
 
     Raises:
@@ -86,7 +84,7 @@ class Run:
         folder: Path,
         saved: Mapping[str, Any],
         check_interrupt: Callable[[], None],
-        gathered: Callable[[], tuple[Weights, Scores]],
+        gathered: Callable[[str], Iterator[Any]],
         observers: Sequence[Callable[[Span], None]],
     ) -> None:
         self._trainer = trainer

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,10 +14,10 @@ import torch
 from lightning_rft.errors import DeadlineError
 from lightning_rft.explorer.receivers import Receivers
 from lightning_rft.explorer.roster import Roster
-from lightning_rft.sync.transports.transport import Transport, Weights
-from lightning_rft.trainer.scoring import Scores
+from lightning_rft.sync.transports.transport import Named, Transport, Weights
+from lightning_rft.trainer.scoring import Announcement, Scores
 
-__all__ = ["Background", "Pusher", "snapshot"]
+__all__ = ["Background", "Pusher"]
 
 _SAMPLED_ELEMENTS = 100_000
 
@@ -23,7 +25,8 @@ _SAMPLED_ELEMENTS = 100_000
 class Pusher:
     """Brings the policy's weights to the explorers of one run, in the ``background`` from a snapshot.
 
-    ``gathered`` returns the policy's whole weights and its scores, on the trainer's thread; ``expect`` gets a version
+    ``gathered`` begins to gather the policy's weights in a dtype, on the trainer's thread: it yields an
+    :class:`~lightning_rft.trainer.scoring.Announcement`, and then one tensor after another. ``expect`` gets a version
     and its scores before the push. ``pushed`` gets the version once it is pushed, or can be loaded; ``failed`` an error
     in the background; ``observe`` track, label, begin and version for the timeline.
     """
@@ -35,7 +38,7 @@ class Pusher:
         background: bool,
         roster: Roster,
         receivers: Receivers,
-        gathered: Callable[[], tuple[Weights, Scores]],
+        gathered: Callable[[str], Iterator[Any]],
         expect: Callable[[int, Scores], None],
         pushed: Callable[[int], None],
         failed: Callable[[BaseException], None],
@@ -51,20 +54,22 @@ class Pusher:
         self._pushed = pushed
         self._observe = observe
         self._sample: torch.Tensor | None = None  # of the last push
+        self._before: torch.Tensor | None = None  # of the one before
         self._background = Background(transport, receivers, pushed, failed, observe) if background else None
 
-    def push(self, version: int) -> Weights:
-        """Pushes the policy's weights, or hands them to the background; returns them."""
+    def push(self, version: int) -> None:
+        """Pushes the policy's weights, or hands them to the background."""
         self.version = version
         began = time.monotonic()
-        weights = self._take(version)
+        self._before = self._sample
+        taken = self._take(version)
+        weights = Weights(taken.manifest, taken.device, lambda: self._sampled(taken))
         if self._background is not None:
-            self._background.push(snapshot(weights, self._receivers.dtype), version)
+            self._background.push(weights.snapshot(), version)
         else:
             self._transport.push(weights, version, self._receivers)
             self._observe("trainer", self._transport.push_label, began, version)
             self._pushed(version)
-        return weights
 
     def load(self, explorer: int) -> None:
         """Has an explorer load the newest version, without waiting for it.
@@ -84,10 +89,16 @@ class Pusher:
             self._observe("trainer", self._transport.push_label, began, version)
 
     def _take(self, version: int) -> Weights:
-        weights, scores = self._gathered()
-        self._expect(version, scores)
-        self._receivers.text_ids = scores.ids
-        return weights
+        dtype = self._receivers.dtype
+        begun = [self._gathered(dtype)]
+        announced: Announcement = next(begun[0])
+        self._expect(version, announced.scores)
+        self._receivers.text_ids = announced.scores.ids
+
+        def tensors() -> Iterator[Named]:
+            return begun.pop() if begun else islice(self._gathered(dtype), 1, None)
+
+        return Weights(announced.manifest, announced.device, tensors)
 
     def wait_loaded(self) -> None:
         """Waits until every explorer has loaded what was pushed in the background."""
@@ -97,18 +108,27 @@ class Pusher:
             setting = f"{type(self._transport).__name__}(timeout_s=...)"
             self._receivers.wait_loaded(self.version, explorers, timeout_s, setting)
 
-    def share_changed(self, weights: Weights) -> float:
-        """The share of about 100,000 evenly spaced elements that changed since the last call, in the engines' dtype.
+    def share_changed(self) -> float:
+        """The share of about 100,000 evenly spaced elements that the last push changed, in the engines' dtype.
 
-        Small updates vanish in bfloat16: near 0, explorers see the same policy as before. The first call returns 1.
+        Small updates vanish in bfloat16: near 0, explorers see the same policy as before. For the first push it is 1.
         """
-        stride = max(1, sum(tensor.numel() for _, tensor in weights) // _SAMPLED_ELEMENTS)
-        dtype: torch.dtype = getattr(torch, self._receivers.dtype)
-        now = torch.cat([tensor.detach().reshape(-1)[::stride].to("cpu", dtype) for _, tensor in weights])
-        before, self._sample = self._sample, now
-        if before is None or before.shape != now.shape or before.dtype != now.dtype:
+        before, now = self._before, self._sample
+        if before is None or now is None or before.shape != now.shape or before.dtype != now.dtype:
             return 1.0
         return float((before != now).float().mean())
+
+    def _sampled(self, weights: Weights) -> Iterator[Named]:
+        """Yields weights, and takes a sample of them as they pass."""
+        own = [info for info in weights.manifest if info.same_as is None]
+        stride = max(1, sum(math.prod(info.shape) for info in own) // _SAMPLED_ELEMENTS)
+        dtype: torch.dtype = getattr(torch, self._receivers.dtype)
+        parts = []
+        for name, tensor in weights.tensors():
+            parts.append(tensor.reshape(-1)[::stride].to("cpu", dtype))
+            if len(parts) == len(own):  # before it is handed on: nobody need ask for more than there is
+                self._sample = torch.cat(parts)
+            yield name, tensor
 
     def close(self) -> None:
         """Ends the background thread and closes the transport; safe to call twice."""
@@ -194,24 +214,3 @@ class Background:
             count = 1 if self._transport.one_by_one else len(self._loads)
             explorers, self._loads = self._loads[:count], self._loads[count:]
         self._transport.push(weights, version, self._receivers, explorers)
-
-
-def snapshot(weights: Weights, dtype: str) -> Weights:
-    """Copies weights to the CPU, in the engines' dtype; tensors that share memory still do.
-
-    Example:
-        >>> tied = torch.ones(2)
-        >>> copies = snapshot([("embedding", tied), ("head", tied)], "float32")
-        >>> copies[0][1] is copies[1][1], copies[0][1] is tied
-        (True, False)
-    """
-    target: torch.dtype = getattr(torch, dtype)
-    copies: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-    taken = []
-    for name, tensor in weights:
-        place = tensor.data_ptr(), tuple(tensor.shape)
-        if place not in copies:
-            kind = target if tensor.is_floating_point() else tensor.dtype
-            copies[place] = tensor.detach().to("cpu", kind, copy=True)
-        taken.append((name, copies[place]))
-    return taken

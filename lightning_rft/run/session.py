@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ __all__ = ["Session"]
 class Session:
     """Brings the trainer's ranks together; rank 0's session holds the run, and all see what comes of it.
 
-    ``pushed`` makes what is pushed, on all ranks together. Where nothing ``validates``, Lightning is kept from
-    warning of an empty loader until :meth:`end`.
+    ``pushed`` yields what is pushed in a dtype, step by step on all ranks together. Where nothing ``validates``,
+    Lightning is kept from warning of an empty loader until :meth:`end`.
     """
 
-    def __init__(self, trainer: L.Trainer, pushed: Callable[[], Any], *, validates: bool) -> None:
+    def __init__(self, trainer: L.Trainer, pushed: Callable[[str], Iterator[Any]], *, validates: bool) -> None:
         #: The run's own folder; asked for here, since on several ranks ``log_dir`` is a collective.
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "rft"
         self.ranks = Ranks.meet(trainer, pushed)

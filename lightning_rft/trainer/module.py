@@ -19,20 +19,22 @@ from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Turn
-from lightning_rft.model_folder import check_model, check_policy, checkpoint_weights, right_attention
+from lightning_rft.model_folder import check_model, check_policy
 from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.monitor.status import StatusLine
+from lightning_rft.sync.transports.transport import under_all_names
 from lightning_rft.trainer.buffers import uncast_buffers
+from lightning_rft.trainer.gathering import Gathering
 from lightning_rft.trainer.loader import BatchPart
+from lightning_rft.trainer.loading import load_policy, load_sharded
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.micro_batches import Cut, by_group
 from lightning_rft.trainer.objectives.grpo import GRPO
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.plan import planned
-from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin
+from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin, zero_gradient
 from lightning_rft.trainer.saving import write_model
-from lightning_rft.trainer.scoring import Scores, encoded_text, score
-from lightning_rft.trainer.sharding import shard
+from lightning_rft.trainer.scoring import Announcement, encoded_text, score
 from lightning_rft.trainer.shortcuts import FastPath, probe
 from lightning_rft.trainer.step_guard import StepGuard
 from lightning_rft.trainer.weighted import WeightedTurn, sampled_turns, token_batch
@@ -96,8 +98,8 @@ class RFTModule(L.LightningModule):
         super().__init__()
         self.model = os.fspath(model)
         self.reference = self.model if reference is None else os.fspath(reference)
-        for folder in (self.model, self.reference):
-            check_model(folder)
+        check_model(self.model)
+        check_model(self.reference)
         if max_tokens_per_micro_batch is not None and max_tokens_per_micro_batch < 1:
             raise ConfigurationError(f"max_tokens_per_micro_batch={max_tokens_per_micro_batch} must be at least 1")
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
@@ -118,11 +120,10 @@ class RFTModule(L.LightningModule):
         self.sampling_gap: float | None = None
         self._text_ids: tuple[int, ...] | None = None
         self._fast_path: FastPath | None = None
+        self._gathers: Gathering | None = None
         self._guard = StepGuard()
         self._objective = self.objective  # with the correction that goes with the strategy
         self._shares: list[Cut] = []  # of the batch that is being trained
-        self._batch = 0
-        self._batch_loss = 0.0
 
     @override
     def configure_model(self) -> None:
@@ -133,24 +134,15 @@ class RFTModule(L.LightningModule):
             self.policy = self._load(self.model)
 
     def _load(self, model: str) -> PreTrainedModel:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(model)
-        for name in vars(config):
-            # With dropout the trainer would see other log-probs than the explorers on the very same weights.
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):
-                setattr(config, name, 0.0)
-        policy = AutoModelForCausalLM.from_pretrained(
-            model,
-            config=config,
-            dtype=torch.float32,  # precision plugins take it from there
-            attn_implementation=self.attn_implementation or right_attention(config),
-        )
+        if self.device_mesh is None:
+            policy = load_policy(model, self.attn_implementation)
+        else:
+            device = self.trainer.strategy.root_device
+            half = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            policy = load_sharded(model, self.attn_implementation, self.device_mesh, device, half)
         policy.train()
         if self.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.device_mesh is not None:
-            shard(policy, self.device_mesh)
         return policy
 
     @override
@@ -183,21 +175,26 @@ class RFTModule(L.LightningModule):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight as a checkpoint names it, aliases of tied weights included; all ranks must iterate together."""
-        yield from checkpoint_weights(self._policy, self._whole_state()).items()
+        tensors = self._gathering.tensors(None)
+        yield from under_all_names(self._gathering.manifest(), (tensor for _, tensor in tensors))
 
-    def pushed(self) -> tuple[list[tuple[str, Tensor]], Scores]:
-        """The weights to push, and how the policy scores a fixed text with them; all ranks together."""
+    def pushed(self, dtype: str) -> Iterator[Any]:
+        """What to push, step by step: an ``Announcement``, and each weight but aliases; all ranks together.
+
+        Sharded weights are cast to ``dtype`` before they are gathered.
+        """
         if self._text_ids is None:
             self._text_ids = encoded_text(self.model)
-        weights = list(self.weights())
         with self.trainer.precision_plugin.forward_context():
-            return weights, score(self._policy, self._text_ids, self.device)
+            scores = score(self._policy, self._text_ids, self.device)
+        yield Announcement(self._gathering.manifest(dtype), self.device, scores)
+        yield from self._gathering.tensors(dtype)
 
-    def _whole_state(self) -> dict[str, Tensor]:
-        state = self._policy.state_dict()
-        return {
-            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
-        }
+    @property
+    def _gathering(self) -> Gathering:
+        if self._gathers is None or self._gathers.policy is not self._policy:
+            self._gathers = Gathering(self._policy)
+        return self._gathers
 
     def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes policy and tokenizer as a folder that transformers and vLLM load; to be called on every rank.
@@ -206,9 +203,7 @@ class RFTModule(L.LightningModule):
             path: The folder.
             dtype: Dtype of the weights. Left out, the one that the model's config names.
         """
-        weights = self._whole_state()
-        if self.global_rank == 0:
-            write_model(self._policy, weights, self.model, path, dtype)
+        write_model(self._policy, self.model, path, dtype, writes=self.global_rank == 0)
 
     @override
     def on_train_start(self) -> None:
@@ -228,7 +223,7 @@ class RFTModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         norm = float(grad_norm(self.parameters()))
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if self._guard.refuses(self._batch, self._batch_loss, norm, scaler):
+        if self._guard.refuses(norm, scaler):
             for parameter in self.parameters():
                 parameter.grad = None  # which every optimizer passes over, its state included
         self.log_dict({"rft/grad_norm": norm, "rft/skipped_steps": float(self._guard.skipped)}, batch_size=1)
@@ -251,7 +246,7 @@ class RFTModule(L.LightningModule):
         self.metrics.update_loss(loss)
         if batch.last:
             values = self.metrics.collect()
-            self._batch, self._batch_loss = batch.batch, values["rft/loss"]
+            self._guard.trained(batch.batch, values["rft/loss"])
             self.sampling_gap = values.get("rft/sampling_gap")
             self.log("rft/reward", values.pop("rft/reward"), prog_bar=True, batch_size=1)
             self.log_dict(values | {"rft/wait_experience_s": batch.wait_seconds}, batch_size=1)
@@ -324,7 +319,7 @@ class RFTModule(L.LightningModule):
         counts = bool(turns)
         if not counts:
             if self.trainer.world_size == 1:
-                return self._zero()
+                return zero_gradient(self.parameters())
             # what the other ranks do are collectives, in which this one takes part with a token that does not count
             turns = [_NOTHING]
         packed = self._fast_path.pack(by_group(turns)).to(self.device)
@@ -343,10 +338,6 @@ class RFTModule(L.LightningModule):
             gap = (logprobs.detach() - tokens.sampling_logprobs).abs()
             self.metrics.update_gap(gap * scale, versions == version)
         return (losses * weights).sum()
-
-    def _zero(self) -> Tensor:
-        """A zero that touches every parameter, so that the optimizer counts this step, too."""
-        return torch.stack([p.reshape(-1)[0] for p in self.parameters() if p.requires_grad]).sum() * 0.0
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RFTModule:

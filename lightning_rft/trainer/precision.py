@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["MasterWeights", "grad_norm", "leave_unscaling_to_the_plugin"]
+__all__ = ["MasterWeights", "grad_norm", "leave_unscaling_to_the_plugin", "zero_gradient"]
+
+_SLICE = 1 << 26  # elements; their gradients take 256 MiB in float32
+_Pair = tuple[Tensor, Tensor]  # a parameter and its master, which is itself if it is in float32
 
 
 def leave_unscaling_to_the_plugin(optimizer: torch.optim.Optimizer) -> None:
@@ -22,6 +25,11 @@ def leave_unscaling_to_the_plugin(optimizer: torch.optim.Optimizer) -> None:
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+
+def zero_gradient(parameters: Iterable[Tensor]) -> Tensor:
+    """A zero whose gradient is zero in every parameter, so that the optimizer counts a step without any work."""
+    return torch.stack([p.reshape(-1)[0] for p in parameters if p.requires_grad]).sum() * 0.0
 
 
 def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
@@ -38,8 +46,9 @@ class MasterWeights(torch.optim.Optimizer):
     """Steps float32 copies of half-precision parameters, and rounds the copies to the parameters after each step.
 
     A bfloat16 weight cannot change by less than 1/256 of itself, so the small steps of fine-tuning would be lost. The
-    copies and the optimizer's state take as much memory as for a model in float32. ``optimizer`` makes the optimizer
-    that steps the copies.
+    copies and the optimizer's state take as much memory as for a model in float32; their gradients exist for some
+    parameters at a time, if the optimizer is one of ``torch.optim``. ``optimizer`` makes the optimizer that steps the
+    copies.
 
     Example::
 
@@ -64,12 +73,20 @@ class MasterWeights(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         _copy_settings(self, self.inner)
-        for parameter, master in self._copied():
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-        self.inner.step()
-        for parameter, master in self._copied():
-            parameter.copy_(master)
-            master.grad = None
+        pairs = self._pairs()
+        gradients = [parameter.grad for parameter, _ in pairs]
+        for _, master in pairs:
+            master.grad = None  # which an optimizer passes over
+        for part in _slices([master.numel() for _, master in pairs], _SLICE if _steps_alone(self.inner) else None):
+            for (_, master), gradient in zip(pairs[part], gradients[part], strict=True):
+                master.grad = None if gradient is None else gradient.float()
+            self.inner.step()
+            for parameter, master in pairs[part]:
+                master.grad = None
+                if parameter is not master:
+                    parameter.copy_(master)
+        for (parameter, _), gradient in zip(pairs, gradients, strict=True):
+            parameter.grad = gradient
         return loss
 
     @override
@@ -86,14 +103,34 @@ class MasterWeights(torch.optim.Optimizer):
             master.copy_(saved)
             parameter.copy_(master)
 
-    def _copied(self) -> list[tuple[Tensor, Tensor]]:
-        pairs = zip(self.param_groups, self.inner.param_groups, strict=True)
-        return [
-            (parameter, master)
-            for ours, inner in pairs
-            for parameter, master in zip(ours["params"], inner["params"], strict=True)
-            if parameter is not master
-        ]
+    def _pairs(self) -> list[_Pair]:
+        groups = zip(self.param_groups, self.inner.param_groups, strict=True)
+        return [pair for ours, inner in groups for pair in zip(ours["params"], inner["params"], strict=True)]
+
+    def _copied(self) -> list[_Pair]:
+        return [(parameter, master) for parameter, master in self._pairs() if parameter is not master]
+
+
+def _steps_alone(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it steps each parameter by that one's state alone; others may count steps in their groups, say."""
+    return type(optimizer).__module__.split(".")[:2] == ["torch", "optim"] and type(optimizer) is not torch.optim.LBFGS
+
+
+def _slices(sizes: list[int], limit: int | None) -> Iterator[slice]:
+    """Runs of at most ``limit`` elements in all, or of one that is larger; everything without a limit.
+
+    Example:
+        >>> list(_slices([3, 1, 1, 9, 1], limit=4))
+        [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    start, room = 0, limit
+    for index, size in enumerate(sizes):
+        if room is not None and limit is not None:
+            if size > room and index > start:
+                yield slice(start, index)
+                start, room = index, limit
+            room -= size
+    yield slice(start, len(sizes))
 
 
 def _copy_settings(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:

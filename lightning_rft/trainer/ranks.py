@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing.connection import wait
@@ -54,10 +54,17 @@ class _Result:
     value: Any
 
 
+@dataclass(frozen=True)
+class _Gather:
+    """From rank 0: begin to gather, with these arguments."""
+
+    arguments: tuple[Any, ...]
+
+
 class _Signal(Enum):
     """Messages without contents."""
 
-    GATHER = auto()  # from rank 0: take part in gathering the weights
+    NEXT = auto()  # from rank 0: take the next step of what is being gathered
     ALIVE = auto()
     TERMINATED = auto()  # the sender got SIGTERM
     BYE = auto()  # the sender ends normally, and the end of its connection is no failure
@@ -67,7 +74,7 @@ class Ranks:
     """One of the trainer's ranks among the others; a single rank needs no connections.
 
     ``peers`` are the connections: of rank 0 one to every other rank, of the others one to rank 0. ``gather``
-    makes what :meth:`gathered` returns, on all ranks together.
+    makes an iterator whose steps all ranks take together.
     """
 
     def __init__(
@@ -75,14 +82,14 @@ class Ranks:
         rank: int = 0,
         count: int = 1,
         peers: dict[int, Channel] | None = None,
-        gather: Callable[[], Any] = tuple,
+        gather: Callable[..., Iterator[Any]] = iter,
     ) -> None:
         self.rank = rank
         self.count = count
         self._peers = peers or {}
         self._gather = gather
         self._news = threading.Condition()
-        self._inbox: deque[_Result | _Signal] = deque()
+        self._inbox: deque[_Result | _Gather | _Signal] = deque()
         self._failure: BaseException | None = None  # of another rank
         self._why = ""  # traceback of the first rank that failed
         self._terminated = False
@@ -94,7 +101,7 @@ class Ranks:
             self._thread.start()
 
     @classmethod
-    def meet(cls, trainer: L.Trainer, gather: Callable[[], Any]) -> Ranks:
+    def meet(cls, trainer: L.Trainer, gather: Callable[..., Iterator[Any]]) -> Ranks:
         """Connects the ranks of a trainer, each of which calls this; raises :class:`DeadlineError` if some do not."""
         if trainer.world_size == 1:
             return cls(gather=gather)
@@ -123,7 +130,7 @@ class Ranks:
     def agree(self, what: str, function: Callable[[], _T]) -> _T:
         """Calls a function on rank 0, and returns its result, or raises its error, on every rank.
 
-        Whenever rank 0 gathers weights meanwhile, the others take part. ``what`` names the call and is the same on all
+        Whenever rank 0 gathers meanwhile, the others take part. ``what`` names the call and is the same on all
         ranks, or :class:`ScheduleError` is raised. Raises the error that ended another rank, or :class:`RankError` if
         that rank is gone or its exception cannot be rebuilt here.
         """
@@ -138,10 +145,22 @@ class Ranks:
         self._send(_Result(what, result))
         return result
 
-    def gathered(self) -> Any:
-        """What all ranks gather together, such as whole weights, on rank 0 inside :meth:`agree`."""
-        self._send(_Signal.GATHER)
-        return self._gather()
+    def gathered(self, *arguments: Any) -> Iterator[Any]:
+        """Yields what all ranks gather together, such as whole weights, on rank 0 inside :meth:`agree`.
+
+        The others take a step when rank 0 does, and drop what comes of it. So it can stop at any step: no rank is left
+        in a collective.
+        """
+        self._send(_Gather(arguments))
+        steps = self._gather(*arguments)
+        while True:
+            self._send(_Signal.NEXT)
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+            yield step
+            del step  # it may be large
 
     def check(self) -> None:
         """Raises the error that ended another rank, or ``SIGTERMException`` if any rank got SIGTERM."""
@@ -187,12 +206,15 @@ class Ranks:
 
     def _attend(self, what: str) -> Any:
         """Waits for rank 0's result, and takes part in what it gathers."""
+        steps: Iterator[Any] = iter(())
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._inbox or self._failure or self._terminated, _POLL_S)
                 message = self._inbox.popleft() if self._inbox else None
-            if message is _Signal.GATHER:
-                self._gather()
+            if isinstance(message, _Gather):
+                steps = self._gather(*message.arguments)
+            elif message is _Signal.NEXT:
+                next(steps, None)
             elif isinstance(message, _Result):
                 if message.what != what:
                     raise ScheduleError(

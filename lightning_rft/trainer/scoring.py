@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Scores", "encoded_text", "score"]
+from lightning_rft.experience import TensorInfo
+
+__all__ = ["Announcement", "Scores", "encoded_text", "score"]
 
 _TEXT = (
     "The quick brown fox jumps over the lazy dog. 0 + 1 = 1, 2 * 3 = 6 and 12 - 5 = 7. def f(x): return [x, x ** 2]\n"
@@ -24,6 +26,14 @@ class Scores:
     logprobs: tuple[float, ...]  # of all but the first
     spread: float  # standard deviation of the logits over the vocabulary: rounding errors grow with it
     dtype: str  # that was computed in
+
+
+class Announcement(NamedTuple):
+    """What a push begins with: the weights that will follow, on which device they are, and the scores with them."""
+
+    manifest: list[TensorInfo]
+    device: torch.device
+    scores: Scores
 
 
 def encoded_text(model: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from lightning_rft.errors import ConfigurationError
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["shard"]
 
 
-def shard(policy: nn.Module, mesh: DeviceMesh) -> None:
+def shard(policy: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None) -> None:
     """Shards a transformers model, the same on every rank, over the data-parallel ranks, layer by layer.
 
-    Its parameters become ``DTensor``. The mesh is that of Lightning's ``ModelParallelStrategy``; raises
+    Its parameters become ``DTensor``. Those of the layers are gathered in ``compute_dtype``, that of autocast: in
+    float32, twice as much would travel, and autocast would keep its own copy of every layer until the backward pass
+    ends. Layers with torch's own norms stay in float32, since on CPUs those want weights and inputs alike. Gradients
+    are summed in float32. The mesh is that of Lightning's ``ModelParallelStrategy``; raises
     :class:`ConfigurationError` if it asks for tensor parallelism.
     """
     if mesh["tensor_parallel"].size() > 1:
@@ -25,11 +29,15 @@ def shard(policy: nn.Module, mesh: DeviceMesh) -> None:
             f"ModelParallelStrategy makes tensor_parallel_size={mesh['tensor_parallel'].size()}: set "
             "data_parallel_size to the number of devices and tensor_parallel_size=1"
         )
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if any(isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) for module in policy.modules()):
+        compute_dtype = None
+    # Inputs stay as autocast has them: it adds up layers in float32.
+    precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     # the modules that transformers would not split over devices: the decoder's layers
     whole = set(getattr(policy, "_no_split_modules", None) or ())
     for module in policy.modules():
         if type(module).__name__ in whole:
-            fully_shard(module, mesh=mesh["data_parallel"])
+            fully_shard(module, mesh=mesh["data_parallel"], mp_policy=precision)
     fully_shard(policy, mesh=mesh["data_parallel"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 import lightning_rft as rft
 from lightning_rft.errors import DeadlineError
 from lightning_rft.run.pusher import Background, Pusher
-from lightning_rft.sync.transports.transport import Transport
+from lightning_rft.sync.transports.transport import Transport, Weights
+from lightning_rft.trainer.scoring import Announcement, Scores
 from tests.trainer_and_data import fake_data, pool_of, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,14 +107,38 @@ def test_a_push_that_hangs_does_not_hide_the_error_that_ended_the_run(tiny_model
     transport.go_on.set()
 
 
-def test_the_share_of_weights_that_a_push_changed() -> None:
-    receivers = SimpleNamespace(dtype="bfloat16")
-    nothing: Any = lambda *_: None  # noqa: E731
+class BreaksOff(Transport):
+    """Takes the first tensor alone, and then begins anew and takes all."""
+
+    def __init__(self) -> None:
+        self.taken: list[dict[str, torch.Tensor]] = []
+
+    def push(self, weights: Weights, version: int, explorers: Any, to: Any = None) -> None:
+        next(weights.tensors())
+        self.taken.append(dict(weights.tensors()))
+
+
+def test_a_push_that_is_repeated_gathers_again_and_knows_what_changed_since_the_last() -> None:
+    policy = {"w": torch.ones(900), "v": torch.ones(100)}
+    policy["alias"] = policy["w"]
+    scores = Scores((1, 2), (-1.0,), 1.0, "float32")
+    begun: list[str] = []
+
+    def gathered(dtype: str) -> Iterator[Any]:
+        begun.append(dtype)
+        weights = Weights.of(list(policy.items()), dtype)
+        yield Announcement(list(weights.manifest), weights.device, scores)
+        yield from weights.tensors()
+
+    transport, nothing = BreaksOff(), lambda *_: None
     pusher = Pusher(
-        rft.CheckpointTransport(), background=False, roster=nothing, receivers=receivers,  # type: ignore[arg-type]
-        gathered=nothing, expect=nothing, pushed=nothing, failed=nothing, observe=nothing,
+        transport, background=False, roster=nothing, receivers=SimpleNamespace(dtype="bfloat16"),  # type: ignore[arg-type]
+        gathered=gathered, expect=nothing, pushed=nothing, failed=nothing, observe=nothing,
     )  # fmt: skip
-    weights = torch.ones(1000)
-    assert pusher.share_changed([("w", weights)]) == 1.0
-    weights[:10], weights[10:] = 2.0, 1.0001  # the second is 1 in bfloat16
-    assert pusher.share_changed([("w", weights)]) == pytest.approx(0.01)
+    pusher.push(0)
+    assert pusher.share_changed() == 1.0
+    policy["w"][:10], policy["v"][:] = 2.0, 1.0001  # the second is 1 in bfloat16
+    pusher.push(1)
+    assert pusher.share_changed() == pytest.approx(0.01)
+    assert [list(taken) for taken in transport.taken] == [["w", "v"]] * 2
+    assert begun == ["bfloat16"] * 4

@@ -10,7 +10,7 @@ import torch
 
 from lightning_rft.errors import ExplorerError, LinkError, TransportError
 from lightning_rft.sync.transports import collective
-from lightning_rft.sync.transports.transport import Sender
+from lightning_rft.sync.transports.transport import Sender, Weights
 
 
 class Explorers:
@@ -92,5 +92,5 @@ def test_a_push_that_breaks_off_again_and_again_without_a_death_is_given_up(monk
     transport = collective.CollectiveTransport()
     monkeypatch.setattr(transport, "_make_sender", lambda *_: Broken())
     with pytest.raises(TransportError, match=r"broke off 3 times: .*no route"):
-        transport.push([("weight", torch.ones(2))], 0, Alive())  # type: ignore[arg-type]
+        transport.push(Weights.of([("weight", torch.ones(2))], "float32"), 0, Alive())  # type: ignore[arg-type]
     assert Broken.sent == 3

@@ -6,8 +6,9 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import psutil
@@ -18,7 +19,7 @@ from lightning_rft.errors import LinkError
 from lightning_rft.sync.transports import collective, gloo
 from lightning_rft.sync.transports.gloo import GlooLink, GlooReceiver, GlooSender
 from lightning_rft.sync.transports.memory import ReusedMemory
-from lightning_rft.sync.transports.transport import Weights, announce
+from lightning_rft.sync.transports.transport import Named, Weights
 
 BUCKET = 64  # bytes: four tensors of each push in a bucket, and one that is larger
 
@@ -66,20 +67,20 @@ def group() -> Iterator[tuple[GlooSender, GlooReceiver]]:
     sender.close()
 
 
-def pushed(group: tuple[GlooSender, GlooReceiver], weights: Weights, dtype: str) -> list[tuple[str, torch.Tensor]]:
+def pushed(group: tuple[GlooSender, GlooReceiver], named: Sequence[Named], dtype: str) -> list[Named]:
     """What arrives, all of it kept until everything is there."""
     sender, receiver = group
-    manifest = announce(weights, dtype)
+    weights = Weights.of(named, dtype)
     done: Future[None] = Future()
 
     def send() -> None:
         try:
-            done.set_result(sender.send(weights, manifest))
+            done.set_result(sender.send(weights.tensors(), weights.manifest))
         except BaseException as error:
             done.set_exception(error)
 
     threading.Thread(target=send, daemon=True).start()
-    arrived = list(receiver.receive(manifest))
+    arrived = list(receiver.receive(weights.manifest))
     done.result(20)
     return arrived
 
@@ -133,8 +134,7 @@ def test_who_waits_for_weights_learns_that_a_push_broke_off(
     group: tuple[GlooSender, GlooReceiver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sender, receiver = group
-    weights = list(policy(0).items())
-    manifest = announce(weights, "float32")
+    weights = Weights.of(list(policy(0).items()), "float32")
     broadcast, trainers, buckets_sent = gloo._broadcast, id(sender._group), []
 
     def breaks_off(own: Any, buffer: torch.Tensor) -> Any:
@@ -146,9 +146,10 @@ def test_who_waits_for_weights_learns_that_a_push_broke_off(
 
     monkeypatch.setattr(gloo, "_broadcast", breaks_off)
     with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(list, receiver.receive(manifest))
+        waiting = threads.submit(list, receiver.receive(weights.manifest))
         try:
-            collective._watched(lambda: sender.send(weights, manifest), {}, Alive(), time.monotonic() + 20)  # type: ignore[arg-type]
+            send = partial(sender.send, weights.tensors(), weights.manifest)
+            collective._watched(send, {}, Alive(), time.monotonic() + 20)  # type: ignore[arg-type]
         except LinkError:  # as in a push: while this error is dealt with
             sender.close()
             with pytest.raises(LinkError, match="broke off"):

@@ -10,6 +10,7 @@ import torch
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group
+from lightning_rft.trainer import precision
 from lightning_rft.trainer.loader import BatchPart
 from lightning_rft.trainer.module import RFTModule
 from lightning_rft.trainer.objectives.grpo import GRPO
@@ -188,3 +189,58 @@ def test_float32_parameters_are_stepped_themselves():
     optimizer = MasterWeights(model.parameters(), adamw)
     assert optimizer.inner.param_groups[0]["params"][0] is model[0].weight
     assert optimizer.inner.param_groups[0]["params"][2] is not model[1].weight
+
+
+@pytest.mark.parametrize("optimizer", [adamw, torch.optim.SGD, torch.optim.Adafactor])
+def test_float32_gradients_exist_for_a_slice_at_a_time_and_change_no_step(optimizer, monkeypatch):
+    whole, sliced = half_model(), half_model()
+    for model in (whole, sliced):
+        model[1].float()  # which is stepped itself, in its turn
+    at_once, in_slices = (MasterWeights(model.parameters(), optimizer) for model in (whole, sliced))
+    masters = [master for group in in_slices.inner.param_groups for master in group["params"]]
+    held = []
+    count = lambda *_: held.append([m.grad.numel() for m in masters if m.grad is not None])  # noqa: E731
+    in_slices.inner.register_step_pre_hook(count)
+    for seed in range(3):
+        for model, one, limit in ((whole, at_once, None), (sliced, in_slices, 21)):
+            monkeypatch.setattr(precision, "_SLICE", limit)
+            inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed)).bfloat16()
+            one.zero_grad()
+            model[1](model[0](inputs).float()).square().sum().backward()
+            before = [p.grad for p in model.parameters()]
+            one.step()
+            assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
+    assert held == [[35], [7], [21], [3]] * 3
+    for p, q in zip(whole.parameters(), sliced.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+class Counts(torch.optim.SGD):
+    """Keeps a count of steps for a whole group, as some optimizers of other packages do."""
+
+    def step(self, closure=None):
+        self.param_groups[0]["steps"] = self.param_groups[0].get("steps", 0) + 1
+        super().step(closure)
+
+
+def test_an_optimizer_that_may_look_at_all_parameters_steps_all_at_once(monkeypatch):
+    monkeypatch.setattr(precision, "_SLICE", 1)
+    model = half_model()
+    optimizer = MasterWeights(model.parameters(), Counts)
+    step(model, optimizer, seed=0)
+    assert optimizer.inner.param_groups[0]["steps"] == 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_training_holds_16_bytes_a_parameter(precision, tiny_model_path):
+    """As docs/memory.md says of one GPU: weights, gradients and the optimizer's two states."""
+    module = RFTModule(tiny_model_path, optimizer=adamw)
+    (optimizer,) = train(module, precision, steps=1).optimizers
+    inner = optimizer.inner if precision == "bf16-true" else optimizer
+    held = [tensor for state in inner.state.values() for tensor in state.values() if tensor.numel() > 1]
+    held += [tensor for group in inner.param_groups for tensor in group["params"]]
+    for parameter in module.parameters():
+        held += [parameter, parameter.grad]
+    held += [tensor.grad for tensor in held if tensor.is_leaf and tensor.grad is not None]
+    size = sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
+    assert size == 16 * sum(parameter.numel() for parameter in module.parameters())

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.sync.transports.transport import Explorers, Transport, Weights, announce
+from lightning_rft.sync.transports.transport import Explorers, Transport, Weights
 
 __all__ = ["CheckpointLink", "CheckpointTransport"]
 
@@ -50,7 +50,7 @@ class CheckpointTransport(Transport):
         self.keep = keep
         self.timeout_s = timeout_s
         self._folder: Path | None = None  # of this run, whose id is its name
-        self._written: dict[int, tuple[Path, list[TensorInfo]]] = {}  # by version, the oldest first
+        self._written: dict[int, tuple[Path, Sequence[TensorInfo]]] = {}  # by version, the oldest first
 
     @override
     def prepare(self, weights: Weights, version: int, explorers: Explorers) -> bool:
@@ -59,15 +59,14 @@ class CheckpointTransport(Transport):
         if self._folder is None:
             self._folder = Path(self.dirpath or explorers.folder / "weights").absolute() / uuid.uuid4().hex
         folder = self._folder / f"version-{version:08d}"
-        manifest = announce(weights, explorers.dtype)
         try:
-            _write(folder, weights, manifest, {"run": self._folder.name, "version": str(version)})
+            _write(folder, weights, {"run": self._folder.name, "version": str(version)})
         except OSError as error:
             raise TransportError(
                 f"checkpoint {folder} cannot be written ({error}): free some space, or set "
                 "CheckpointTransport(dirpath=...) to another disk"
             ) from error
-        self._written[version] = folder, manifest
+        self._written[version] = folder, weights.manifest
         # every reader reads the newest: the next one is written only when the push of this one has ended
         for old in list(self._written)[: -self.keep]:
             shutil.rmtree(self._written.pop(old)[0], ignore_errors=True)
@@ -91,7 +90,7 @@ class CheckpointTransport(Transport):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(folder: Path, weights: Weights, manifest: Sequence[TensorInfo], metadata: dict[str, str]) -> None:
+def _write(folder: Path, weights: Weights, metadata: dict[str, str]) -> None:
     """Writes to a temporary folder, syncs and renames it, so that ``folder`` exists completely or not at all."""
     from safetensors.torch import save_file
 
@@ -99,11 +98,8 @@ def _write(folder: Path, weights: Weights, manifest: Sequence[TensorInfo], metad
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        tensors = {
-            info.name: tensor.detach().to("cpu", getattr(torch, info.dtype)).contiguous()
-            for info, (_, tensor) in zip(manifest, weights, strict=True)
-            if info.same_as is None
-        }
+        dtypes = {info.name: getattr(torch, info.dtype) for info in weights.manifest}
+        tensors = {name: tensor.to("cpu", dtypes[name]).contiguous() for name, tensor in weights.tensors()}
         # tensors that share memory but are no aliases are copied: the file format knows no sharing
         seen: set[int] = set()
         for name, tensor in tensors.items():

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
+import torch
 from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError, LinkError, RFTError, TransportError
+from lightning_rft.sync.transports.feed import Feed
 from lightning_rft.sync.transports.gloo import GlooSender
 from lightning_rft.sync.transports.nccl import NCCLSender
-from lightning_rft.sync.transports.transport import Explorers, Sender, Transport, Weights, announce
+from lightning_rft.sync.transports.transport import Explorers, Sender, Transport, Weights
 
 __all__ = ["CollectiveTransport"]
 
@@ -54,19 +56,18 @@ class CollectiveTransport(Transport):
 
     @override
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
-        tensors = [(name, tensor.detach()) for name, tensor in weights]
-        manifest = announce(tensors, explorers.dtype)
         todo = set(explorers.members() if to is None else to)
         left = _ATTEMPTS
         while members := {explorer: size for explorer, size in explorers.members().items() if explorer in todo}:
             deadline = time.monotonic() + self.timeout_s
-            sender = self._sender(members, tensors, explorers)
+            sender = self._sender(members, weights.device, explorers)
             try:
                 if not sender.joined:
                     _watched(partial(sender.join, explorers, members), members, explorers, deadline)
                 for explorer in members:
-                    explorers.load(explorer, manifest, version)
-                _watched(partial(sender.send, tensors, manifest), members, explorers, deadline)
+                    explorers.load(explorer, weights.manifest, version)
+                feed = Feed(weights.tensors())
+                _watched(partial(sender.send, feed, weights.manifest), members, explorers, deadline, feed)
                 explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
                 break
             except LinkError as error:
@@ -88,7 +89,7 @@ class CollectiveTransport(Transport):
             sender.close()
         self._senders.clear()
 
-    def _sender(self, members: dict[int, int], tensors: Weights, explorers: Explorers) -> Sender:
+    def _sender(self, members: dict[int, int], device: torch.device, explorers: Explorers) -> Sender:
         """The group of exactly these explorers; closes other groups that share one with it or have lost one."""
         key = tuple(members.items())
         if key not in self._senders:
@@ -97,23 +98,32 @@ class CollectiveTransport(Transport):
                 theirs = dict(other).keys()
                 if theirs & members.keys() or not theirs <= alive:
                     self._senders.pop(other).close()
-            self._senders[key] = self._make_sender(tensors, explorers)
+            self._senders[key] = self._make_sender(device, explorers)
         return self._senders[key]
 
-    def _make_sender(self, tensors: Weights, explorers: Explorers) -> Sender:
-        on_gpu = all(tensor.is_cuda for _, tensor in tensors)
+    def _make_sender(self, device: torch.device, explorers: Explorers) -> Sender:
+        on_gpu = device.type == "cuda"
         if self.backend == "nccl" and not (on_gpu and explorers.nccl):
             raise ConfigurationError(
                 "CollectiveTransport(backend='nccl') needs the trainer and a vLLM engine on GPUs, and a strategy that "
                 "waits for pushes (asynchronous ones push from a snapshot in the CPU's memory): use backend='auto'"
             )
         if self.backend == "nccl" or (self.backend == "auto" and on_gpu and explorers.nccl):
-            return NCCLSender(tensors[0][1].device)
+            return NCCLSender(device)
         return GlooSender(self.timeout_s, self.bucket_mib << 20)
 
 
-def _watched(function: Callable[[], None], members: Mapping[int, int], explorers: Explorers, deadline: float) -> None:
-    """Runs a blocking collective on a thread; raises :class:`LinkError` if a member dies or the deadline passes."""
+def _watched(
+    function: Callable[[], None],
+    members: Mapping[int, int],
+    explorers: Explorers,
+    deadline: float,
+    feed: Feed | None = None,
+) -> None:
+    """Runs a blocking collective on a thread, which ``feed`` is for; fills that meanwhile.
+
+    Raises :class:`LinkError` if a member dies or the deadline passes.
+    """
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -127,13 +137,18 @@ def _watched(function: Callable[[], None], members: Mapping[int, int], explorers
 
     thread = threading.Thread(target=run, name="weight-push", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(_WATCH_S)
-        explorers.raise_failures()
-        if gone := members.keys() - explorers.members().keys():
-            raise LinkError(f"explorers {sorted(gone)} are gone")
-        if time.monotonic() > deadline:
-            raise LinkError(f"a weight push passed its deadline: raise {_SETTING}")
+    try:
+        while thread.is_alive():
+            if feed is None or not feed.fill(_WATCH_S):
+                thread.join(_WATCH_S)
+            explorers.raise_failures()
+            if gone := members.keys() - explorers.members().keys():
+                raise LinkError(f"explorers {sorted(gone)} are gone")
+            if time.monotonic() > deadline:
+                raise LinkError(f"a weight push passed its deadline: raise {_SETTING}")
+    finally:
+        if feed is not None:
+            feed.end()
     for error in errors:
         if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RFTError):
             raise LinkError(f"a weight push broke off: {error}") from error

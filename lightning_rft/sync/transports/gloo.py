@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_rft.errors import LinkError, TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.sync.transports.memory import ReusedMemory
-from lightning_rft.sync.transports.transport import Explorers, Sender, Weights, buckets, nbytes
+from lightning_rft.sync.transports.transport import Explorers, Named, Sender, buckets, nbytes, under_all_names
 
 __all__ = ["GlooLink", "GlooReceiver", "GlooSender"]
 
@@ -79,18 +79,21 @@ class GlooSender(Sender):
         return [] if store is None else [who for key, who in self._invited.items() if not store.check([key])]
 
     @override
-    def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
+    def send(self, tensors: Iterable[Named], manifest: Sequence[TensorInfo]) -> None:
         # buckets of bytes, since Gloo cannot broadcast bfloat16
         group = self._group
         assert group is not None, "send before join"
-        by_name = dict(tensors)
+        coming = iter(tensors)
         before: Any = None
         for bucket in buckets(manifest, self._bucket_bytes):
             if self._closed:
                 return
             buffer = self._memory.take(sum(map(nbytes, bucket)))
             for info, view in _views(bucket, buffer):
-                view.copy_(by_name[info.name])
+                name, tensor = next(coming, ("nothing", view))
+                if name != info.name:
+                    raise TransportError(f"{info.name} was announced, but {name} was to be sent")
+                view.copy_(tensor)
             if before is not None:
                 before.wait()  # it travelled while this one was packed
             before = _broadcast(group, buffer)
@@ -140,14 +143,7 @@ class GlooReceiver:
         group = self._group
         if group is None:
             raise TransportError("weights were announced on a link that was closed")
-        arriving = self._arriving(group, manifest)
-        wanted = {info.same_as for info in manifest}
-        kept: dict[str, torch.Tensor] = {}
-        for info in manifest:
-            tensor = next(arriving) if info.same_as is None else kept[info.same_as]
-            if info.name in wanted:
-                kept[info.name] = tensor
-            yield info.name, tensor
+        yield from under_all_names(manifest, self._arriving(group, manifest))
 
     def _arriving(self, group: ProcessGroupGloo, manifest: Sequence[TensorInfo]) -> Iterator[torch.Tensor]:
         """Yields all tensors but aliases, in order."""

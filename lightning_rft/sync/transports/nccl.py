@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_rft.errors import TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.sync.transports.transport import Explorers, Sender, Weights
+from lightning_rft.sync.transports.transport import Explorers, Named, Sender, under_all_names
 
 __all__ = ["NCCLLink", "NCCLSender"]
 
@@ -60,16 +60,22 @@ class NCCLSender(Sender):
         self._group = uid_init_process_group(unique_id, 0, world, self._device)
 
     @override
-    def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
+    def send(self, tensors: Iterable[Named], manifest: Sequence[TensorInfo]) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-        cast = (
-            (name, tensor.to(getattr(torch, info.dtype)))
-            for (name, tensor), info in zip(tensors, manifest, strict=True)
-        )
         with torch.cuda.device(self._device):  # a thread of its own begins with the first device
-            torch.cuda.synchronize()  # vLLM packs on other streams than the one that made the weights
+            cast = self._cast(tensors, manifest)
             packed_nccl_broadcast_producer(cast, self._group, src=0, post_iter_func=lambda item: item[1])
+
+    def _cast(self, tensors: Iterable[Named], manifest: Sequence[TensorInfo]) -> Iterator[Named]:
+        """Yields aliases too, since vLLM's receiver knows none; on the stream that vLLM packs on."""
+        made = torch.cuda.default_stream(self._device)
+        named = under_all_names(manifest, (tensor for _, tensor in tensors))
+        for info, (name, tensor) in zip(manifest, named, strict=True):
+            packs = torch.cuda.current_stream(self._device)
+            packs.wait_stream(made)
+            tensor.record_stream(packs)  # its memory is not for the next one before it has been read
+            yield name, tensor.to(getattr(torch, info.dtype))
 
     @override
     def close(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,9 @@ import torch
 
 from lightning_rft.experience import TensorInfo
 
-__all__ = ["Explorers", "Sender", "Transport", "Weights", "announce", "buckets", "nbytes"]
+__all__ = ["Explorers", "Named", "Sender", "Transport", "Weights", "announce", "buckets", "nbytes", "under_all_names"]
+
+Named = tuple[str, torch.Tensor]
 
 
 class Explorers(Protocol):
@@ -53,7 +56,39 @@ class Explorers(Protocol):
         """Waits until none of ``explorers`` is loading; ends those that are stuck."""
 
 
-Weights = Sequence[tuple[str, torch.Tensor]]
+@dataclass(frozen=True)
+class Weights:
+    """One version of the weights, of which no more need exist at a time than what is being sent.
+
+    ``tensors`` begins to yield every announced tensor but aliases, in order; asked again, it begins anew. To make them
+    may take all of the trainer's ranks: they are asked for on the thread that pushes, and cast by the one who sends.
+    """
+
+    manifest: Sequence[TensorInfo]
+    device: torch.device  #: Where they are made.
+    tensors: Callable[[], Iterator[Named]]
+
+    @classmethod
+    def of(cls, named: Sequence[Named], dtype: str) -> Weights:
+        """Weights that all exist, to be sent in ``dtype``."""
+        manifest = announce(named, dtype)
+        names = {info.name for info in manifest if info.same_as is None}
+        device = named[0][1].device if named else torch.device("cpu")
+        return cls(manifest, device, lambda: ((name, tensor.detach()) for name, tensor in named if name in names))
+
+    def snapshot(self) -> Weights:
+        """Copies them to the CPU's memory, in the dtypes that are announced.
+
+        Example:
+            >>> tied = torch.ones(2)
+            >>> copies = Weights.of([("embedding", tied), ("head", tied)], "bfloat16").snapshot()
+            >>> tied += 1
+            >>> list(copies.tensors())
+            [('embedding', tensor([1., 1.], dtype=torch.bfloat16))]
+        """
+        dtypes = {info.name: getattr(torch, info.dtype) for info in self.manifest}
+        copies = [(name, tensor.to("cpu", dtypes[name], copy=True)) for name, tensor in self.tensors()]
+        return Weights(self.manifest, torch.device("cpu"), lambda: iter(copies))
 
 
 class Transport(ABC):
@@ -78,10 +113,9 @@ class Transport(ABC):
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
         """Brings ``version`` to explorers (``to``, or all) and returns when each computes with it.
 
-        ``weights`` are the name and tensor of every entry of the policy's ``state_dict``, aliases included, since an
-        engine may keep its own copy of a tied weight. Explorers that die meanwhile are left out; those that take longer
-        than ``timeout_s`` are ended. Raises :class:`TransportError` if the weights cannot be sent, or an engine did not
-        take every tensor.
+        ``weights`` announce every entry of the policy's ``state_dict``, aliases included, since an engine may keep its
+        own copy of a tied weight. Explorers that die meanwhile are left out; those that take longer than ``timeout_s``
+        are ended. Raises :class:`TransportError` if the weights cannot be sent, or an engine did not take every tensor.
         """
 
     def close(self) -> None:
@@ -118,7 +152,7 @@ def buckets(manifest: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]
     return cut
 
 
-def announce(weights: Weights, dtype: str) -> list[TensorInfo]:
+def announce(weights: Iterable[Named], dtype: str) -> list[TensorInfo]:
     """The manifest of what will arrive: floating-point tensors in the engines' dtype, others in their own.
 
     Example:
@@ -142,6 +176,17 @@ def announce(weights: Weights, dtype: str) -> list[TensorInfo]:
     return manifest
 
 
+def under_all_names(manifest: Sequence[TensorInfo], tensors: Iterator[torch.Tensor]) -> Iterator[Named]:
+    """Yields every announced tensor by name, aliases too, of which the other name's is kept until then."""
+    wanted = {info.same_as for info in manifest}
+    kept: dict[str, torch.Tensor] = {}
+    for info in manifest:
+        tensor = next(tensors) if info.same_as is None else kept[info.same_as]
+        if info.name in wanted:
+            kept[info.name] = tensor
+        yield info.name, tensor
+
+
 class Sender:
     """The trainer's end of a group."""
 
@@ -157,8 +202,8 @@ class Sender:
         """Explorers that were invited and have not come."""
         return []
 
-    def send(self, tensors: Weights, manifest: Sequence[TensorInfo]) -> None:
-        """Sends the announced tensors."""
+    def send(self, tensors: Iterable[Named], manifest: Sequence[TensorInfo]) -> None:
+        """Sends the announced tensors; ``tensors`` are all but aliases, in order."""
 
     def close(self) -> None:
         """Leaves the group."""
