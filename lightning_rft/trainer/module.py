@@ -222,8 +222,7 @@ class RFTModule(L.LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         norm = float(grad_norm(self.parameters()))
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if self._guard.refuses(norm, scaler):
+        if self._guard.refuses(norm, getattr(self.trainer.precision_plugin, "scaler", None)):
             for parameter in self.parameters():
                 parameter.grad = None  # which every optimizer passes over, its state included
         self.log_dict({"rft/grad_norm": norm, "rft/skipped_steps": float(self._guard.skipped)}, batch_size=1)
@@ -259,10 +258,9 @@ class RFTModule(L.LightningModule):
             optimizer.zero_grad()
         rank, ranks = self.global_rank, self.trainer.world_size
         self.metrics.update_groups(batch.groups[rank::ranks], batch.batch)
-        turns = sampled_turns(batch.groups)
         if self._fast_path is None:
-            implementation = self._policy.config._attn_implementation
-            self._fast_path = probe(self._policy, by_group(turns), attn_implementation=implementation)
+            turns = by_group(sampled_turns(batch.groups))
+            self._fast_path = probe(self._policy, turns, self._policy.config._attn_implementation)
         self._objective = self.objective.on_policy(batch.on_policy)
         self._shares = planned(
             batch,

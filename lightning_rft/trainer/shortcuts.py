@@ -58,7 +58,7 @@ class FastPath:
         return {"mask_dtype": self.mask_dtype, "balance": self.balance, "multiple": self.multiple}
 
 
-def probe(model: Any, turns: Sequence[Sequence[Turn]], *, attn_implementation: str) -> FastPath:
+def probe(model: Any, turns: Sequence[Sequence[Turn]], attn_implementation: str) -> FastPath:
     """Tries the shortcuts on made-up rows, without a gradient, and reports on rank zero those that fail.
 
     All ranks must call it together, since a sharded model's forward is a collective; the number of forwards follows

@@ -47,8 +47,8 @@ class StepGuard:
         self._in_a_row += 1
         if self._in_a_row == _IN_A_ROW:
             raise NonFiniteError(
-                f"{_IN_A_ROW} batches in a row, up to batch {self._batch}, were not trained on, because {found} was not "
-                "finite: look at rft/reward and rft/kl of the batches before, lower the learning rate, set "
+                f"{_IN_A_ROW} batches in a row, up to batch {self._batch}, were not trained on, because {found} was "
+                "not finite: look at rft/reward and rft/kl of the batches before, lower the learning rate, set "
                 "Trainer(gradient_clip_val=1.0), or use more precision"
             )
         return True

@@ -78,10 +78,10 @@ def weighted_turns(
         of_turns = torch.tensor(returns, dtype=torch.float64), torch.tensor([turn.group for turn in turns])
         advantages = objective.advantage(*of_turns).tolist()
     lengths = torch.tensor([experience.num_tokens for _, experience in samples])
-    weights = token_weights(lengths, group_of, objective.normalisation, max_new_tokens)
     if objective.mask_truncated:
         cut_off = [bool(sample.turns) and sample.turns[-1].finish_reason == "length" for _, sample in samples]
-        weights = weights.masked_fill(torch.tensor(cut_off), 0.0)
+        lengths = lengths.masked_fill(torch.tensor(cut_off), 0)
+    weights = token_weights(lengths, group_of, objective.normalisation, max_new_tokens).masked_fill(lengths == 0, 0.0)
     has_signal = {
         turn.sample
         for turn, advantage in zip(turns, advantages, strict=True)

@@ -195,9 +195,9 @@ def test_a_penalty_in_the_reward_is_that_of_the_sample() -> None:
         assert turn.advantage == pytest.approx(rewarded[turn.sample] - 0.5 * 0.25 * turn.sample_tokens, abs=1e-4)
 
 
-def test_truncated_samples_have_no_weight_and_yet_count() -> None:
+def test_truncated_samples_have_no_weight_and_yet_an_advantage() -> None:
     cut, whole = (Turn((1,), (2, 3), (-1.0,) * 2, (0, 0), reason) for reason in ("length", "stop"))
     group = Group(GroupKey(0, 0), "0", (Experience("0", 0, (cut,), 1.0), Experience("0", 1, (whole,), 0.0)))
     (turn,) = weighted_turns([group], rft.DAPO(), max_new_tokens=4)
-    assert turn.sample == 1 and turn.weight == 1 / 4
+    assert turn.sample == 1 and turn.weight == 1 / 2  # of two tokens that are left
     assert turn.advantage < 0

@@ -37,7 +37,7 @@ class Correction(ABC):
 
 @dataclass(frozen=True)
 class Truncated(Correction):
-    """Truncated importance weights, ``min(r, high)``.
+    """Truncated importance weights, ``clip(r, low, high)``.
 
     `Espeholt et al. 2018 <https://arxiv.org/abs/1802.01561>`_, `Yao et al. 2025
     <https://fengyao.notion.site/off-policy-rl>`_: exact where ratios are small, biased and bounded where they are not.
@@ -45,21 +45,23 @@ class Truncated(Correction):
     Args:
         high: Largest weight, above 0.
         level: What a ratio is taken of.
+        low: Least weight, from 0 to ``high``.
 
     Raises:
-        ConfigurationError: The largest weight is not above 0.
+        ConfigurationError: A weight is out of its range.
     """
 
     high: float = 2.0
     level: Level = "token"
+    low: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.high > 0:
-            raise ConfigurationError(f"Truncated(high={self.high}) must be above 0")
+        if not self.high > 0 or not 0 <= self.low <= self.high:
+            raise ConfigurationError(f"Truncated(high={self.high}, low={self.low}) must be high > 0, 0 <= low <= high")
 
     @override
     def weights(self, ratio: Tensor) -> Tensor:
-        return ratio.clamp(max=self.high)
+        return ratio.clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
