@@ -1,7 +1,7 @@
 """All sync strategies with both transports on the demo's task: what they learn, and who waits for whom.
 
     python -m benchmarks.strategies                        # four strategies, two transports, three seeds: an hour
-    python -m benchmarks.strategies --seeds 1 2            # in parts: seeds that are there already stay
+    python -m benchmarks.strategies --seeds 1 2            # in parts: other runs that are there already stay
     python -m benchmarks.strategies --only c --steps 6     # a look
 
 Writes ``benchmarks/results/strategies.json``, and every run's timeline into its own log folder.
@@ -61,14 +61,26 @@ class Steps(Callback):
         self.times.append(time.perf_counter())
 
 
-def run(
-    name: str, transport: str, seed: int, steps: int, data: rft.RFTDataModule, model: Path, out: Path
-) -> dict[str, Any]:
-    """One training run under one strategy."""
-    L.seed_everything(seed, verbose=False)
-    strategy = STRATEGIES[name][2](TRANSPORTS[transport]())
-    module = rft.RFTModule(model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True))
-    logger, times = CSVLogger(out, name=f"{name}-{transport}-{seed}"), Steps(strategy.max_staleness)
+def demo_task(seed: int, explorers: int = 1) -> rft.RFTDataModule:
+    """The demo's task, 4 tasks with 8 samples each a step, and explorers for it."""
+    train, _ = sums(seed)
+    return rft.RFTDataModule(
+        tasks=train,
+        reward=last_number,
+        explorers=explorers,
+        tasks_per_step=4,
+        samples_per_task=8,
+        max_new_tokens=12,
+        sampling=rft.Sampling(seed=seed),
+        engine=rft.VLLMEngine(),
+    )
+
+
+def fit(
+    module: rft.RFTModule, data: rft.RFTDataModule, strategy: rft.SyncStrategy, steps: int, out: Path, name: str
+) -> tuple[Path, float]:
+    """Trains and returns the log folder, and the seconds from the end of the first step to that of the last."""
+    logger, times = CSVLogger(out, name=name), Steps(strategy.max_staleness)
     trainer = L.Trainer(
         max_steps=steps,
         accelerator="auto",
@@ -85,9 +97,26 @@ def run(
         default_root_dir=out,
     )
     trainer.fit(module, data)
-    metrics = Path(logger.log_dir) / "metrics.csv"
+    return Path(logger.log_dir), times.times[-1] - times.times[0]
+
+
+def policy(model: Path, objective: rft.Objective | None = None) -> rft.RFTModule:
+    """The demo's model, trained as the demo trains it."""
+    return rft.RFTModule(
+        model, objective, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True)
+    )
+
+
+def run(
+    name: str, transport: str, seed: int, steps: int, data: rft.RFTDataModule, model: Path, out: Path
+) -> dict[str, Any]:
+    """One training run under one strategy."""
+    L.seed_everything(seed, verbose=False)
+    strategy = STRATEGIES[name][2](TRANSPORTS[transport]())
+    logs, seconds = fit(policy(model), data, strategy, steps, out, f"{name}-{transport}-{seed}")
+    metrics = logs / "metrics.csv"
     part = max(1, min(4, steps // 3))
-    reward, seconds = column(metrics, "rft/reward"), times.times[-1] - times.times[0]
+    reward = column(metrics, "rft/reward")
 
     def share(*names: str) -> float:
         # without the first step, which has the start of everything in it
@@ -101,7 +130,7 @@ def run(
         "reward_first": statistics.fmean(reward[:part]),
         "reward_last": statistics.fmean(reward[-part:]),
         "reward": reward,
-        "seconds_per_step": seconds / (len(times.times) - 1),
+        "seconds_per_step": seconds / (steps - 1),
         "trainer_idle": share("wait_experience", "wait_push"),
         "explorer_idle": share("explorer_wait_weights", "explorer_wait_room"),
         "explorer_load": share("explorer_load"),
@@ -109,8 +138,13 @@ def run(
         "staleness_max": max(column(metrics, "rft/staleness_max")),
         "staleness_mean": statistics.fmean(column(metrics, "rft/staleness_mean")),
         "kl_max": max(column(metrics, "rft/kl")),
-        "timeline": str(Path(logger.log_dir) / "timeline.png"),
+        "timeline": str(logs / "timeline.png"),
     }
+
+
+def same_run(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether one measures again what the other measured."""
+    return all(row[name] == other[name] for name in ("strategy", "transport", "seed", "steps"))
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -153,33 +187,21 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     model = smollm2(Path("runs/models/SmolLM2-135M-Instruct"))
     path = RESULTS / "strategies.json"
-    kept = json.loads(path.read_text()) if path.exists() else []
-    results: list[dict[str, Any]] = [
-        row for row in kept if row["steps"] == arguments.steps and row["seed"] not in arguments.seeds
-    ]
+    results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     for seed in arguments.seeds:
-        train, _ = sums(seed)
         for explorers in (1, 2):
             chosen = [name for name in STRATEGIES if name in arguments.only and STRATEGIES[name][1] == explorers]
             if not chosen:
                 continue
-            with rft.RFTDataModule(
-                tasks=train,
-                reward=last_number,
-                explorers=explorers,
-                tasks_per_step=4,
-                samples_per_task=8,
-                max_new_tokens=12,
-                sampling=rft.Sampling(seed=seed),
-                engine=rft.VLLMEngine(),
-            ) as data:
+            with demo_task(seed, explorers) as data:
                 for name in chosen:
                     for transport in arguments.transports:
-                        results.append(run(name, transport, seed, arguments.steps, data, model, arguments.out))
+                        row = run(name, transport, seed, arguments.steps, data, model, arguments.out)
+                        results = [kept for kept in results if not same_run(kept, row)] + [row]
                         RESULTS.mkdir(exist_ok=True)
                         path.write_text(json.dumps(results, indent=1) + "\n")
                         print(table(results[-1:]).splitlines()[-1], flush=True)
-    print("\n" + table(results))
+    print("\n" + table([row for row in results if row["steps"] == arguments.steps]))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,14 @@ def test_terms_by_hand() -> None:
     assert loss.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("correction", [None, Truncated(9.0)])
+def test_a_corrected_penalty_is_times_the_ratio_with_a_correction_too(correction: Truncated | None) -> None:
+    logprobs, sampling = torch.log(torch.tensor([0.2, 0.4])), torch.log(torch.tensor([0.4, 0.1]))
+    tokens = tokens_of(logprobs, sampling, torch.zeros(2), reference_logprobs=logprobs - 1)
+    loss, _ = rft.GRPO(correction=correction, kl=rft.KL(0.1, "k1", corrected=True)).token_loss(tokens)
+    torch.testing.assert_close(loss, 0.1 * torch.tensor([0.5, 4.0]))
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_promises_hold(preset: type[Objective]) -> None:
     objective = preset()

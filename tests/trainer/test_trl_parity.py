@@ -52,6 +52,7 @@ DIFFERENT = {
     "rloo, truncated masked",
     "entropy bonus, grpo",
     "one sample unscored",
+    "grpo, token_mask, kl",
 }
 # What only TRL has.
 NOT_HERE = {
@@ -222,6 +223,14 @@ def test_what_differs_within_a_sample_keeps_to_its_token_under_a_ratio_of_the_sa
     ours, expected = Step(name).run(), theirs(name)
     assert_different(ours, expected)
     assert_same(*({**step, "gradient": step["gradient"].sum(1)} for step in (ours, expected)))
+
+
+def test_a_penalty_times_ratio_is_corrected_for_the_engine_too():
+    ours, expected, without = Step("grpo, token_mask, kl"), theirs("grpo, token_mask, kl"), theirs("grpo, token_mask")
+    log_weight = ours.given["old"] - ours.given["sampling"]
+    weight = log_weight.exp().masked_fill(log_weight.exp() > 3.0, 0.0)
+    of_ours, of_theirs = (step["gradient"] - without["gradient"] for step in (ours.run(), expected))
+    torch.testing.assert_close(of_ours, weight * of_theirs, rtol=1e-4, atol=1e-7)
 
 
 def test_the_entropy_bonus_is_normalised_as_the_loss_is():

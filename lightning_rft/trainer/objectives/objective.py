@@ -118,7 +118,7 @@ class Objective(ABC):  # noqa: B024 (of a plain dataclass, a config could not na
             statistics["reference_kl"] = divergence.detach()
             if self.kl.where == "loss":
                 if self.kl.corrected:
-                    divergence = divergence * log_ratios.exp()
+                    divergence = divergence * log_ratios.exp() * statistics.get("correction", 1.0)
                 loss = loss + self.kl.coefficient * divergence
         if self.entropy and tokens.entropy is not None:
             loss = loss - self.entropy * tokens.entropy

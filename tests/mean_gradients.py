@@ -1,0 +1,108 @@
+"""What the package makes of many random batches, on a policy whose answers are all enumerated: the mean gradient.
+
+Advantages and weights come from ``weighted_turns``, losses from ``token_loss``. Gradients are those of what is to rise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_rft.experience import Experience, Group, GroupKey, Turn
+from lightning_rft.trainer.objectives.objective import Objective
+from lightning_rft.trainer.objectives.tokens import TokenBatch
+from lightning_rft.trainer.weighted import weighted_turns
+from tests.every_answer import ANSWERS, CUT_OFF, LENGTHS, LONGEST, POLICY, REFERENCE, REWARDS, SAMPLED, TablePolicy
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The mean of the gradients of many batches, and its standard error [logits]."""
+
+    mean: Tensor
+    error: Tensor
+
+    def standard_errors_from(self, exact: Tensor) -> float:
+        return float((self.mean - exact).norm() / self.error.norm())
+
+    def assert_near(self, exact: Tensor) -> None:
+        assert self.error.norm() < exact.norm() / 20  # a tenth of it would be noticed
+        assert self.standard_errors_from(exact) < 3
+
+    def points_elsewhere_than(self, truth: Tensor) -> bool:
+        """Whether it is no multiple of the true gradient."""
+        return self.standard_errors_from(truth * (self.mean @ truth) / (truth @ truth)) > 3
+
+
+def sampled(
+    objective: Objective,
+    by: TablePolicy = POLICY,
+    groups: int = 1,
+    samples: int = 2,
+    batches: int = 20_000,
+    proximal: TablePolicy | None = None,
+) -> Sampled:
+    """Trains the policy on batches of ``groups`` times ``samples`` answers that ``by`` sampled."""
+    generator = torch.Generator().manual_seed(0)
+    size = groups * samples
+    answers = by.chances.multinomial(batches * size, replacement=True, generator=generator)
+    answers = answers.view(batches, groups, samples).sort(-1).values.flatten(1)  # more batches are alike
+    advantages, weights = advantages_and_weights(objective, answers, by, samples)
+    here = SAMPLED[answers]
+
+    def of_tokens(values: Tensor) -> Tensor:
+        return values[..., None].expand_as(here)[here]
+
+    def logprobs_under(policy: TablePolicy) -> Tensor:
+        return policy.logprobs[answers][here].float()
+
+    logprobs = logprobs_under(POLICY).requires_grad_()
+    tokens = TokenBatch(
+        logprobs=logprobs,
+        sampling_logprobs=logprobs_under(by),
+        advantages=of_tokens(advantages).float(),
+        sample=of_tokens(torch.arange(batches * size).view_as(answers)),
+        lengths=LENGTHS[answers].flatten(),
+        proximal_logprobs=None if proximal is None else logprobs_under(proximal),
+        reference_logprobs=logprobs_under(REFERENCE) if objective.needs_reference else None,
+    )
+    loss, _ = objective.token_loss(tokens)
+    (of_logprobs,) = torch.autograd.grad((of_tokens(weights) * loss).sum(), logprobs)
+    pulls = torch.zeros(here.shape, dtype=torch.float64).masked_scatter(here, -of_logprobs.double())
+    # each batch's gradient of the logits, answer by answer: all places of all batches at once would be large
+    gradients = sum(torch.einsum("bt,btl->bl", pulls[:, i], POLICY.scores[answers[:, i]]) for i in range(size))
+    assert isinstance(gradients, Tensor)
+    return Sampled(gradients.mean(0), gradients.std(0) / batches**0.5)
+
+
+def advantages_and_weights(
+    objective: Objective, answers: Tensor, by: TablePolicy, samples: int
+) -> tuple[Tensor, Tensor]:
+    """Those of each answer of each batch; batches that are alike are made once."""
+    experiences = [
+        Experience("task", 0, (turn_of(index, by),), reward=float(REWARDS[index])) for index in range(len(ANSWERS))
+    ]
+    references = [
+        REFERENCE.logprobs[index, : LENGTHS[index]].numpy().astype("float32") for index in range(len(ANSWERS))
+    ]
+    places = len(ANSWERS) ** torch.arange(answers.shape[1])
+    codes, which = torch.unique((answers * places).sum(-1), return_inverse=True)
+    unlike = codes[:, None] // places % len(ANSWERS)
+    made = torch.zeros(*unlike.shape, 2, dtype=torch.float64)
+    for row, batch in zip(made, unlike.tolist(), strict=True):
+        groups = [
+            Group(GroupKey(0, slot), "task", tuple(experiences[answer] for answer in batch[slot : slot + samples]))
+            for slot in range(0, len(batch), samples)
+        ]
+        reference = [references[answer] for answer in batch] if objective.needs_reference else None
+        for turn in weighted_turns(groups, objective, max_new_tokens=LONGEST, reference=reference):
+            row[turn.sample] = torch.tensor([turn.advantage, turn.weight])
+    return made[which][..., 0], made[which][..., 1]
+
+
+def turn_of(index: int, by: TablePolicy) -> Turn:
+    tokens = ANSWERS[index]
+    reason = "length" if CUT_OFF[index] else "stop"
+    return Turn((7,), tokens, by.logprobs[index, : len(tokens)].tolist(), [0] * len(tokens), reason)
