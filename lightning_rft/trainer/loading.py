@@ -12,16 +12,21 @@ from lightning_rft.model_folder import right_attention
 from lightning_rft.trainer.sharding import shard
 
 if TYPE_CHECKING:
+    import lightning as L
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 __all__ = ["load_policy", "load_sharded"]
 
 
-def load_policy(model: str, attn_implementation: str | None) -> PreTrainedModel:
-    """Loads a model in float32, without dropout, into the CPU's memory."""
+def load_policy(model: str, attn_implementation: str | None, sharding: L.Trainer | None = None) -> PreTrainedModel:
+    """Loads a model in float32, without dropout, into the CPU's memory, or sharded for a trainer's ranks."""
     from transformers import AutoModelForCausalLM
 
+    if sharding is not None:
+        strategy: Any = sharding.strategy
+        half = torch.bfloat16 if sharding.precision == "bf16-mixed" else None
+        return load_sharded(model, attn_implementation, strategy.device_mesh, strategy.root_device, half)
     config, settings = _settings(model, attn_implementation)
     policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, config=config, **settings)
     return policy

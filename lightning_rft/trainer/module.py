@@ -26,13 +26,13 @@ from lightning_rft.sync.transports.transport import under_all_names
 from lightning_rft.trainer.buffers import uncast_buffers
 from lightning_rft.trainer.gathering import Gathering
 from lightning_rft.trainer.loader import BatchPart
-from lightning_rft.trainer.loading import load_policy, load_sharded
+from lightning_rft.trainer.loading import load_policy
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.micro_batches import Cut, by_group
 from lightning_rft.trainer.objectives.grpo import GRPO
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.plan import planned
-from lightning_rft.trainer.precision import MasterWeights, grad_norm, leave_unscaling_to_the_plugin, zero_gradient
+from lightning_rft.trainer.precision import grad_norm, leave_unscaling_to_the_plugin, optimizer_for, zero_gradient
 from lightning_rft.trainer.saving import write_model
 from lightning_rft.trainer.scoring import Announcement, encoded_text, score
 from lightning_rft.trainer.shortcuts import FastPath, probe
@@ -134,12 +134,7 @@ class RFTModule(L.LightningModule):
             self.policy = self._load(self.model)
 
     def _load(self, model: str) -> PreTrainedModel:
-        if self.device_mesh is None:
-            policy = load_policy(model, self.attn_implementation)
-        else:
-            device = self.trainer.strategy.root_device
-            half = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-            policy = load_sharded(model, self.attn_implementation, self.device_mesh, device, half)
+        policy = load_policy(model, self.attn_implementation, None if self.device_mesh is None else self.trainer)
         policy.train()
         if self.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -162,13 +157,7 @@ class RFTModule(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        half = any(parameter.dtype != torch.float32 for parameter in self.parameters())
-        if half and self.device_mesh is not None:
-            raise ConfigurationError(
-                "ModelParallelStrategy with weights in half precision would lose small updates: set "
-                "Trainer(precision='bf16-mixed') in place of 'bf16-true'"
-            )
-        optimizer = MasterWeights(self.parameters(), self.optimizer) if half else self.optimizer(self.parameters())
+        optimizer = optimizer_for(self.parameters(), self.optimizer, sharded=self.device_mesh is not None)
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}

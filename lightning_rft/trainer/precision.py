@@ -10,10 +10,31 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["MasterWeights", "grad_norm", "leave_unscaling_to_the_plugin", "zero_gradient"]
+from lightning_rft.errors import ConfigurationError
+
+__all__ = ["MasterWeights", "grad_norm", "leave_unscaling_to_the_plugin", "optimizer_for", "zero_gradient"]
 
 _SLICE = 1 << 26  # elements; their gradients take 256 MiB in float32
 _Pair = tuple[Tensor, Tensor]  # a parameter and its master, which is itself if it is in float32
+
+
+def optimizer_for(
+    parameters: Iterable[Tensor], optimizer: OptimizerCallable, *, sharded: bool
+) -> torch.optim.Optimizer:
+    """Makes an optimizer that loses no small step: of the parameters, or of masters where those are in half precision.
+
+    Raises:
+        ConfigurationError: They are in half precision, and sharded.
+    """
+    parameters = list(parameters)
+    if all(parameter.dtype == torch.float32 for parameter in parameters):
+        return optimizer(parameters)
+    if sharded:
+        raise ConfigurationError(
+            "ModelParallelStrategy with weights in half precision would lose small updates: set "
+            "Trainer(precision='bf16-mixed') in place of 'bf16-true'"
+        )
+    return MasterWeights(parameters, optimizer)
 
 
 def leave_unscaling_to_the_plugin(optimizer: torch.optim.Optimizer) -> None:
