@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.packing import group
+from lightning_rft.trainer.linear_logprobs import LogitTransform
 from lightning_rft.trainer.logprobs import kept_logits, replaced_head, token_logprobs
 from lightning_rft.trainer.packing import Packed, pack
 
@@ -58,7 +59,7 @@ def naive(model: Any, packed: Packed) -> Tensor:
 
 def chunked(model: Any, packed: Packed) -> Tensor:
     """As in the trainer."""
-    return token_logprobs(model, packed, chunked_head=True)[0].sum()
+    return token_logprobs(model, packed, chunked_head=LogitTransform())[0].sum()
 
 
 def main() -> None:

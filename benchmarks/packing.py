@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lightning_rft.experience import Turn
 from lightning_rft.hardware import fast_precision
+from lightning_rft.trainer.linear_logprobs import LogitTransform
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.packing import Packed, pack
 from lightning_rft.trainer.shortcuts import probe
@@ -48,7 +49,7 @@ def group(prompt: int, completion: int, samples: int, seed: int = 0) -> list[Tur
 
 def chunked(model: Any, packed: Packed) -> Tensor:
     """As in the trainer."""
-    return token_logprobs(model, packed, chunked_head=True)[0]
+    return token_logprobs(model, packed, chunked_head=LogitTransform())[0]
 
 
 def plain(model: Any, packed: Packed) -> Tensor:

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear_logprobs"]
+__all__ = ["LogitTransform", "chunk_tokens", "linear_logprobs"]
 
-_CHUNK = 256  # tokens; 256 x 150k vocabulary x 4 bytes is 150 MB, and two such tensors live at a time
+# Of the fp32 logits that are made at a time; two to three such tensors live at once. On CPUs, 128 MiB is where the
+# multiplications of a vocabulary of 49k are about as fast as they get, in fp32 and in bf16.
+_CHUNK_BYTES = {"cpu": 2**27}
+_GPU_CHUNK_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """Logits z from an output head's x: ``scale * x`` or, with a cap c, ``c * tanh(scale * x / c)``."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Transforms logits in place."""
+        if self.scale != 1:
+            logits *= self.scale
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits are made at a time."""
+    return max(1, _CHUNK_BYTES.get(device.type, _GPU_CHUNK_BYTES) // (4 * vocabulary))
 
 
 def linear_logprobs(
@@ -20,9 +43,10 @@ def linear_logprobs(
     target: Tensor,
     *,
     temperature: Tensor | None = None,
+    transform: LogitTransform = LogitTransform(),
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under ``softmax((hidden @ weight.T + bias) / temperature)``, and its entropy.
+    """Log-probability of each target under ``softmax(transform(hidden @ weight.T + bias) / temperature)``; entropy.
 
     ``hidden`` is [N, H], ``weight`` [V, H], ``bias`` [V], ``target`` [N] in int64, ``temperature`` [N], or ``None`` for
     1. Both results are [N] in nats and float32, and differentiable once, the entropies only with ``entropy_gradient``.
@@ -34,7 +58,9 @@ def linear_logprobs(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, bias, target, temperature, dtype, entropy_gradient)
+    logprobs, entropy = _LinearLogprobs.apply(
+        hidden, weight, bias, target, temperature, transform, dtype, entropy_gradient
+    )
     return logprobs, entropy
 
 
@@ -47,6 +73,7 @@ class _LinearLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         temperature: Tensor | None,
+        transform: LogitTransform,
         dtype: torch.dtype,
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -54,8 +81,8 @@ class _LinearLogprobs(torch.autograd.Function):
         probabilities = None
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(dtype)
-            for part in _parts(len(hidden)):
-                logits = _logits(hidden[part].to(dtype), head, bias, _of(temperature, part))
+            for part in _parts(hidden, weight):
+                logits = _logits(hidden[part].to(dtype), head, bias, transform, _of(temperature, part))
                 # Few passes over the logits: on CPUs more would take as long as the multiplication.
                 largest, index = logits.max(-1, keepdim=True)
                 probabilities = logits.softmax(-1)
@@ -63,7 +90,9 @@ class _LinearLogprobs(torch.autograd.Function):
                 logprobs[part] = logits.gather(-1, target[part, None])[:, 0] - normaliser
                 entropy[part] = normaliser - torch.linalg.vecdot(probabilities, logits)
         ctx.save_for_backward(hidden, weight, bias, target, temperature, entropy if entropy_gradient else None)
-        ctx.last = probabilities  # backward begins with this part, often the only one, and need not compute it again
+        # Backward begins with this part, often the only one, and need not compute it again.
+        ctx.last = probabilities if transform.cap is None else None
+        ctx.transform = transform
         ctx.dtype = dtype
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
@@ -78,15 +107,17 @@ class _LinearLogprobs(torch.autograd.Function):
         to_weight: Tensor | None = None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         scale = -upstream.float() if entropy is None else torch.ones_like(upstream, dtype=torch.float32)
+        scale = scale * ctx.transform.scale
         if temperature is not None:
             scale = scale / temperature
         errors, ctx.last = ctx.last, None
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(ctx.dtype)
-            for part in reversed(_parts(len(hidden))):
+            for part in reversed(_parts(hidden, weight)):
                 inputs = hidden[part].to(ctx.dtype)
                 if errors is None:
-                    errors = _logits(inputs, head, bias, _of(temperature, part)).softmax(-1)
+                    logits = _logits(inputs, head, bias, ctx.transform, _of(temperature, part))
+                    errors = logits.softmax(-1)
                 if entropy is not None:
                     flatter = torch.special.entr(errors).addcmul_(errors, entropy[part, None], value=-1)
                 errors.scatter_add_(
@@ -94,6 +125,10 @@ class _LinearLogprobs(torch.autograd.Function):
                 )
                 if entropy is not None:
                     errors.mul_(-upstream[part, None]).addcmul_(flatter, to_entropy[part, None])
+                if ctx.transform.cap is not None:
+                    if temperature is not None:
+                        logits *= temperature[part, None]
+                    errors *= 1 - logits.div_(ctx.transform.cap).square_()
                 # The upstream gradient scales the small matrices, not the one that is as wide as the vocabulary.
                 if to_bias is not None:
                     to_bias += scale[part] @ errors
@@ -111,22 +146,26 @@ class _LinearLogprobs(torch.autograd.Function):
                 errors = None
         to_weight = None if to_weight is None else to_weight.to(weight.dtype)
         to_bias = None if to_bias is None else to_bias.to(bias.dtype)
-        return to_hidden, to_weight, to_bias, None, None, None, None
+        return to_hidden, to_weight, to_bias, None, None, None, None, None
 
 
-def _parts(tokens: int) -> list[slice]:
-    return [slice(start, start + _CHUNK) for start in range(0, tokens, _CHUNK)]
+def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
+    chunk = chunk_tokens(len(weight), hidden.device)
+    return [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
 
 
 def _of(temperature: Tensor | None, part: slice) -> Tensor | None:
     return None if temperature is None else temperature[part]
 
 
-def _logits(inputs: Tensor, head: Tensor, bias: Tensor | None, temperature: Tensor | None) -> Tensor:
+def _logits(
+    inputs: Tensor, head: Tensor, bias: Tensor | None, transform: LogitTransform, temperature: Tensor | None
+) -> Tensor:
     """Logits [tokens, V], float32, in memory of their own."""
     logits = (inputs @ head.T).float()
     if bias is not None:
         logits += bias
+    logits = transform(logits)
     if temperature is not None:
         logits /= temperature[:, None]
     # A bias of -inf keeps a token from being sampled; times its probability, 0, it would be NaN.

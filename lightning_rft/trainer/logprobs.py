@@ -11,31 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_rft.trainer.linear_logprobs import linear_logprobs
+from lightning_rft.trainer.linear_logprobs import LogitTransform, chunk_tokens, linear_logprobs
 from lightning_rft.trainer.packing import Packed
 
 __all__ = ["kept_logits", "replaced_head", "token_logprobs"]
 
-_CHUNK = 256  # tokens; 256 x 150k vocabulary x 4 bytes is 150 MB
-
 
 def token_logprobs(
-    model: nn.Module, packed: Packed, *, chunked_head: bool = False, entropy_gradient: bool = False
+    model: nn.Module, packed: Packed, *, chunked_head: LogitTransform | None = None, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each trained token and entropy of the distribution that it was drawn from, in nats.
 
     Both are [N] in float32 and in the order of ``packed.target``; the entropies have a gradient if
-    ``entropy_gradient``. The softmax is computed in fp32, some hundred tokens at a time, and recomputed in the backward
-    pass. So are the logits with ``chunked_head``, which is right only for models whose logits are those of their output
-    head, unchanged (see :func:`~lightning_rft.trainer.shortcuts.probe`); without it those of all tokens are held, in
-    the model's dtype.
+    ``entropy_gradient``. The softmax is computed in fp32, chunk by chunk, and recomputed in the backward pass. So are
+    the logits with ``chunked_head``, which says what the model makes of its output head's (see
+    :func:`~lightning_rft.trainer.shortcuts.probe`); without it those of all tokens are held, in the model's dtype.
     """
-    if chunked_head:
-        return _inside_head(model, packed, entropy_gradient)
+    if chunked_head is not None:
+        return _inside_head(model, packed, chunked_head, entropy_gradient)
     logits = kept_logits(model, packed)
     # Gathered once and then split: indexing inside the chunks would make a gradient of all logits for each chunk.
     tensors = logits[packed.row, packed.column], packed.target, packed.temperature
-    chunks = zip(*(torch.split(tensor, _CHUNK) for tensor in tensors if tensor is not None), strict=True)
+    size = chunk_tokens(logits.shape[-1], logits.device)
+    chunks = zip(*(torch.split(tensor, size) for tensor in tensors if tensor is not None), strict=True)
     chunk = partial(_chunk, entropy_gradient=entropy_gradient)
     parts = [checkpoint(chunk, *tensors, use_reentrant=False, preserve_rng_state=False) for tensors in chunks]
     logprobs, entropy = zip(*parts, strict=True)
@@ -67,7 +65,9 @@ def replaced_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
             head.__dict__["forward"] = before
 
 
-def _inside_head(model: Any, packed: Packed, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+def _inside_head(
+    model: Any, packed: Packed, transform: LogitTransform, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
     """Has the head compute log-probs instead of logits.
 
     Inside the model's forward, because only there a sharded model (FSDP2) has its weights gathered. Zeros that depend
@@ -85,6 +85,7 @@ def _inside_head(model: Any, packed: Packed, entropy_gradient: bool) -> tuple[Te
                 head.bias,
                 packed.target,
                 temperature=packed.temperature,
+                transform=transform,
                 entropy_gradient=entropy_gradient,
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_rft.experience import Turn
+from lightning_rft.trainer.linear_logprobs import LogitTransform
 from lightning_rft.trainer.logprobs import kept_logits, replaced_head, token_logprobs
 from lightning_rft.trainer.packing import Packed, columns, pack, shares_prompts
 
@@ -34,8 +36,8 @@ _HALF_TOLERANCE = 0.1
 class FastPath:
     """The shortcuts that are exact for a model."""
 
-    #: Whether log-probs may be computed chunk by chunk from the output head's input.
-    chunked_head: bool
+    #: What the model makes of its output head's logits, if log-probs may be computed chunk by chunk from its input.
+    chunked_head: LogitTransform | None
     #: Whether the samples of a group may share rows.
     shared: bool
     #: Length of a shared row, in tokens, at which attention takes as long as the rest of the model.
@@ -66,11 +68,11 @@ def probe(model: Any, turns: Sequence[Sequence[Turn]], attn_implementation: str)
     longest of ``turns`` (groups of turns, perhaps none), because a model's window may make the difference.
     """
     with torch.no_grad(), _undisturbed(model):
-        trouble = _head_trouble(model)
-        if trouble is not None:
-            rank_zero_info(f"Log-probs are computed from all logits at once, which takes more memory: {trouble}.")
+        head = _logit_transform(model)
+        if isinstance(head, str):
+            rank_zero_info(f"Log-probs are computed from all logits at once, which takes more memory: {head}.")
         path = FastPath(
-            chunked_head=trouble is None,
+            chunked_head=None if isinstance(head, str) else head,
             shared=shares_prompts(model.config, attn_implementation),
             balance=max(_SHORTEST_BALANCE, _BALANCE * model.get_input_embeddings().weight.shape[-1]),
             mask_dtype=_query_dtype(model),
@@ -104,11 +106,11 @@ def _undisturbed(model: Any) -> Iterator[None]:
                 module.training = mode
 
 
-def _head_trouble(model: Any) -> str | None:
-    """Why the model's logits are not simply its head's output, if they are not.
+def _logit_transform(model: Any) -> LogitTransform | str:
+    """What a model makes of its output head's logits, or why that is not known.
 
-    The head is made to return known numbers, which must leave the model unchanged. They are as large as logits get, so
-    that softcapping shows whatever the weights are; and integers, so that no dtype rounds them.
+    The head is made to return known numbers. They are as large as logits get, so that softcapping shows whatever the
+    weights are; and integers, so that no dtype rounds them.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
@@ -127,11 +129,30 @@ def _head_trouble(model: Any) -> str | None:
     packed = pack(_made_up(model, *_SHORT), shared=False).to(model.device)
     with replaced_head(head, known):
         logits = kept_logits(model, packed)
-    if len(returned) != 1 or logits.shape != returned[0].shape or not torch.equal(logits.float(), returned[0].float()):
-        return "the logits are not those of the output head as it gives them (softcapping, scaling, a mask)"
+    if len(returned) != 1 or logits.shape != returned[0].shape:
+        return "the logits are not as many as the output head gives"
     if split[0]:
         return "the output head is split among devices"
-    return None
+    if torch.equal(logits.float(), returned[0].float()):
+        return LogitTransform()
+    rounding = 4 * torch.finfo(logits.dtype).eps  # of a few operations
+    for transform in _named_transforms(model.config.get_text_config().to_dict()):
+        if torch.allclose(logits.float(), transform(returned[0].float().clone()), rtol=rounding, atol=0):
+            return transform
+    return "the logits are not those of the output head, scaled or capped by a number of the model's config"
+
+
+def _named_transforms(settings: dict[str, Any]) -> list[LogitTransform]:
+    """Those by numbers whose names in a model's config speak of a scale or a cap of the logits."""
+    numbers = {name: float(value) for name, value in settings.items() if type(value) in (int, float) and value}
+    scales = [value for name, value in numbers.items() if re.search("logits?_scal|(output|head)_multiplier", name)]
+    caps = [value for name, value in numbers.items() if re.search("soft_?cap", name)]
+    return [
+        LogitTransform(scale, cap)
+        for scale in (1.0, *scales, *(1 / value for value in scales))
+        for cap in (None, *caps)
+        if (scale, cap) != (1.0, None)
+    ]
 
 
 def _query_dtype(model: Any) -> torch.dtype:

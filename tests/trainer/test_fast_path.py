@@ -4,9 +4,10 @@ import logging
 
 import pytest
 import torch
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, MistralConfig, Qwen2Config
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
 from lightning_rft.trainer import shortcuts as module
+from lightning_rft.trainer.linear_logprobs import LogitTransform
 from lightning_rft.trainer.logprobs import kept_logits, replaced_head, token_logprobs
 from lightning_rft.trainer.packing import pack
 from lightning_rft.trainer.shortcuts import probe
@@ -21,11 +22,20 @@ EXACT_HEADS = {
     "window": MistralConfig(**SIZES, sliding_window=4),
     "gemma2 without softcapping": Gemma2Config(**GEMMA2, final_logit_softcapping=None),
 }
-OTHER_HEADS = {
-    "softcapping": Gemma2Config(**GEMMA2, final_logit_softcapping=30.0),
-    "cohere": CohereConfig(**SIZES, logit_scale=0.25, pad_token_id=0),
-    "granite": GraniteConfig(**SIZES, logits_scaling=4.0),
+TRANSFORMED_HEADS = {
+    "softcapping": (Gemma2Config(**GEMMA2, final_logit_softcapping=30.0), LogitTransform(cap=30.0)),
+    "cohere": (CohereConfig(**SIZES, logit_scale=0.3, pad_token_id=0), LogitTransform(scale=0.3)),
+    "granite": (GraniteConfig(**SIZES, logits_scaling=3.0), LogitTransform(scale=1 / 3.0)),
 }
+
+
+class Shifted(LlamaForCausalLM):
+    """Its logits are more than a head's, scaled or capped."""
+
+    def forward(self, **kwargs):
+        output = super().forward(**kwargs)
+        output.logits = output.logits + torch.linspace(-1, 1, output.logits.shape[-1])
+        return output
 
 
 @pytest.fixture
@@ -37,6 +47,12 @@ def groups():
         [turn(long, 4), turn(other, 7), turn(long, 2), turn(other, 1), turn((8,), 3)],
         [turn(short, 5)],
     ]
+
+
+def shifted():
+    model = build(CONFIGS["llama"])
+    model.__class__ = Shifted
+    return model
 
 
 def check(model, path, groups):
@@ -53,19 +69,31 @@ def check(model, path, groups):
 def test_log_probs_inside_the_head_are_exact(name, groups):
     model = build(EXACT_HEADS[name])
     path = probe(model, groups, attn_implementation="sdpa")
-    assert path.chunked_head
+    assert path.chunked_head == LogitTransform()
     assert path.shared == (name in CONFIGS or name == "tied llama")
     check(model, path, groups)
     assert "forward" not in vars(model.get_output_embeddings())
 
 
-@pytest.mark.parametrize("name", OTHER_HEADS)
-def test_logits_that_are_more_than_the_head_s_are_computed_plainly(name, groups, caplog):
-    model = build(OTHER_HEADS[name])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TRANSFORMED_HEADS)
+def test_scale_and_cap_of_the_logits_are_found(name, dtype, groups, caplog):
+    config, transform = TRANSFORMED_HEADS[name]
+    model = build(config).to(dtype)
     with caplog.at_level(logging.INFO):
         path = probe(model, groups, attn_implementation="sdpa")
-    assert not path.chunked_head
-    assert "softcapping, scaling" in caplog.text
+    assert path.chunked_head == transform
+    assert not caplog.records
+    if dtype == torch.float32:
+        check(model, path, groups)
+
+
+def test_logits_that_are_more_than_the_head_s_are_computed_plainly(groups, caplog):
+    model = shifted()
+    with caplog.at_level(logging.INFO):
+        path = probe(model, groups, attn_implementation="sdpa")
+    assert path.chunked_head is None
+    assert "scaled or capped by a number" in caplog.text
     check(model, path, groups)
 
 
@@ -100,11 +128,11 @@ def test_nothing_is_said_where_all_is_well(groups, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("config", [CONFIGS["qwen2"], OTHER_HEADS["softcapping"]], ids=["fast", "plain"])
-def test_ranks_run_as_many_forwards_whatever_their_share_is(config, groups):
+@pytest.mark.parametrize("make", [lambda: build(CONFIGS["qwen2"]), shifted], ids=["fast", "plain"])
+def test_ranks_run_as_many_forwards_whatever_their_share_is(make, groups):
     counts = []
     for turns in ([], [[]], groups, [[turn(range(3, 50), 40)] * 3]):
-        model, calls = build(config), []
+        model, calls = make(), []
         model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         probe(model, turns, attn_implementation="sdpa")
         counts.append(len(calls))
@@ -168,5 +196,5 @@ def test_replaced_head_keeps_its_hooks(groups):
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda *_: seen.append("before"))
     head.register_forward_hook(lambda *_: seen.append("after"))
-    token_logprobs(model, pack(groups, shared=True), chunked_head=True)
+    token_logprobs(model, pack(groups, shared=True), chunked_head=LogitTransform())
     assert seen == ["before", "after"]

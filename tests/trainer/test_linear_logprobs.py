@@ -6,12 +6,15 @@ import torch
 from hypothesis import given, settings
 
 from lightning_rft.trainer import linear_logprobs as module
-from lightning_rft.trainer.linear_logprobs import linear_logprobs
+from lightning_rft.trainer.linear_logprobs import LogitTransform, linear_logprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def numbers(seed, tokens=11, width=6, vocabulary=23):
+VOCABULARY = 23
+
+
+def numbers(seed, tokens=11, width=6, vocabulary=VOCABULARY):
     random = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=random)
     weight = torch.randn(vocabulary, width, generator=random)
@@ -43,7 +46,7 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(seed, tokens, chun
     temperature = torch.linspace(0.5, 1.7, tokens) if warm else None
     expected = whole(hidden, weight, bias if with_bias else None, target, temperature if warm else torch.ones(tokens))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_CHUNK", chunk)
+        patch.setitem(module._CHUNK_BYTES, "cpu", chunk * 4 * VOCABULARY)
         ours = linear_logprobs(hidden, weight, bias if with_bias else None, target, temperature=temperature)
         torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
         for gradient, other in zip(
@@ -62,9 +65,12 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(seed, tokens, chun
     warm=st.booleans(),
     forbidden=st.booleans(),
     share=st.sampled_from([0.0, 0.3, 1.0]),
+    transform=st.builds(LogitTransform, st.sampled_from([1.0, 0.25, 3.0]), st.sampled_from([None, 2.0, 30.0])),
 )
-@settings(max_examples=60, deadline=None)
-def test_gradient_of_the_entropy_is_that_of_all_logits(seed, tokens, chunk, warm, forbidden, share):
+@settings(max_examples=100, deadline=None)
+def test_gradient_is_that_of_all_logits_with_entropy_scale_and_cap(
+    seed, tokens, chunk, warm, forbidden, share, transform
+):
     """In float64 from autograd, for losses of log-probs and entropies in several proportions."""
     *inputs, target, upstream = numbers(seed, tokens)
     if forbidden:
@@ -72,15 +78,20 @@ def test_gradient_of_the_entropy_is_that_of_all_logits(seed, tokens, chunk, warm
     temperature = torch.linspace(0.5, 1.7, tokens) if warm else None
 
     def loss(logprobs, entropy):
-        return ((1 - share) * upstream * logprobs).sum() + (share * upstream.flip(0) * entropy).sum()
+        return ((1 - share) * upstream * logprobs).sum() + (share * upstream.flip(0) * entropy).sum() * (share > 0)
 
     doubled = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    logits = torch.nn.functional.linear(*doubled) / (1 if temperature is None else temperature.double()[:, None])
+    logits = transform.scale * torch.nn.functional.linear(*doubled)
+    if transform.cap is not None:
+        logits = transform.cap * torch.tanh(logits / transform.cap)
+    logits = logits / (1 if temperature is None else temperature.double()[:, None])
     scores = logits.log_softmax(-1).clamp(min=-1e30)
     expected = scores.gather(-1, target[:, None])[:, 0], -(scores.exp() * scores).sum(-1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_CHUNK", chunk)
-        ours = linear_logprobs(*inputs, target, temperature=temperature, entropy_gradient=True)
+        patch.setitem(module._CHUNK_BYTES, "cpu", chunk * 4 * VOCABULARY)
+        ours = linear_logprobs(
+            *inputs, target, temperature=temperature, transform=transform, entropy_gradient=share > 0
+        )
         found = torch.autograd.grad(loss(*ours), inputs)
     torch.testing.assert_close(ours, tuple(value.float() for value in expected), atol=2e-5, rtol=0)
     for gradient, other in zip(found, torch.autograd.grad(loss(*expected), doubled), strict=True):
@@ -94,7 +105,7 @@ def test_frozen_head_gets_no_gradient():
 
 
 def test_backward_may_be_run_twice(monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 4)
+    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 4 * 4 * VOCABULARY)
     hidden, weight, _, target, upstream = numbers(0)
     logprobs, _ = linear_logprobs(hidden, weight, None, target)
     once, again = (torch.autograd.grad(logprobs, (hidden, weight), upstream, retain_graph=True) for _ in "ab")
@@ -115,7 +126,7 @@ def test_token_that_a_bias_forbids_has_no_nan():
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["fp32 weights under autocast", "bf16 weights"])
 def test_half_precision_is_multiplied_in_half_and_summed_in_float32(autocast, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 4)
+    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 4 * 4 * VOCABULARY)
     hidden, weight, _, target, upstream = numbers(0, tokens=40)
     expected = whole(hidden, weight, None, target, torch.ones(40))
     if not autocast:
@@ -133,7 +144,7 @@ def test_half_precision_is_multiplied_in_half_and_summed_in_float32(autocast, mo
 
 
 def test_no_tensor_is_as_large_as_all_logits(monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 8)
+    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 8 * 4 * 64)
     hidden, weight, _, target, upstream = numbers(0, tokens=80, vocabulary=64)
     largest = []
 

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from lightning_rft.experience import Turn
-from lightning_rft.trainer import logprobs as module
+from lightning_rft.trainer import linear_logprobs as module
+from lightning_rft.trainer.linear_logprobs import LogitTransform
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.packing import pack, shares_prompts
 
@@ -174,7 +175,7 @@ def test_results_are_float32_and_only_logprobs_have_a_gradient(groups):
         assert not token_logprobs(build(CONFIGS["llama"]), pack(groups, shared=True))[0].requires_grad
 
 
-@pytest.mark.parametrize("chunked_head", [True, False])
+@pytest.mark.parametrize("chunked_head", [LogitTransform(), None])
 def test_entropy_has_a_gradient_where_it_is_wanted(chunked_head, groups):
     model, groups = build(CONFIGS["qwen2"]), warmed(groups)
     packed = pack(groups, shared=True)
@@ -237,7 +238,7 @@ def test_chunks_change_nothing(chunk, groups, monkeypatch):
     model, packed = build(CONFIGS["qwen2"]), pack(groups, shared=True)
     whole, whole_entropy = token_logprobs(model, packed)
     expected = gradients(model, whole)
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", chunk * 4 * SIZES["vocab_size"])
     logprobs, entropy = token_logprobs(model, packed)
     torch.testing.assert_close(logprobs, whole)
     torch.testing.assert_close(entropy, whole_entropy)
