@@ -136,7 +136,7 @@ def expected_events(shares: list[list[int]], k: int, first: int = 0) -> list[tup
     for batch, parts in enumerate(shares, start=first):
         version = max(first, batch // k * k)
         events.append(("wanted", batch))
-        events += [("trained", batch, {version} if groups else set()) for groups in parts]
+        events += [("trained", batch, {version} if sum(parts) else set()) for _ in parts]  # each has the whole batch
         if (batch + 1) % k == 0:
             events.append(("loaded", batch + 1))
     end = first + len(shares)
@@ -355,7 +355,7 @@ def alive(pid: int) -> bool:
 
 
 METRICS = [
-    *("loss", "reward", "reward_std", "completion_length", "entropy", "clip_fraction", "kl"),
+    *("loss", "reward", "reward_std", "completion_length", "entropy", "clip_fraction", "kl", "correction"),
     *("staleness_mean", "staleness_max", "tokens_per_second", "wait_experience_s", "sync_s", "version"),
     "weights_changed",
 ]
@@ -393,7 +393,8 @@ def test_metrics_of_every_batch_are_logged(data: rft.RFTDataModule, tiny_model_p
         assert value["completion_length"] == pytest.approx(length)
         assert 0 < value["entropy"] < 5
         assert value["kl"] > 0  # uniform samples, trained on by a model that is not
-        assert 0 < value["clip_fraction"] < 1
+        assert 0 < value["correction"] <= 2  # which takes the place of clipping where a push is for two batches
+        assert value["clip_fraction"] == 0
         assert 0 < value["reward_std"] < 2
         assert value["tokens_per_second"] > 0
         assert value["wait_experience_s"] >= 0

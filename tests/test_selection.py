@@ -64,7 +64,7 @@ class Watched(rft.RFTModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.batches += [[] for _ in range(batch.batch + 1 - len(self.batches))]
-        self.batches[batch.batch] += batch.groups
+        self.batches[batch.batch] += batch.groups if batch.first else []
         return super().training_step(batch, batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
