@@ -64,11 +64,12 @@ class BatchMetrics(nn.Module):
         for name, values in statistics.items():
             if name not in self._modules:
                 self.add_module(name, MeanMetric().to(values.device))
-            self.get_submodule(name).update(values, weight)  # type: ignore[operator]
+            # the step checks what is not finite
+            self.get_submodule(name).update(values.nan_to_num(0.0, 0.0, 0.0), weight * values.isfinite())  # type: ignore[operator]
 
     def update_gap(self, gap: Tensor, on_policy: Tensor) -> None:
         """Adds the difference of each token's log-prob from the one it was sampled with [N], where ``on_policy``."""
-        self.sampling_gap.update(gap.nan_to_num(0.0, 0.0), on_policy.float())  # the step checks what is not finite
+        self.sampling_gap.update(gap.nan_to_num(0.0, 0.0), on_policy.float())
 
     def collect(self) -> dict[str, float]:
         """Returns the values of the batch, and starts the next."""

@@ -17,14 +17,17 @@ from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from lightning_rft.trainer.objectives.advantages import relative
 from tests.trainer_and_data import quiet_trainer, stored_data
+from tests.training_step import SteppedModule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCHES = 4
 
 
-def write_buffer(path: Path, rewards: Callable[[int], Sequence[float]]) -> Path:
-    """A buffer with a group for each of some batches, whose rewards are a function of the batch."""
+def write_buffer(
+    path: Path, rewards: Callable[[int], Sequence[float]], logprob: Callable[[int], float] = lambda batch: -3.6
+) -> Path:
+    """A buffer with a group for each of some batches, whose rewards and log-probs are functions of the batch."""
     generator = torch.Generator().manual_seed(0)
     with Ledger.open(path) as ledger:
         ledger.begin()
@@ -34,7 +37,7 @@ def write_buffer(path: Path, rewards: Callable[[int], Sequence[float]]) -> Path:
             samples = []
             for sample, reward in enumerate(rewards(batch)):
                 ids = torch.randint(3, 40, (6,), generator=generator).tolist()
-                turn = Turn((5, 6, 7), tuple(ids), (-3.6,) * 6, (0,) * 6, "stop")
+                turn = Turn((5, 6, 7), tuple(ids), (logprob(batch),) * 6, (0,) * 6, "stop")
                 samples.append(Experience(str(batch), sample, (turn,), reward))
             ledger.ready(Group(key, str(batch), tuple(samples)))
     return path
@@ -103,6 +106,60 @@ def test_every_finite_reward_trains(reward: float, precision: Any, tiny_model_pa
     assert [logged["rft/skipped_steps"] for logged in steps.logged] == [0.0] * BATCHES
     assert all(math.isfinite(logged["rft/loss"]) for logged in steps.logged)
     assert not any(math.isnan(value) for logged in steps.logged for value in logged.values())
+
+
+# Odd batches
+
+
+def sample(number: int, logprob: float = -4.8, tokens: int = 4, reward: float | None = None) -> Experience:
+    turn = Turn((5, 6), (7 + number,) * tokens, (logprob,) * tokens, (0,) * tokens, "stop")
+    return Experience("0", number, (turn,), float(number) if reward is None else reward)
+
+
+ODD = {
+    "equal rewards": [sample(0, reward=1.0), sample(1, reward=1.0)],
+    "one survivor": [sample(0, reward=1.0)],
+    "an empty completion": [sample(0), sample(1, tokens=0)],
+    "nothing but empty completions": [sample(0, tokens=0), sample(1, tokens=0)],
+    "a log-ratio of 50": [sample(0), sample(1, logprob=-55.0), sample(2, logprob=-55.0, reward=-1.0)],
+    "a log-ratio of -50": [sample(0, logprob=45.0), sample(1), sample(2, logprob=45.0)],
+}
+PRESETS = [rft.GRPO, rft.DrGRPO, rft.DAPO, rft.GSPO, rft.CISPO, rft.SAPO, rft.VESPO, rft.RLOO, rft.REINFORCE]
+PRESETS += [rft.REINFORCEPlusPlus, rft.OPMD, rft.AsymRE, rft.TOPR]
+
+
+@pytest.fixture(scope="module")
+def stepped(tiny_model_path: Path) -> SteppedModule:
+    return SteppedModule(tiny_model_path)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+@pytest.mark.parametrize("correction", [None, rft.Truncated(level="product")], ids=["ratio", "correction"])
+def test_gradients_of_odd_batches_are_finite(
+    preset: type[rft.Objective], correction: rft.Correction | None, stepped: SteppedModule
+) -> None:
+    stepped.objective = preset(correction=correction)
+    for odd, samples in ODD.items():
+        gradient = stepped.step([Group(GroupKey(0, 0), "0", tuple(samples))])
+        assert gradient.isfinite().all(), odd
+        assert math.isfinite(stepped.logged["rft/loss"]), odd
+
+
+@pytest.mark.parametrize("objective", [rft.GRPO(), rft.GSPO(correction=None), rft.TOPR()], ids=repr)
+def test_a_log_prob_that_is_not_a_number_is_not_trained_on(
+    objective: rft.Objective, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    class Module(rft.RFTModule):
+        def __init__(self, model: Path, **settings: Any) -> None:
+            super().__init__(model, objective, **settings)
+
+    buffer = write_buffer(
+        tmp_path / "buffer.sqlite", lambda _: (0.0, 1.0, 2.0), lambda batch: math.nan if batch == 1 else -3.6
+    )
+    steps = fit(tiny_model_path, buffer, Module)
+    assert steps.stood == [False, True, False, False]
+    assert all(torch.isfinite(weights).all() for weights in steps.weights)
+    assert [logged["rft/skipped_steps"] for logged in steps.logged] == [0.0, 1.0, 1.0, 1.0]
 
 
 # Steps
