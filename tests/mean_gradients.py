@@ -19,17 +19,20 @@ from tests.every_answer import ANSWERS, CUT_OFF, LENGTHS, LONGEST, POLICY, REFER
 
 @dataclass(frozen=True)
 class Sampled:
-    """The mean of the gradients of many batches, and its standard error [logits]."""
+    """The mean of the gradients of many batches, and its standard error [logits]; where there are few, that of all."""
 
     mean: Tensor
     error: Tensor
+    of_all: Tensor | None
 
     def standard_errors_from(self, exact: Tensor) -> float:
         return float((self.mean - exact).norm() / self.error.norm())
 
     def assert_near(self, exact: Tensor) -> None:
-        assert self.error.norm() < exact.norm() / 20  # a tenth of it would be noticed
+        assert self.error.norm() < exact.norm() / 20
         assert self.standard_errors_from(exact) < 3
+        if self.of_all is not None:
+            torch.testing.assert_close(self.of_all, exact, rtol=1e-4, atol=1e-6)
 
     def points_elsewhere_than(self, truth: Tensor) -> bool:
         """Whether it is no multiple of the true gradient."""
@@ -45,10 +48,22 @@ def sampled(
     proximal: TablePolicy | None = None,
 ) -> Sampled:
     """Trains the policy on batches of ``groups`` times ``samples`` answers that ``by`` sampled."""
-    generator = torch.Generator().manual_seed(0)
     size = groups * samples
-    answers = by.chances.multinomial(batches * size, replacement=True, generator=generator)
-    answers = answers.view(batches, groups, samples).sort(-1).values.flatten(1)  # more batches are alike
+    answers = by.chances.multinomial(batches * size, replacement=True, generator=torch.Generator().manual_seed(0))
+    found = gradients(objective, answers.view(batches, size), by, samples, proximal)
+    of_all = None
+    if size <= 3:
+        every = torch.cartesian_prod(*[torch.arange(len(ANSWERS))] * size).view(-1, size)
+        of_all = by.chances[every].prod(-1) @ gradients(objective, every, by, samples, proximal)
+    return Sampled(found.mean(0), found.std(0) / batches**0.5, of_all)
+
+
+def gradients(
+    objective: Objective, answers: Tensor, by: TablePolicy, samples: int, proximal: TablePolicy | None
+) -> Tensor:
+    """That of each batch [batches, logits], all of them in one ``TokenBatch``."""
+    # in a group, the order says nothing; sorted, more batches are alike
+    answers = answers.view(len(answers), -1, samples).sort(-1).values.flatten(1)
     advantages, weights = advantages_and_weights(objective, answers, by, samples)
     here = SAMPLED[answers]
 
@@ -63,7 +78,7 @@ def sampled(
         logprobs=logprobs,
         sampling_logprobs=logprobs_under(by),
         advantages=of_tokens(advantages).float(),
-        sample=of_tokens(torch.arange(batches * size).view_as(answers)),
+        sample=of_tokens(torch.arange(answers.numel()).view_as(answers)),
         lengths=LENGTHS[answers].flatten(),
         proximal_logprobs=None if proximal is None else logprobs_under(proximal),
         reference_logprobs=logprobs_under(REFERENCE) if objective.needs_reference else None,
@@ -71,10 +86,10 @@ def sampled(
     loss, _ = objective.token_loss(tokens)
     (of_logprobs,) = torch.autograd.grad((of_tokens(weights) * loss).sum(), logprobs)
     pulls = torch.zeros(here.shape, dtype=torch.float64).masked_scatter(here, -of_logprobs.double())
-    # each batch's gradient of the logits, answer by answer: all places of all batches at once would be large
-    gradients = sum(torch.einsum("bt,btl->bl", pulls[:, i], POLICY.scores[answers[:, i]]) for i in range(size))
-    assert isinstance(gradients, Tensor)
-    return Sampled(gradients.mean(0), gradients.std(0) / batches**0.5)
+    total = torch.zeros(len(answers), POLICY.scores.shape[-1], dtype=torch.float64)
+    for place, answer in enumerate(answers.unbind(-1)):  # all places at once would be large
+        total += torch.einsum("bt,btl->bl", pulls[:, place], POLICY.scores[answer])
+    return total
 
 
 def advantages_and_weights(
