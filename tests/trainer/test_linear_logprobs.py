@@ -6,15 +6,12 @@ import torch
 from hypothesis import given, settings
 
 from lightning_rft.trainer import linear_logprobs as module
-from lightning_rft.trainer.linear_logprobs import LogitTransform, linear_logprobs
+from lightning_rft.trainer.linear_logprobs import LogitTransform, chunk_tokens, linear_logprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-VOCABULARY = 23
-
-
-def numbers(seed, tokens=11, width=6, vocabulary=VOCABULARY):
+def numbers(seed, tokens=11, width=6, vocabulary=23):
     random = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=random)
     weight = torch.randn(vocabulary, width, generator=random)
@@ -46,7 +43,7 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(seed, tokens, chun
     temperature = torch.linspace(0.5, 1.7, tokens) if warm else None
     expected = whole(hidden, weight, bias if with_bias else None, target, temperature if warm else torch.ones(tokens))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module._CHUNK_BYTES, "cpu", chunk * 4 * VOCABULARY)
+        patch.setattr(module, "_CPU_CHUNK", chunk)
         ours = linear_logprobs(hidden, weight, bias if with_bias else None, target, temperature=temperature)
         torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
         for gradient, other in zip(
@@ -88,7 +85,7 @@ def test_gradient_is_that_of_all_logits_with_entropy_scale_and_cap(
     scores = logits.log_softmax(-1).clamp(min=-1e30)
     expected = scores.gather(-1, target[:, None])[:, 0], -(scores.exp() * scores).sum(-1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module._CHUNK_BYTES, "cpu", chunk * 4 * VOCABULARY)
+        patch.setattr(module, "_CPU_CHUNK", chunk)
         ours = linear_logprobs(
             *inputs, target, temperature=temperature, transform=transform, entropy_gradient=share > 0
         )
@@ -105,7 +102,7 @@ def test_frozen_head_gets_no_gradient():
 
 
 def test_backward_may_be_run_twice(monkeypatch):
-    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 4 * 4 * VOCABULARY)
+    monkeypatch.setattr(module, "_CPU_CHUNK", 4)
     hidden, weight, _, target, upstream = numbers(0)
     logprobs, _ = linear_logprobs(hidden, weight, None, target)
     once, again = (torch.autograd.grad(logprobs, (hidden, weight), upstream, retain_graph=True) for _ in "ab")
@@ -126,7 +123,7 @@ def test_token_that_a_bias_forbids_has_no_nan():
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["fp32 weights under autocast", "bf16 weights"])
 def test_half_precision_is_multiplied_in_half_and_summed_in_float32(autocast, monkeypatch):
-    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 4 * 4 * VOCABULARY)
+    monkeypatch.setattr(module, "_CPU_CHUNK", 4)
     hidden, weight, _, target, upstream = numbers(0, tokens=40)
     expected = whole(hidden, weight, None, target, torch.ones(40))
     if not autocast:
@@ -143,8 +140,15 @@ def test_half_precision_is_multiplied_in_half_and_summed_in_float32(autocast, mo
         assert (gradient.float() - other).norm() < 0.02 * other.norm()
 
 
+def test_chunk_on_a_gpu_is_a_number_of_bytes():
+    tokens = chunk_tokens(151_936, torch.device("cuda"))
+    assert 0.99 * 2**30 < tokens * 151_936 * 4 <= 2**30
+    assert chunk_tokens(2**40, torch.device("cuda")) == 1
+    assert chunk_tokens(151_936, torch.device("cpu")) == 256
+
+
 def test_no_tensor_is_as_large_as_all_logits(monkeypatch):
-    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 8 * 4 * 64)
+    monkeypatch.setattr(module, "_CPU_CHUNK", 8)
     hidden, weight, _, target, upstream = numbers(0, tokens=80, vocabulary=64)
     largest = []
 
