@@ -6,6 +6,7 @@ over all answers. Gradients are those of what is to rise.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -60,10 +61,10 @@ def test_ratios_lie_between_all_bounds() -> None:
     log_ratios = POLICY.logprobs - OLDER.logprobs
     of_tokens, of_samples = log_ratios[SAMPLED].exp(), log_ratios.sum(-1).exp()
     bounds = [0.0, 0.5, 0.8, 1.2, 1.28, 2.0, 3.0, 5.0, 99.0]
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         assert within(of_tokens, low, high).any(), low
     bounds = [0.0, 0.8, 1.2, 3.0, 99.0]
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         assert within(of_samples, low, high).any(), low
 
 
