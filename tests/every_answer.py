@@ -80,7 +80,7 @@ def mean_reward(policy: TablePolicy) -> Tensor:
 
 #: The policy in training, an older one that samples where training is off policy, one in between, and a reference.
 POLICY = some_policy(0)
-OLDER = some_policy(29, near=POLICY, distance=0.7)
+OLDER = some_policy(29, near=POLICY, distance=0.6)
 BETWEEN = TablePolicy((POLICY.logits + OLDER.logits) / 2)
 REFERENCE = some_policy(2)
 TRUTH = POLICY.gradient(mean_reward)

@@ -6,9 +6,9 @@ over all answers. Gradients are those of what is to rise.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +18,18 @@ from torch import Tensor
 import lightning_rft as rft
 from lightning_rft.trainer.objectives import grpo, reinforce
 from lightning_rft.trainer.objectives.objective import Objective
-from tests.every_answer import BETWEEN, LONGEST, OLDER, POLICY, REFERENCE, SAMPLED, TRUTH, TablePolicy, mean_reward
+from tests.every_answer import (
+    BETWEEN,
+    CUT_OFF,
+    LONGEST,
+    OLDER,
+    POLICY,
+    REFERENCE,
+    SAMPLED,
+    TRUTH,
+    TablePolicy,
+    mean_reward,
+)
 from tests.exact_gradients import (
     FORMULAS,
     Formula,
@@ -61,10 +72,12 @@ def test_ratios_lie_between_all_bounds() -> None:
     log_ratios = POLICY.logprobs - OLDER.logprobs
     of_tokens, of_samples = log_ratios[SAMPLED].exp(), log_ratios.sum(-1).exp()
     bounds = [0.0, 0.5, 0.8, 1.2, 1.28, 2.0, 3.0, 5.0, 99.0]
-    for low, high in itertools.pairwise(bounds):
+    for low, high in pairwise(bounds):
         assert within(of_tokens, low, high).any(), low
+    kept = SAMPLED & ~CUT_OFF[:, None]  # by DAPO
+    assert within(log_ratios[kept].exp(), 1.2, 1.28).any()
     bounds = [0.0, 0.8, 1.2, 3.0, 99.0]
-    for low, high in itertools.pairwise(bounds):
+    for low, high in pairwise(bounds):
         assert within(of_samples, low, high).any(), low
 
 
