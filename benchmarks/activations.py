@@ -71,11 +71,14 @@ def predicted(config: Any, columns: int, tokens: int, *, precision: str, checkpo
     backward = kept + columns * 3 * size.residual * hidden + 2 * chunk + (4 + size.half) * head  # summed in fp32
     if not checkpointing:
         backward += layers * copies
-    return max(in_layer, forward, backward, 3 * waiting)
+    return max(in_layer, forward, backward, 2 * waiting)
 
 
 def counted(config: Any, packed: Packed, *, precision: str, checkpointing: bool) -> int:
-    """What :func:`predicted` predicts, the mask included, counted tensor by tensor."""
+    """What :func:`predicted` predicts, the mask included, counted tensor by tensor.
+
+    Too much for tied weights beside few columns: their two gradients are added in place when they have contents.
+    """
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
@@ -89,7 +92,9 @@ def counted(config: Any, packed: Packed, *, precision: str, checkpointing: bool)
         tensors = {name: fake.from_tensor(tensor) for name, tensor in vars(packed).items() if tensor is not None}
         # transformers cannot look at positions without contents, and would take every row for several texts
         stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
-        peak = stack.enter_context(_Peak([*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]))
+        peak = stack.enter_context(
+            _Peak([*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())])
+        )
         with autocast:
             logprobs, _ = token_logprobs(model, replace(packed, **tensors), chunked_head=LogitTransform())
         logprobs.sum().backward()
