@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+from typing import Literal
 
 from lightning_rft.renamed import MOVED_IN_GRPO, refuses_old_names
 from lightning_rft.trainer.objectives.advantages import Advantage, GroupRelative
+from lightning_rft.trainer.objectives.corrections import Correction
+from lightning_rft.trainer.objectives.corrections import Correction
 from lightning_rft.trainer.objectives.normalisation import Normalisation
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.objectives.surrogates import Clip, Gamma, SoftGate, StopGradient, Surrogate
@@ -101,3 +105,4 @@ class VESPO(Objective):
 
     ratio: Level = "product"
     surrogate: Surrogate = Gamma()
+    correction: Correction | Literal["auto"] | None = None
