@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
-from typing import Literal
 
 from lightning_rft.renamed import MOVED_IN_GRPO, refuses_old_names
 from lightning_rft.trainer.objectives.advantages import Advantage, GroupRelative
-from lightning_rft.trainer.objectives.corrections import Correction
 from lightning_rft.trainer.objectives.corrections import Correction
 from lightning_rft.trainer.objectives.normalisation import Normalisation
 from lightning_rft.trainer.objectives.objective import Objective
