@@ -21,22 +21,23 @@ def micro_batches(
     columns: Callable[[list[list[Turn]]], int],
     shared: bool,
 ) -> list[Cut]:
-    """The micro-batches of each share, of which all have the same number, perhaps with some that are empty.
+    """The micro-batches of each share, of which all have the same number, perhaps with an empty one in the end.
 
-    Turns are cut into the fewest pieces with about as many tokens each whose rows have at most ``max_tokens`` columns,
-    padding included; a turn that is longer is a piece of its own. ``columns`` counts those of groups of turns, and
-    ``shared`` says whether turns with the same prompt share rows, so that they are better left together.
+    Each share is one micro-batch with about as many tokens as the others, if those keep to ``max_tokens`` columns,
+    padding included. Else micro-batches are filled up to that, one after another; a turn that is longer is one of its
+    own. ``columns`` counts those of groups of turns, and ``shared`` says whether turns with the same prompt share rows,
+    so that they are better left together.
     """
+
+    def fits(piece: Sequence[WeightedTurn]) -> bool:
+        return max_tokens is None or len(piece) < 2 or columns(by_group(piece)) <= max_tokens
+
     ordered = _ordered(turns, shared)
     sizes = [turn.turn.num_tokens + (0 if shared else len(turn.turn.prompt_ids)) for turn in ordered]
-    count = shares
-    if max_tokens is not None and ordered:
-        count = max(1, columns(by_group(ordered)) // max_tokens // shares) * shares
-    while True:
-        pieces = _pieces(ordered, sizes, count)
-        if max_tokens is None or all(len(piece) < 2 or columns(by_group(piece)) <= max_tokens for piece in pieces):
-            break
-        count += shares
+    pieces = _alike(ordered, sizes, shares)
+    if not all(map(fits, pieces)):
+        pieces = _filled(ordered, fits)
+        pieces += [[] for _ in range(-len(pieces) % shares)]
     # neighbours, which are about as long, go to different shares
     return [pieces[share::shares] for share in range(shares)]
 
@@ -64,10 +65,28 @@ def _ordered(turns: Sequence[WeightedTurn], shared: bool) -> list[WeightedTurn]:
     return [turn for group in groups for turn in group]
 
 
-def _pieces(turns: Sequence[WeightedTurn], sizes: Sequence[int], count: int) -> Cut:
+def _alike(turns: Sequence[WeightedTurn], sizes: Sequence[int], count: int) -> Cut:
+    """Pieces of about the same size."""
     pieces: Cut = [[] for _ in range(count)]
     total, end = sum(sizes), 0
     for turn, size in zip(turns, sizes, strict=True):
         end += size
         pieces[(2 * end - size) * count // (2 * total)].append(turn)  # where its middle is
+    return pieces
+
+
+def _filled(turns: Sequence[WeightedTurn], fits: Callable[[Sequence[WeightedTurn]], bool]) -> Cut:
+    """Pieces with as many turns as fit, one after another."""
+    pieces: Cut = []
+    left = list(turns)
+    while left:
+        most, too_many = 1, 2
+        while too_many <= len(left) and fits(left[:too_many]):
+            most, too_many = too_many, 2 * too_many
+        too_many = min(too_many, len(left) + 1)
+        while too_many - most > 1:
+            middle = (most + too_many) // 2
+            most, too_many = (middle, too_many) if fits(left[:middle]) else (most, middle)
+        pieces.append(left[:most])
+        left = left[most:]
     return pieces

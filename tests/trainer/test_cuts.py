@@ -138,6 +138,7 @@ def test_every_turn_is_in_one_micro_batch_and_shares_are_alike(seed: int, shares
         cuts = micro_batches(turns, shares, max_tokens=max_tokens, columns=COLUMNS, shared=shared)
         assert len(cuts) == shares
         assert len({len(cut) for cut in cuts}) == 1
+        assert len(cuts[0]) <= max(1, -(-len(turns) // shares)), "none is empty but to make shares alike"
         dealt = [id(turn.turn) for cut in cuts for piece in cut for turn in piece]
         assert sorted(dealt) == sorted(id(turn.turn) for turn in turns)
         if max_tokens is not None:
