@@ -125,7 +125,8 @@ def exploring(fd: int) -> None:
     def rollout(name: str, *, decode_only: bool) -> Callable[[], None]:
         for slot in range(GROUPS):
             for sample, turn in enumerate(group(PROMPT, TOKENS, SAMPLES, slot)):
-                engine.add(Request(f"{name}/{slot}/{sample}", turn.prompt_ids, TOKENS, 1.0, SAMPLES * slot + sample))
+                sampling = rft.Sampling(TOKENS, 1.0, SAMPLES * slot + sample)
+                engine.add(Request(f"{name}/{slot}/{sample}", turn.prompt_ids, sampling))
         if decode_only:
             engine.step()
 

@@ -175,7 +175,8 @@ def queued(channel: Channel, case: Case, settings: dict[str, Any]) -> None:
                 prompt = encode_prompt(tokenizer, task.prompt)
                 for sample in range(SAMPLES):
                     name = f"0/{index // GROUPS}/{index % GROUPS}/1/{sample}/0/0"
-                    engine.add(Request(name, prompt, max(case.lengths), seed=index * SAMPLES + sample))
+                    sampling = rft.Sampling(max(case.lengths), 1.0, index * SAMPLES + sample)
+                    engine.add(Request(name, prompt, sampling))
             tokens = 0
             while engine.has_work:
                 tokens += sum(len(completion.token_ids) for completion in engine.step())

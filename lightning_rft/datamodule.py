@@ -70,7 +70,7 @@ class RFTDataModule(L.LightningDataModule):
         max_new_tokens: Maximum tokens per answer, short for ``sampling=Sampling(max_new_tokens=...)``; left out, 256.
         val_tasks: Held-out tasks, for validation.
         sampling: How training samples.
-        val_sampling: How validation samples; left out, greedily, with as many tokens as training.
+        val_sampling: How validation samples: greedily where it says no temperature, and else as training.
         tolerance: How many samples may fail.
         timeouts: How long rewards, samples and the start of an engine may take, and how long an explorer may hang.
         buffer: Where experience is kept, and which groups are trained; a path, or ``":memory:"``, is short for
@@ -180,6 +180,8 @@ class RFTDataModule(L.LightningDataModule):
         check_model(model)
         self.engine.check()
         sampled = [self.sampling, self.val_sampling] if self.val_tasks else [self.sampling]
+        for sampling in sampled:
+            self.engine.check_sampling(sampling)
         return ExplorerSpec(
             engine=self.engine,
             model=model,
@@ -191,6 +193,7 @@ class RFTDataModule(L.LightningDataModule):
                 max_new_tokens=max(sampling.max_new_tokens or 0 for sampling in sampled),
                 max_model_len=self.engine.max_model_len,
                 single_turn=isinstance(self.workflow, SingleTurn),
+                template=self.sampling.chat_template_kwargs,
             ),
             seed=self.sampling.seed or 0,
             tolerance=self.tolerance,

@@ -5,62 +5,19 @@ Explorers import this file, so it imports neither torch nor Lightning.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group
+from lightning_rft.sampling import Sampling
 
 if TYPE_CHECKING:
     from lightning_rft.buffer.selection import Priority, Replay
 
 __all__ = ["Buffer", "Sampling", "Timeouts", "Tolerance"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled.
-
-    Args:
-        max_new_tokens: Maximum tokens per answer; left out, 256, and in validation as in training.
-        temperature: Softmax temperature, 0 for greedy; left out, 1 in training and 0 in validation.
-        seed: Seeds the order of the tasks and every sample; left out, that of ``seed_everything`` or else 0, and in
-            validation as in training.
-
-    Raises:
-        ConfigurationError: A setting is out of range.
-
-    Example:
-        >>> Sampling(temperature=0.8).filled(Sampling(max_new_tokens=256, temperature=1.0, seed=0))
-        Sampling(max_new_tokens=256, temperature=0.8, seed=0)
-    """
-
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ConfigurationError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.temperature is not None and not self.temperature >= 0:
-            raise ConfigurationError(f"temperature={self.temperature} must be at least 0")
-
-    def filled(self, default: Sampling) -> Sampling:
-        """These settings, with what is left out taken from ``default``."""
-        missing = [field.name for field in fields(self) if getattr(self, field.name) is None]
-        return replace(self, **{name: getattr(default, name) for name in missing})
-
-    def for_training(self, max_new_tokens: int | None) -> Sampling:
-        """Returns these settings as training takes them, where two arguments may both name ``max_new_tokens``."""
-        if max_new_tokens is not None and self.max_new_tokens not in (None, max_new_tokens):
-            raise ConfigurationError(
-                f"max_new_tokens={max_new_tokens} and sampling=Sampling(max_new_tokens={self.max_new_tokens}): set one"
-            )
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        return self.filled(Sampling(256 if max_new_tokens is None else max_new_tokens, 1.0, seed))
 
 
 @dataclass(frozen=True)

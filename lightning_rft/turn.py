@@ -70,7 +70,7 @@ class _Packed:
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class Support(_Packed):
-    """The tokens that truncation left to choose from, for each sampled token.
+    """The tokens that each sampled token was chosen from, itself among them, where these are not the whole vocabulary.
 
     Args:
         counts: Number of tokens to choose from, for each sampled token [n].
@@ -120,7 +120,7 @@ class Turn(_Packed):
             continues none.
         reward: Reward of this turn alone, if the environment gives one.
         teacher_logprobs: Natural-log probability of each sampled token under a teacher [n].
-        support: The tokens that truncation left to choose from.
+        support: The tokens that truncation, a grammar or a ban left to choose from, the sampled one among them.
 
     Raises:
         ConfigurationError: The lengths do not fit, or a number is not of its type.
@@ -195,6 +195,11 @@ class Turn(_Packed):
     def num_tokens(self) -> int:
         """Sampled tokens, n."""
         return len(self._token_ids) // _BYTES
+
+    @property
+    def num_free(self) -> int:
+        """Sampled tokens that others might have taken the place of; one that a grammar forced has no gradient."""
+        return self.num_tokens if self.support is None else int((self.support.counts > 1).sum())
 
 
 def _pack(kind: str, values: Iterable[float]) -> bytes:

@@ -184,7 +184,7 @@ def test_error_of_the_engine_in_validation(start: Start) -> None:
         class Engine(LightEngine):
             greedy = False
             def add(self, request):
-                self.greedy |= request.temperature == 0
+                self.greedy |= request.sampling.temperature == 0
                 super().add(request)
             def step(self):
                 assert not self.greedy, "greedy"

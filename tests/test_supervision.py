@@ -223,7 +223,7 @@ def test_validation_survives_the_death_of_its_explorer(start: Start) -> None:
     script = start(f"""{PRELUDE}
         class Engine(LightEngine):
             def add(self, request):
-                if request.temperature == 0 and once("killed"):
+                if request.sampling.temperature == 0 and once("killed"):
                     os.kill(os.getpid(), signal.SIGKILL)
                 super().add(request)
         report(fit(engine=Engine(), max_restarts=1, val_tasks=["2 + 2 =", "2 + 3 ="]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,13 @@ class ExplorerSpec:
 
 
 def fitting_length(
-    model: str, tasks: Sequence[Task], *, max_new_tokens: int, max_model_len: int | None, single_turn: bool
+    model: str,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    max_model_len: int | None,
+    single_turn: bool,
+    template: Mapping[str, Any] | None = None,
 ) -> int:
     """Maximum tokens of prompt and answer together that engines are made for.
 
@@ -53,6 +59,7 @@ def fitting_length(
         max_new_tokens: Maximum tokens per answer.
         max_model_len: What the engine's description says, which is then the result.
         single_turn: Whether a prompt gets one answer; else turns may fill the model's context.
+        template: Variables of the chat template.
 
     Raises:
         ConfigurationError: There is no tokenizer, its chat template is missing or refuses a task's messages, or no
@@ -65,7 +72,7 @@ def fitting_length(
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"model={model!r} has no tokenizer that can be loaded: {error}") from error
     context = max_model_len or context_length(model)
-    lengths = _lengths(tokenizer, tasks) if len(tasks) <= _MOST_MEASURED else []
+    lengths = _lengths(tokenizer, tasks, template) if len(tasks) <= _MOST_MEASURED else []
     fitting = [length for length in lengths if context is None or length + max_new_tokens <= context]
     if context is not None and len(fitting) < len(lengths):
         _say_too_long(tasks, lengths, context, max_new_tokens, named=max_model_len is not None, any_fits=bool(fitting))
@@ -81,17 +88,17 @@ def fitting_length(
     return needed if context is None else min(context, needed)
 
 
-def _lengths(tokenizer: Any, tasks: Sequence[Task]) -> list[int]:
+def _lengths(tokenizer: Any, tasks: Sequence[Task], template: Mapping[str, Any] | None) -> list[int]:
     """Tokens of each task's prompt; says once what is done to some of them."""
     lengths: list[int] = []
     for start in range(0, len(tasks), _AT_ONCE):
         some = tasks[start : start + _AT_ONCE]
         try:
-            lengths += map(len, encode_prompts(tokenizer, [task.prompt for task in some]))
+            lengths += map(len, encode_prompts(tokenizer, [task.prompt for task in some], template))
         except ConfigurationError:
             for task in some:  # to find which
                 try:
-                    encode_prompt(tokenizer, task.prompt)
+                    encode_prompt(tokenizer, task.prompt, template)
                 except ConfigurationError as error:
                     raise ConfigurationError(f"task {task.id!r}: {error}") from error
             raise

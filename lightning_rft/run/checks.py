@@ -35,10 +35,7 @@ def check_counts(
     for setting, count in {"tasks_per_step": tasks_per_step, "samples_per_task": samples_per_task}.items():
         if count < 1:
             raise ConfigurationError(f"{setting}={count} must be at least 1")
-    if sampling.temperature == 0:
-        raise ConfigurationError(
-            f"temperature={sampling.temperature} must be above 0 in training: greedy samples of a group are all equal"
-        )
+    sampling.check_trainable()
     if buffer.capacity is not None and buffer.capacity < tasks_per_step:
         raise ConfigurationError(
             f"Buffer(capacity={buffer.capacity}) is below one batch of tasks_per_step={tasks_per_step} groups, so no "

@@ -35,16 +35,18 @@ def text_problem(text: str, name: str) -> str | None:
     return None
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+def encode_prompt(tokenizer: Any, prompt: Prompt, template: Mapping[str, Any] | None = None) -> tuple[int, ...]:
     """Token ids of a prompt; see :func:`encode_prompts`."""
-    return encode_prompts(tokenizer, [prompt])[0]
+    return encode_prompts(tokenizer, [prompt], template)[0]
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt], template: Mapping[str, Any] | None = None
+) -> list[tuple[int, ...]]:
     """Token ids of prompts: plain text as it is, chat messages through the tokenizer's chat template.
 
-    A last message of the assistant is the beginning of the answer. Text that begins with the token for the beginning of
-    a sequence is rendered already, and gets no second one.
+    ``template`` holds variables of the template. A last message of the assistant is the beginning of the answer. Text
+    that begins with the token for the beginning of a sequence is rendered already, and gets no second one.
 
     Raises:
         ConfigurationError: One is no prompt, or the template refuses it.
@@ -58,9 +60,13 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[tuple[int,
         alike.setdefault(kind, []).append(index)
     ids: list[tuple[int, ...]] = [()] * len(prompts)
     for (plain, special), indices in alike.items():
-        encode = _encode_texts if plain else _encode_chats
-        for index, encoded in zip(indices, encode(tokenizer, [prompts[i] for i in indices], special), strict=True):
-            ids[index] = tuple(encoded)
+        alike_ones = [prompts[index] for index in indices]
+        if plain:
+            encoded = _encode_texts(tokenizer, alike_ones, special)
+        else:
+            encoded = _encode_chats(tokenizer, alike_ones, special, template or {})
+        for index, of_one in zip(indices, encoded, strict=True):
+            ids[index] = tuple(of_one)
     return ids
 
 
@@ -83,7 +89,9 @@ def _encode_texts(tokenizer: Any, texts: Sequence[Prompt], rendered: bool) -> Se
     return ids
 
 
-def _encode_chats(tokenizer: Any, chats: Sequence[Prompt], continues: bool) -> Sequence[Sequence[int]]:
+def _encode_chats(
+    tokenizer: Any, chats: Sequence[Prompt], continues: bool, template: Mapping[str, Any]
+) -> Sequence[Sequence[int]]:
     if not tokenizer.chat_template:
         raise ConfigurationError(
             "the tokenizer has no chat template for chat messages: set tokenizer.chat_template and save it, or give "
@@ -92,7 +100,11 @@ def _encode_chats(tokenizer: Any, chats: Sequence[Prompt], continues: bool) -> S
     messages = [[_plain(message) for message in chat if not isinstance(message, str)] for chat in chats]
     try:
         ids: Sequence[Sequence[int]] = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not continues, continue_final_message=continues, return_dict=False
+            messages,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            return_dict=False,
+            **template,
         )
     except Exception as error:  # jinja's, or whatever a template's own code runs into
         raise ConfigurationError(

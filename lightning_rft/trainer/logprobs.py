@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_rft.trainer.linear_logprobs import LogitTransform, chunk_tokens, linear_logprobs
+from lightning_rft.trainer.linear_logprobs import LogitTransform, chunk_tokens, linear_logprobs, outside
 from lightning_rft.trainer.packing import Packed
 
 __all__ = ["kept_logits", "replaced_head", "token_logprobs"]
@@ -31,9 +32,10 @@ def token_logprobs(
         return _inside_head(model, packed, chunked_head, entropy_gradient)
     logits = kept_logits(model, packed)
     # Gathered once and then split: indexing inside the chunks would make a gradient of all logits for each chunk.
-    tensors = logits[packed.row, packed.column], packed.target, packed.temperature
+    tensors = logits[packed.row, packed.column], packed.target, packed.temperature, packed.support
     size = chunk_tokens(logits.shape[-1], logits.device)
-    chunks = zip(*(torch.split(tensor, size) for tensor in tensors if tensor is not None), strict=True)
+    split = [None if tensor is None else torch.split(tensor, size) for tensor in tensors]
+    chunks = zip_longest(*(parts or () for parts in split))
     chunk = partial(_chunk, entropy_gradient=entropy_gradient)
     parts = [checkpoint(chunk, *tensors, use_reentrant=False, preserve_rng_state=False) for tensors in chunks]
     logprobs, entropy = zip(*parts, strict=True)
@@ -85,6 +87,7 @@ def _inside_head(
                 head.bias,
                 packed.target,
                 temperature=packed.temperature,
+                support=packed.support,
                 transform=transform,
                 entropy_gradient=entropy_gradient,
             )
@@ -98,10 +101,14 @@ def _inside_head(
 
 
 def _chunk(
-    logits: Tensor, target: Tensor, temperature: Tensor | None = None, *, entropy_gradient: bool
+    logits: Tensor, target: Tensor, temperature: Tensor | None, support: Tensor | None, *, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     logits = logits.float()
-    scores = torch.log_softmax(logits if temperature is None else logits / temperature[:, None], dim=-1)
+    if temperature is not None:
+        logits = logits / temperature[:, None]
+    if support is not None:
+        logits = logits.masked_fill(outside(support, logits.shape[-1]), torch.finfo(torch.float32).min)
+    scores = torch.log_softmax(logits, dim=-1)
     logprobs = scores.gather(-1, target[:, None])[:, 0]
     # Last, because recomputation in backward stops at the last tensor it needs, without the gradient before this.
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import Turn
+from lightning_rft.experience import Truncation, Turn
+from lightning_rft.sampling import MAX_SUPPORT
 
 __all__ = ["Packed", "columns", "pack", "shares_prompts"]
 
@@ -45,6 +46,9 @@ class Packed:
     column: Tensor  # index into ``keep`` of the column that predicts each trained token [N]
     target: Tensor  # id of each trained token [N]
     temperature: Tensor | None  # that each was sampled at [N], float32; None where all are 1
+    #: Ids that each was chosen from [N, K], int32, filled up with its own; -1 first for the whole vocabulary. ``None``
+    #: where that holds for all.
+    support: Tensor | None
 
     def to(self, device: torch.device | str) -> Packed:
         """The same rows with every tensor on ``device``."""
@@ -88,6 +92,11 @@ def pack(
                 f"experience that was sampled at temperature={turn.temperature} cannot be trained with: "
                 "log-probabilities need a temperature above 0"
             )
+        if turn.support is None and turn.sampling != Truncation():
+            raise ConfigurationError(
+                f"experience that was sampled with {turn.sampling}, but without the tokens to choose from, cannot be "
+                f"trained with: sample with top_k from 1 to {MAX_SUPPORT}"
+            )
     row, width = _layout(sampled, shared, mask_dtype, balance, multiple)
     shared = len(set(row)) < len(row)
 
@@ -104,6 +113,7 @@ def pack(
     else:
         position_ids = torch.arange(width).repeat(len(input_ids), 1)
         attention_mask = None
+    target = np.concatenate([turn.token_ids for turn in flat])
     return Packed(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -111,10 +121,11 @@ def pack(
         keep=keep,
         row=torch.tensor(row).repeat_interleave(lengths),
         column=kept,
-        target=torch.from_numpy(np.concatenate([turn.token_ids for turn in flat])).long(),
+        target=torch.from_numpy(target).long(),
         temperature=None
         if all(turn.temperature == 1 for turn in flat)
         else torch.tensor([turn.temperature for turn in flat], dtype=torch.float32).repeat_interleave(lengths),
+        support=None if all(turn.support is None for turn in flat) else _supports(flat, target),
     )
 
 
@@ -213,6 +224,22 @@ def _fill(alike: Sequence[Sequence[int]], prompts: Sequence[int], lengths: Seque
             used[r] += lengths[index]
             row[index] = r
     return row
+
+
+def _supports(turns: Sequence[Turn], target: np.ndarray) -> Tensor:
+    """The ids that each token was chosen from [N, K]; see :class:`Packed`."""
+    counts, ids = map(np.concatenate, zip(*map(_choices, turns), strict=True))
+    width = int(counts.max()) + 1  # a column more than needed, so that the token itself is never left out
+    table = target[:, None].repeat(width, axis=1)
+    table[np.arange(width) < counts[:, None]] = ids
+    return torch.from_numpy(table)
+
+
+def _choices(turn: Turn) -> tuple[np.ndarray, np.ndarray]:
+    """How many ids each token was chosen from, and all these ids; -1 for the whole vocabulary."""
+    if turn.support is not None:
+        return turn.support.counts, turn.support.token_ids
+    return np.ones(turn.num_tokens, np.int32), np.full(turn.num_tokens, -1, np.int32)
 
 
 def _rectangle(rows: Sequence[Sequence[np.ndarray]], width: int, fill: int) -> Tensor:

@@ -26,7 +26,7 @@ class WeightedTurn(NamedTuple):
     group: int
     #: Index of its sample in the batch.
     sample: int
-    #: Sampled tokens of its whole sample.
+    #: Sampled tokens of its whole sample that had an alternative.
     sample_tokens: int
     advantage: float = 0.0
     #: Of each of its tokens, in the loss.
@@ -42,7 +42,7 @@ class WeightedTurn(NamedTuple):
 def sampled_turns(groups: Sequence[Group]) -> list[WeightedTurn]:
     """Every turn of a batch that has a sampled token, group by group, without advantage and weight."""
     return [
-        WeightedTurn(turn, group, sample, experience.num_tokens)
+        WeightedTurn(turn, group, sample, _length(experience))
         for sample, (group, experience) in enumerate(_samples(groups))
         for turn in experience.turns
         if turn.num_tokens
@@ -77,7 +77,7 @@ def weighted_turns(
         returns = [float(rewards[turn.sample]) + _rewards_from(samples[turn.sample][1], turn.turn) for turn in turns]
         of_turns = torch.tensor(returns, dtype=torch.float64), torch.tensor([turn.group for turn in turns])
         advantages = objective.advantage(*of_turns).tolist()
-    lengths = torch.tensor([experience.num_tokens for _, experience in samples])
+    lengths = torch.tensor([_length(experience) for _, experience in samples])
     if objective.mask_truncated:
         cut_off = [bool(sample.turns) and sample.turns[-1].finish_reason == "length" for _, sample in samples]
         lengths = lengths.masked_fill(torch.tensor(cut_off), 0)
@@ -96,6 +96,11 @@ def weighted_turns(
 
 def _samples(groups: Sequence[Group]) -> list[tuple[int, Experience]]:
     return [(index, experience) for index, group in enumerate(groups) for experience in group.experiences]
+
+
+def _length(experience: Experience) -> int:
+    """Tokens of a sample that are trained."""
+    return sum(turn.num_free for turn in experience.turns)
 
 
 def _rewards_from(experience: Experience, first: Turn) -> float:
@@ -134,4 +139,12 @@ def token_batch(turns: Sequence[WeightedTurn], logprobs: Tensor, entropy: Tensor
         elsewhere=torch.tensor(elsewhere, dtype=torch.float32, device=device),
         reference_logprobs=joined(references) if references else None,
     )
-    return tokens, of_tokens([turn.weight for turn in turns])
+    weights = of_tokens([turn.weight for turn in turns])
+    if any(turn.turn.support is not None for turn in turns):  # a token without an alternative counts for nothing
+        weights = weights * joined([_free(turn.turn) for turn in turns])
+    return tokens, weights
+
+
+def _free(turn: Turn) -> NDArray[np.float32]:
+    counts = np.full(turn.num_tokens, 2) if turn.support is None else turn.support.counts
+    return (counts > 1).astype(np.float32)

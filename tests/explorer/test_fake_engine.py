@@ -16,6 +16,7 @@ import torch
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.engines.fake import FakeEngine
+from lightning_rft.sampling import Sampling
 
 
 def started(max_model_len: int = 10_000, **settings: Any) -> FakeEngine:
@@ -32,7 +33,7 @@ def drain(engine: FakeEngine) -> dict[str, Completion]:
 
 
 def request(seed: int, max_new_tokens: int = 1000) -> Request:
-    return Request(f"r{seed}", (1, 2), max_new_tokens, seed=seed)
+    return Request(f"r{seed}", (1, 2), Sampling(max_new_tokens, 1.0, seed))
 
 
 def test_content_depends_on_the_seed_alone() -> None:
@@ -142,7 +143,8 @@ def test_description_pickles() -> None:
 def test_import_and_sampling_need_no_torch() -> None:
     code = (
         "import sys; from lightning_rft.explorer.engines.fake import FakeEngine, Request\n"
-        "engine = FakeEngine(); engine.start('', max_model_len=99, seed=0); engine.add(Request('r', (1,), 9))\n"
+        "from lightning_rft.sampling import Sampling\n"
+        "engine = FakeEngine(); engine.start('', max_model_len=99, seed=0); engine.add(Request('r', (1,), Sampling(9, 1.0, 0)))\n"
         "while engine.has_work: engine.step()\n"
         "sys.exit('torch' in sys.modules)"
     )

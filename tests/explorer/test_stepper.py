@@ -12,6 +12,7 @@ import pytest
 from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.engines.fake import FakeEngine
 from lightning_rft.explorer.worker.stepper import Stepper
+from lightning_rft.sampling import Sampling
 
 T = TypeVar("T")
 
@@ -78,7 +79,7 @@ def served(engine: Engine, use: Callable[[Stepper], Awaitable[T]]) -> T:
 
 
 def request(name: str = "r", **changes: Any) -> Request:
-    return Request(name, (1, 2), **{"max_new_tokens": 10, "seed": 1} | changes)
+    return Request(name, (1, 2), Sampling(**{"max_new_tokens": 10, "temperature": 1.0, "seed": 1} | changes))
 
 
 async def seen(event: threading.Event) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from lightning_rft.errors import ConfigurationError, RFTError, TransportError
 from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.engines.transformers import TransformersEngine
+from lightning_rft.sampling import Sampling
 from lightning_rft.testing import tiny_model
 
 PROMPTS: list[tuple[int, ...]] = [(7, 8, 9), (30,), (11, 50, 60, 12, 90, 33, 21, 17), (40, 41), (99, 98, 97, 96, 95)]
@@ -71,7 +72,7 @@ def test_greedy_equals_generate(tmp_path: Path, architecture: str) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(path)
     with running(path) as engine:
         for index, prompt in enumerate(PROMPTS):
-            engine.add(Request(str(index), prompt, 24, temperature=0.0, seed=index))
+            engine.add(Request(str(index), prompt, Sampling(24, 0.0, index)))
         done = drain(engine)
     for index, prompt in enumerate(PROMPTS):
         reference = model.generate(
@@ -86,7 +87,7 @@ def test_greedy_equals_generate(tmp_path: Path, architecture: str) -> None:
 @pytest.mark.parametrize("kind", ["tied0", "untied0"])
 def test_logprobs_equal_a_plain_forward(paths: dict[str, Path], models: dict[str, Any], kind: str) -> None:
     requests = [
-        Request(f"{index}-{temperature}", prompt, 12 + 5 * index, temperature, seed=index)
+        Request(f"{index}-{temperature}", prompt, Sampling(12 + 5 * index, temperature, index))
         for index, prompt in enumerate(PROMPTS)
         for temperature in (0.0, 0.7, 1.0, 1.5)
     ]
@@ -96,7 +97,7 @@ def test_logprobs_equal_a_plain_forward(paths: dict[str, Path], models: dict[str
         done = drain(engine)
     for item in requests:
         completion = done[item.id]
-        expected = oracle(models[kind], item.prompt_ids, completion.token_ids, item.temperature)
+        expected = oracle(models[kind], item.prompt_ids, completion.token_ids, item.sampling.temperature)
         assert completion.logprobs == pytest.approx(expected, abs=1e-5)
         assert completion.versions == (-1,) * len(completion.token_ids)
 
@@ -110,7 +111,7 @@ def test_learned_positions_see_no_padding(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with running(tmp_path) as engine:
         for index, prompt in enumerate(PROMPTS):
-            engine.add(Request(str(index), prompt, 6 + index, seed=index))
+            engine.add(Request(str(index), prompt, Sampling(6 + index, 1.0, index)))
         done = drain(engine)
     for index, prompt in enumerate(PROMPTS):
         expected = oracle(model, prompt, done[str(index)].token_ids)
@@ -121,7 +122,7 @@ def test_sampled_tokens_have_the_models_distribution(paths: dict[str, Path], mod
     draws, temperature = 4000, 0.8
     with running(paths["tied0"], max_batch_size=2000) as engine:
         for index in range(draws):
-            engine.add(Request(str(index), PROMPTS[0], 1, temperature, seed=index))
+            engine.add(Request(str(index), PROMPTS[0], Sampling(1, temperature, index)))
         counts = Counter(completion.token_ids[0] for completion in drain(engine).values())
     with torch.no_grad():
         logits = models["tied0"](torch.tensor([PROMPTS[0]])).logits[0, -1]
@@ -134,7 +135,7 @@ def test_sampled_tokens_have_the_models_distribution(paths: dict[str, Path], mod
 def test_content_is_independent_of_neighbours_and_of_joins(paths: dict[str, Path], models: dict[str, Any]) -> None:
     rng = random.Random(1)
     requests = [
-        Request(str(index), rng.choice(PROMPTS), rng.randint(1, 30), 1.0, seed=1000 + index) for index in range(16)
+        Request(str(index), rng.choice(PROMPTS), Sampling(rng.randint(1, 30), 1.0, 1000 + index)) for index in range(16)
     ]
     alone: dict[str, Completion] = {}
     with running(paths["tied0"]) as engine:
@@ -161,14 +162,14 @@ def test_content_is_independent_of_neighbours_and_of_joins(paths: dict[str, Path
 def test_seeds_that_differ_in_high_bits_only_are_different(paths: dict[str, Path]) -> None:
     with running(paths["tied0"]) as engine:
         for high in range(4):
-            engine.add(Request(str(high), PROMPTS[0], 12, seed=5 + (high << 32)))
+            engine.add(Request(str(high), PROMPTS[0], Sampling(12, 1.0, 5 + (high << 32))))
         assert len({completion.token_ids for completion in drain(engine).values()}) == 4
 
 
 def test_one_step_is_one_token_for_each_and_a_full_batch_queues(paths: dict[str, Path]) -> None:
     with running(paths["tied0"], max_batch_size=2) as engine:
         for index, length in enumerate([3, 1, 2]):
-            engine.add(Request(str(index), PROMPTS[index], length, seed=4))
+            engine.add(Request(str(index), PROMPTS[index], Sampling(length, 1.0, 4)))
         finished = [[(done.request_id, len(done.token_ids), done.finish_reason) for done in engine.step()]]
         while engine.has_work:
             finished.append([(done.request_id, len(done.token_ids), done.finish_reason) for done in engine.step()])
@@ -179,7 +180,7 @@ def test_one_step_is_one_token_for_each_and_a_full_batch_queues(paths: dict[str,
 @pytest.mark.parametrize("as_list", [False, True])
 def test_eos_ends_a_completion_and_is_included(paths: dict[str, Path], tmp_path: Path, as_list: bool) -> None:
     with running(paths["untied0"]) as engine:
-        engine.add(Request("a", PROMPTS[0], 20, seed=3))
+        engine.add(Request("a", PROMPTS[0], Sampling(20, 1.0, 3)))
         free = drain(engine)["a"]
     assert free.finish_reason == "length"
     eos = free.token_ids[7]
@@ -187,7 +188,7 @@ def test_eos_ends_a_completion_and_is_included(paths: dict[str, Path], tmp_path:
     model.generation_config.eos_token_id = [1, eos] if as_list else eos
     model.save_pretrained(tmp_path)
     with running(tmp_path) as engine:
-        engine.add(Request("a", PROMPTS[0], 20, seed=3))
+        engine.add(Request("a", PROMPTS[0], Sampling(20, 1.0, 3)))
         ended = drain(engine)["a"]
     length = free.token_ids.index(eos) + 1
     assert ended.token_ids == free.token_ids[:length]
@@ -202,7 +203,7 @@ def test_a_load_in_mid_generation(paths: dict[str, Path], models: dict[str, Any]
         engine.connect(memory_link)
         engine.load(memory_link.push(old.state_dict()), 4)
         for index, prompt in enumerate(PROMPTS):
-            engine.add(Request(str(index), prompt, 10 + index, seed=20 + index))
+            engine.add(Request(str(index), prompt, Sampling(10 + index, 1.0, 20 + index)))
         for _ in range(6):
             assert engine.step() == []
         engine.load(memory_link.push(new.state_dict()), 5)
@@ -259,7 +260,7 @@ def test_faulty_loads_name_the_weight(
         del bad[name]
     with running(paths["tied0"]) as engine:
         engine.connect(memory_link)
-        engine.add(Request("a", PROMPTS[0], 5))
+        engine.add(Request("a", PROMPTS[0], Sampling(5, 1.0, 0)))
         engine.step()
         manifest = memory_link.push(bad)
         if fault == "not in manifest":
@@ -289,7 +290,7 @@ def test_load_needs_a_connection_and_connect_replaces(paths: dict[str, Path], me
     engine.connect(memory_link)
     engine.connect(memory_link)
     assert (memory_link.opened, memory_link.closed) == ([0, 0], 1)
-    engine.add(Request("a", (7,), 3))
+    engine.add(Request("a", (7,), Sampling(3, 1.0, 0)))
     engine.stop()
     engine.stop()
     assert memory_link.closed == 2
@@ -306,7 +307,7 @@ def test_weights_that_are_not_finite_are_an_error(
     with running(paths["tied0"]) as engine:
         engine.connect(memory_link)
         engine.load(memory_link.push(state), 3)
-        engine.add(Request("a", (7,), 3))
+        engine.add(Request("a", (7,), Sampling(3, 1.0, 0)))
         with pytest.raises(RFTError, match="version 3"):
             engine.step()
 
@@ -314,7 +315,7 @@ def test_weights_that_are_not_finite_are_an_error(
 def test_abort_queued_and_running(paths: dict[str, Path], models: dict[str, Any]) -> None:
     with running(paths["tied0"], max_batch_size=3) as engine:
         for index in range(5):
-            engine.add(Request(str(index), PROMPTS[index], 10, seed=index))
+            engine.add(Request(str(index), PROMPTS[index], Sampling(10, 1.0, index)))
         engine.step()
         engine.step()
         engine.abort(["1", "3", "unknown"])
@@ -328,15 +329,18 @@ def test_abort_queued_and_running(paths: dict[str, Path], models: dict[str, Any]
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request("a", (1, 2, 3), 8), "3 tokens and max_new_tokens=8 make 11, more than max_model_len=10"),
-        (Request("a", (), 8), "needs a prompt"),
-        (Request("a", (1,), 0), "max_new_tokens >= 1"),
-        (Request("a", (1,), 1, temperature=-0.5), "temperature >= 0"),
+        (
+            Request("a", (1, 2, 3), Sampling(8, 1.0)),
+            "3 tokens and max_new_tokens=8 make 11, more than max_model_len=10",
+        ),
+        (Request("a", (), Sampling(8, 1.0)), "needs a prompt"),
+        (Request("a", (1,), Sampling(temperature=1.0)), "needs .* max_new_tokens"),
+        (Request("a", (1,), Sampling(1)), "needs .* temperature"),
     ],
 )
 def test_requests_that_cannot_run_are_refused(paths: dict[str, Path], request_: Request, message: str) -> None:
     with running(paths["tied0"], max_model_len=10) as engine:
-        engine.add(Request("fits", (1, 2, 3), 7))
+        engine.add(Request("fits", (1, 2, 3), Sampling(7, 1.0)))
         with pytest.raises(ConfigurationError, match=message):
             engine.add(request_)
         assert set(drain(engine)) == {"fits"}
@@ -351,7 +355,7 @@ def test_check_names_the_setting(setting: str, value: Any) -> None:
 def test_own_model_goes_first_and_bfloat16_samples(paths: dict[str, Path]) -> None:
     engine = pickle.loads(pickle.dumps(TransformersEngine(model=str(paths["untied0"]), dtype="bfloat16", device="cpu")))
     engine.start("/no/such/model", max_model_len=64, seed=0)
-    engine.add(Request("a", PROMPTS[0], 5))
+    engine.add(Request("a", PROMPTS[0], Sampling(5, 1.0, 0)))
     assert len(drain(engine)["a"].token_ids) == 5
     assert {tensor.dtype for tensor in engine._lm.state_dict().values()} == {torch.bfloat16}
     engine.stop()

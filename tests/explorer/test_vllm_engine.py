@@ -10,6 +10,7 @@ import pytest
 
 from lightning_rft.explorer.engines.engine import Request
 from lightning_rft.explorer.engines.vllm import VLLMEngine
+from lightning_rft.sampling import Sampling
 from tests.explorer.in_process import in_process
 from tests.explorer.links import MemoryLink
 
@@ -53,15 +54,15 @@ def after_a_push(old: str, new: str) -> dict[str, Any]:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     seen: dict[str, Any] = {"before": engine.prompt_logprobs(LONG)}
     # a full prefix in the cache, and a request in mid-generation
-    engine.add(Request("cached", LONG, 1, temperature=0.0))
+    engine.add(Request("cached", LONG, Sampling(1, 0.0)))
     drain(engine)
-    engine.add(Request("running", SHORT, 12, temperature=0.0))
+    engine.add(Request("running", SHORT, Sampling(12, 0.0)))
     for _ in range(4):
         engine.step()
     load(engine, tensors, VERSION)
     seen["running"] = drain(engine)["running"]
     seen["short"], seen["long"] = engine.prompt_logprobs(SHORT), engine.prompt_logprobs(LONG)
-    engine.add(Request("again", LONG, 4, temperature=0.0))
+    engine.add(Request("again", LONG, Sampling(4, 0.0)))
     seen["again"] = drain(engine)["again"]
     refused = {
         "lm_head": {name: t for name, t in tensors.items() if name != "lm_head.weight"},
@@ -90,7 +91,7 @@ def fresh(new: str, running: Sequence[int]) -> dict[str, Any]:
         "long": engine.prompt_logprobs(LONG),
         "running": engine.prompt_logprobs([*SHORT, *running]),
     }
-    engine.add(Request("again", LONG, 4, temperature=0.0))
+    engine.add(Request("again", LONG, Sampling(4, 0.0)))
     seen["again"] = drain(engine)["again"]
     engine.stop()
     return seen

@@ -34,8 +34,8 @@ class Sampler:
 
     async def __call__(self, request: Request) -> Completion:
         self.requests.append(request)
-        versions = (len(self.requests),) * 3
-        return Completion(request.id, self.answer, (-0.1, -0.2, -0.3), versions, "stop")
+        tokens, versions = len(self.answer), (len(self.requests),) * 3
+        return Completion(request.id, self.answer, (-0.1, -0.2, -0.3)[:tokens], versions[:tokens], "stop")
 
 
 def make_policy(tokenizer: Any, sampler: Sampler, **changes: Any) -> Policy:
@@ -53,7 +53,7 @@ def test_single_turn(tokenizer: Any) -> None:
     policy = make_policy(tokenizer, sampler)
     assert asyncio.run(SingleTurn()(Task(CHAT), policy)) == "ok"  # without the special token
     (request,) = sampler.requests
-    assert request == Request("run/3/1/0", encode_prompt(tokenizer, CHAT), 5, 0.7, 11)
+    assert request == Request("run/3/1/0", encode_prompt(tokenizer, CHAT), Sampling(5, 0.7, 11))
     (turn,) = policy.turns
     assert turn == Turn(request.prompt_ids, sampler.answer, (-0.1, -0.2, -0.3), (1, 1, 1), "stop", temperature=0.7)
     assert policy.seconds > 0
@@ -69,7 +69,7 @@ def test_every_call_is_a_turn_with_random_numbers_of_its_own(tokenizer: Any) -> 
     asyncio.run(workflow(policy))
     first, second = sampler.requests
     assert (first.id, second.id) == ("run/3/1/0", "run/3/1/1")
-    assert first.seed == 11 != second.seed
+    assert first.sampling.seed == 11 != second.sampling.seed
     assert tokenizer.decode(second.prompt_ids) == "Q: ok Better:"
     assert [turn.versions[0] for turn in policy.turns] == [1, 2]
 
@@ -81,7 +81,7 @@ def test_seeds_stay_in_range_and_apart(tokenizer: Any) -> None:
 
     sampler = Sampler(tokenizer)
     asyncio.run(four(make_policy(tokenizer, sampler, seed=2**31 - 1)))
-    seeds = [request.seed for request in sampler.requests]
+    seeds = [request.sampling.seed for request in sampler.requests]
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**31 for seed in seeds)
 
@@ -121,3 +121,50 @@ def test_samples_of_a_group_encode_a_prompt_once_and_a_changed_one_anew(tokenize
     assert counts.calls == 2
     first, second = encode_prompt(tokenizer, messages[:1]), encode_prompt(tokenizer, messages)
     assert [request.prompt_ids for request in sampler.requests] == [first, second] * 3 and first != second
+
+
+def asked(tokenizer: Any, prompt: Any, policy: dict[str, Any] | None = None, **sampling: Any) -> Request:
+    sampler = Sampler(tokenizer)
+    asyncio.run(make_policy(tokenizer, sampler, **policy or {})(prompt, **sampling))
+    return sampler.requests[0]
+
+
+def test_a_call_sets_what_it_names_and_inherits_the_rest(tokenizer: Any) -> None:
+    inherited = {"sampling": Sampling(5, 0.7, 1, top_k=8, stop="Q:", min_new_tokens=2)}
+    request = asked(tokenizer, "x", inherited, max_new_tokens=9, stop=["\n"], min_new_tokens=0)
+    assert request.sampling == Sampling(9, 0.7, 11, top_k=8, stop=("\n",), min_new_tokens=0)
+
+
+def test_a_call_refuses_what_is_no_setting(tokenizer: Any) -> None:
+    for name in ("max_tokens", "seed"):
+        with pytest.raises(ConfigurationError, match=f"{name}=.* it takes chat_template_kwargs, logit_bias, max_new_"):
+            asked(tokenizer, "x", **{name: 3})
+    with pytest.raises(ConfigurationError, match="top_p=2 must be above 0"):
+        asked(tokenizer, "x", top_p=2)
+
+
+def test_a_call_for_training_refuses_what_training_does_not_take(tokenizer: Any) -> None:
+    for setting in ({"temperature": 0.0}, {"top_p": 0.9}, {"structured": {"choice": ["a"]}}):
+        with pytest.raises(ConfigurationError, match="in training"):
+            asked(tokenizer, "x", **setting)
+        assert asked(tokenizer, "x", {"trained": False}, **setting).sampling.seed == 11
+
+
+def test_the_text_ends_before_a_text_that_ends_it(tokenizer: Any) -> None:
+    for stop, text in (("ok", ""), ("k", "o"), ("x", "ok"), ("o", "ok")):
+        sampler = Sampler(tokenizer)
+        sampler.answer = (*tokenizer("ok")["input_ids"],)
+        policy = make_policy(tokenizer, sampler)
+        assert asyncio.run(policy("x", stop=stop)) == text
+
+
+def test_variables_reach_the_chat_template(tokenizer: Any, tiny_model_path: Path) -> None:
+    thinks: Any = AutoTokenizer.from_pretrained(tiny_model_path)
+    thinks.chat_template += "{% if not enable_thinking %}</think>{% endif %}"
+    plain = asked(thinks, CHAT, chat_template_kwargs={"enable_thinking": True}).prompt_ids
+    short = asked(thinks, CHAT, chat_template_kwargs={"enable_thinking": False}).prompt_ids
+    assert thinks.decode(short) == thinks.decode(plain) + "</think>"
+    encoded: dict[bytes, tuple[tuple[int, ...], bytes]] = {}
+    for thinking in (True, False):
+        asked(thinks, CHAT, {"encoded": encoded}, chat_template_kwargs={"enable_thinking": thinking})
+    assert {ids for ids, _ in encoded.values()} == {plain, short}

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_rft.errors import ConfigurationError, TransportError
-from lightning_rft.experience import Support, TensorInfo, Truncation
+from lightning_rft.experience import Support, TensorInfo
+from lightning_rft.explorer.engines.stops import reach, stop_at
+from lightning_rft.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +34,9 @@ class Request:
 
     id: str  #: Unique among the running requests.
     prompt_ids: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float = 1.0  #: ``0`` is greedy.
-    seed: int = 0  #: Of this request's own random numbers: its content does not depend on its neighbours'.
-    sampling: Truncation = Truncation()  # noqa: RUF009 (immutable). No engine applies it yet, and nothing asks for any.
+    #: With ``max_new_tokens`` and ``temperature``. The seed is that of the request's own random numbers: what is sampled
+    #: does not depend on its neighbours.
+    sampling: Sampling
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,12 @@ class Completion:
 
     request_id: str
     token_ids: tuple[int, ...]  #: The end-of-sequence token included, when it was sampled.
-    logprobs: tuple[float, ...]  #: Natural, of the distribution that was drawn from: temperature applied.
+    logprobs: tuple[
+        float, ...
+    ]  #: Natural, of the distribution that was drawn from: temperature and truncation applied.
     versions: tuple[int, ...]  #: Of the weights that sampled each token.
     finish_reason: str  #: ``"stop"`` or ``"length"``.
-    support: Support | None = None  #: What truncation left to choose from, for each token.
+    support: Support | None = None  #: What was left to choose from, for each token, if the sampling keeps that.
 
 
 @dataclass(eq=False)
@@ -58,18 +62,28 @@ class Running:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    # Of the tokens to choose from, where the sampling keeps them: how many for each token, their ids and log-probs.
+    counts: array[int] = field(default_factory=lambda: array("i"))
+    choice_ids: array[int] = field(default_factory=lambda: array("i"))
+    choice_logprobs: array[float] = field(default_factory=lambda: array("f"))
 
     @cached_property
     def rng(self) -> random.Random:
         """The request's own random numbers."""
         # Not a torch.Generator: on a CPU that one reads only the low 32 bits of its seed.
-        return random.Random(self.request.seed)
+        return random.Random(self.request.sampling.seed)
 
     def extend(self, token_ids: Sequence[int], logprobs: Iterable[float], version: int) -> None:
         """Adds what one step sampled."""
         self.token_ids += token_ids
         self.logprobs += logprobs
         self.versions += [version] * len(token_ids)
+
+    def choose_from(self, choices: Mapping[int, float]) -> None:
+        """Keeps the ids that a token was chosen from, with their log-probs."""
+        self.counts.append(len(choices))
+        self.choice_ids.extend(choices)
+        self.choice_logprobs.extend(choices.values())
 
 
 class WeightReceiver(Protocol):
@@ -131,6 +145,7 @@ class Engine(ABC):
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.version = -1
+        self._eos: frozenset[int] = frozenset()  # ids that end an answer
         self._running: dict[str, Running] = {}  # by id, in order of arrival
         self._receiver: WeightReceiver | None = None
 
@@ -143,6 +158,9 @@ class Engine(ABC):
             value = getattr(self, setting)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigurationError(f"{name}({setting}={value!r}): must be a whole number of at least 1.")
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raises :class:`~lightning_rft.errors.ConfigurationError` for a setting that this engine does not know."""
 
     def environment(self, threads: int) -> dict[str, str]:
         """Environment variables that the explorer process must be started with, to use so many CPU threads."""
@@ -162,6 +180,7 @@ class Engine(ABC):
             seed: Seed of the run.
         """
         self.check()
+        self._folder = self.model or model
         self._longest = max_model_len
         self.version = -1
 
@@ -169,22 +188,24 @@ class Engine(ABC):
         """Queues a request; :meth:`step` runs it.
 
         Raises:
-            ConfigurationError: It cannot run: longer than ``max_model_len``, an empty prompt, nothing to sample, or a
-                temperature below 0.
+            ConfigurationError: It cannot run: longer than ``max_model_len``, an empty prompt, or a way of sampling that
+                this engine does not know.
         """
-        total = len(request.prompt_ids) + request.max_new_tokens
+        self.check_sampling(request.sampling)
+        limit = request.sampling.max_new_tokens
+        if not request.prompt_ids or limit is None or request.sampling.temperature is None:
+            raise ConfigurationError(
+                f"Request {request.id!r}: needs a prompt (has {len(request.prompt_ids)} tokens), and max_new_tokens and "
+                f"temperature (has {request.sampling})."
+            )
+        total = len(request.prompt_ids) + limit
         if total > self._longest:
             raise ConfigurationError(
                 f"Request {request.id!r}: a prompt of {len(request.prompt_ids)} tokens and max_new_tokens="
-                f"{request.max_new_tokens} make {total}, more than max_model_len={self._longest}. Lower "
+                f"{limit} make {total}, more than max_model_len={self._longest}. Lower "
                 "max_new_tokens, shorten the prompt or raise max_model_len."
             )
-        if not request.prompt_ids or request.max_new_tokens < 1 or request.temperature < 0:
-            raise ConfigurationError(
-                f"Request {request.id!r}: needs a prompt (has {len(request.prompt_ids)} tokens), max_new_tokens >= 1 "
-                f"(is {request.max_new_tokens}) and temperature >= 0 (is {request.temperature})."
-            )
-        self._running[request.id] = Running(request, request.max_new_tokens)
+        self._running[request.id] = Running(request, limit)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forgets requests; unknown ids are ignored."""
@@ -235,11 +256,33 @@ class Engine(ABC):
         return list(islice(self._running.values(), self.max_num_seqs))
 
     def _finish(self, running: Running, finish_reason: str) -> Completion:
-        request_id = running.request.id
-        del self._running[request_id]
-        return Completion(
-            request_id, tuple(running.token_ids), tuple(running.logprobs), tuple(running.versions), finish_reason
-        )
+        request = running.request
+        del self._running[request.id]
+        tokens = tuple(running.token_ids), tuple(running.logprobs), tuple(running.versions)
+        support = None
+        if request.sampling.keeps_support:
+            support = Support(running.counts, running.choice_ids, running.choice_logprobs)
+        return Completion(request.id, *tokens, finish_reason, support)
+
+    def _reason(self, running: Running) -> str | None:
+        """Why a request ends with its last token, if it does."""
+        last, sampling = running.token_ids[-1], running.request.sampling
+        if last in self._eos or last in (sampling.stop_token_ids or ()) or self._says_stop(running):
+            return "stop"
+        return "length" if len(running.token_ids) == running.limit else None
+
+    def _says_stop(self, running: Running) -> bool:
+        """Whether the last token completed a text that ends the answer."""
+        sampling, ids = running.request.sampling, running.token_ids
+        if not sampling.stop or len(ids) <= (sampling.min_new_tokens or 0):
+            return False
+        return stop_at(self._tokenizer, ids[-reach(sampling.stop) :], sampling.stop) is not None
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._folder)
 
     def _receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
         if self._receiver is None:

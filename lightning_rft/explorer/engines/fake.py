@@ -24,15 +24,16 @@ class FakeEngine(Engine):
     """Samples uniform tokens; all content follows from a request's seed alone.
 
     Lengths are geometric: many short, a few long, as in real rollouts. One that reaches ``max_new_tokens`` is cut
-    there and finishes with ``"length"``, a shorter one with ``"stop"``. Weights are received in full and kept only as
-    digests, in :attr:`loaded`.
+    there and finishes with ``"length"``, a shorter one with ``"stop"``; ``stop_token_ids`` and ``min_new_tokens`` hold.
+    With ``top_k`` it samples from the first ids instead of from all. Anything else that is asked of sampling makes no
+    difference. Weights are received in full and kept only as digests, in :attr:`loaded`.
 
     Args:
         model: Only for the description; nothing is read from it.
         tokens_per_second: Tokens per second that each running request gets, as on a GPU with room for all.
             ``None``: as fast as possible.
         mean_tokens: Mean length of a completion before the cut, in tokens.
-        vocab_size: Token ids are below it; every token has the log-prob ``-log(vocab_size)``.
+        vocab_size: Token ids are below it; without ``top_k``, every token has the log-prob ``-log(vocab_size)``.
         max_num_seqs: Maximum requests that run at once; others wait in order of arrival.
         max_model_len: Maximum tokens of prompt and answer together; left out, what the prompts need, or the
             model's context with a workflow of your own.
@@ -76,7 +77,8 @@ class FakeEngine(Engine):
     def add(self, request: Request) -> None:
         super().add(request)
         running = self._running[request.id]
-        running.limit = min(running.limit, _geometric(running.rng, self.mean_tokens))
+        length = max(_geometric(running.rng, self.mean_tokens), request.sampling.min_new_tokens or 0)
+        running.limit = min(running.limit, length)
 
     @override
     def step(self) -> list[Completion]:
@@ -85,9 +87,16 @@ class FakeEngine(Engine):
         began = time.monotonic()
         finished = []
         for running in self._batch():
-            running.extend([running.rng.randrange(self.vocab_size)], [-math.log(self.vocab_size)], self.version)
-            if len(running.token_ids) >= running.limit:
-                cut = running.limit == running.request.max_new_tokens
+            sampling = running.request.sampling
+            choices = min(sampling.truncation.top_k or self.vocab_size, self.vocab_size)
+            token_id, logprob = running.rng.randrange(choices), -math.log(choices)
+            running.extend([token_id], [logprob], self.version)
+            if sampling.keeps_support:
+                running.choose_from(dict.fromkeys(range(choices), logprob))
+            sampled = len(running.token_ids)
+            ends = token_id in (sampling.stop_token_ids or ()) and sampled > (sampling.min_new_tokens or 0)
+            if ends or sampled >= running.limit:
+                cut = not ends and running.limit == sampling.max_new_tokens
                 finished.append(self._finish(running, "length" if cut else "stop"))
         if self.tokens_per_second is not None:
             # The one sleep that is no waiting for something: the time that computing would take is what is simulated.

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from lightning_rft.errors import RFTError, TransportError
-from lightning_rft.explorer.engines.engine import Completion, Engine, Running, TensorInfo, listing
+from lightning_rft.errors import ConfigurationError, RFTError, TransportError
+from lightning_rft.explorer.engines.engine import Completion, Engine, Request, Running, TensorInfo, listing
 from lightning_rft.hardware import fast_dtype
 from lightning_rft.model_folder import checkpoint_weights, end_ids, right_attention
+from lightning_rft.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,8 @@ __all__ = ["TransformersEngine"]
 class TransformersEngine(Engine):
     """Samples with ``AutoModelForCausalLM`` in this process, on one device.
 
-    Log-probs are taken from fp32 logits; with ``dtype="float32"`` they agree with a plain forward of the same model
-    to about 1e-5.
+    It takes all settings of :class:`Sampling` but ``structured``. Log-probs are taken from fp32 logits; with
+    ``dtype="float32"`` they agree with a plain forward of the same model to about 1e-5.
 
     Args:
         model: Model path or hub name, when it is not to be the module's.
@@ -65,6 +66,14 @@ class TransformersEngine(Engine):
         self._torn = False
 
     @override
+    def check_sampling(self, sampling: Sampling) -> None:
+        if sampling.structured:
+            raise ConfigurationError(
+                f"structured={sampling.structured} needs vLLM, which knows grammars: set engine=VLLMEngine(), or leave "
+                "it out"
+            )
+
+    @override
     def prepare(self) -> None:
         from transformers import AutoModelForCausalLM  # noqa: F401
 
@@ -90,6 +99,17 @@ class TransformersEngine(Engine):
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     @override
+    def add(self, request: Request) -> None:
+        super().add(request)
+        named = {*(request.sampling.logit_bias or ()), *(request.sampling.stop_token_ids or ())}
+        vocabulary = self._lm.config.get_text_config().vocab_size
+        if named and max(named) >= vocabulary:
+            self.abort([request.id])
+            raise ConfigurationError(
+                f"logit_bias and stop_token_ids name token id {max(named)}, but the model has {vocabulary} tokens"
+            )
+
+    @override
     def step(self) -> list[Completion]:
         rows = self._batch()
         if not rows:
@@ -99,10 +119,9 @@ class TransformersEngine(Engine):
             if not math.isfinite(logprob):
                 raise RFTError(f"Weights of version {self.version} give a log-prob of {logprob}: training diverged?")
             running.extend([token_id], [logprob], self.version)
-            if token_id in self._eos:
-                finished.append(self._finish(running, "stop"))
-            elif len(running.token_ids) == running.limit:
-                finished.append(self._finish(running, "length"))
+            reason = self._reason(running)
+            if reason is not None:
+                finished.append(self._finish(running, reason))
         if not self._running:
             self._cache = None
         return finished
@@ -213,10 +232,14 @@ class TransformersEngine(Engine):
         """Draws a token id for each row of ``logits`` [rows, vocab], from its request's own numbers; with log-probs."""
         import torch
 
+        from lightning_rft.explorer.engines.processing import choices, drawn_from
+
         with torch.inference_mode():
-            temperatures = torch.tensor([running.request.temperature for running in rows], device=self._device)
-            greedy = temperatures == 0
-            logprobs = (logits / temperatures.masked_fill(greedy, 1.0)[:, None]).log_softmax(-1)
+            greedy = torch.tensor([not running.request.sampling.temperature for running in rows], device=self._device)
+            logprobs = drawn_from(logits, rows, self._eos)
+            for running, row in zip(rows, logprobs, strict=True):
+                if running.request.sampling.keeps_support:
+                    running.choose_from(choices(row))
             # Inverse of the cumulative distribution: one number per token whatever the batch and the device. In
             # float64, since in float32 the sum over a large vocabulary would round rare tokens away.
             cumulative = logprobs.double().exp().cumsum(-1)

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: to resolve annotations that are text, jsonargparse would execute the
 # block below, and with it import vLLM into the trainer.
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Completion, Engine, Request, WeightLink
 from lightning_rft.hardware import fast_dtype
 from lightning_rft.model_folder import end_ids
+from lightning_rft.sampling import BAN, MAX_SUPPORT
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 __all__ = ["VLLMEngine"]
+
+# Of the tokens that are as likely as the k-th, vLLM's sampler for CPUs keeps all, which in half precision are some more
+# than k, rarely more than by so many.
+_EQUALS = 16
 
 # Arguments of vLLM that are set elsewhere, or that no value makes right, and what to do instead.
 _STAGES = "set tensor_parallel_size, since what pipeline stages hold in flight would outlive a weight push"
@@ -38,7 +44,8 @@ _REFUSED = {
     **dict.fromkeys(("scheduling_policy", "scheduler_cls"), "leave it out: a push is checked by a request of priority"),
     **dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"), _DRAFT),
     "enable_lora": "leave it out: whole weights are pushed, to layers without adapters",
-    **dict.fromkeys(("async_scheduling", "stream_interval", "logprobs_mode", "skip_tokenizer_init"), _EXACT),
+    **dict.fromkeys(("async_scheduling", "stream_interval", "logprobs_mode", "max_logprobs"), _EXACT),
+    "skip_tokenizer_init": "leave it out: structured outputs need the tokenizer",
     **dict.fromkeys(("logits_processors", "watermark_config", "kv_transfer_config", "kv_offloading_size"), _EXACT),
     "weight_transfer_config": "leave it out: the sync strategy's transport says how weights travel",
 }
@@ -170,8 +177,9 @@ class VLLMEngine(Engine):
             "enforce_eager": on_cpu if self.enforce_eager is None else self.enforce_eager,
             "async_scheduling": False,
             "scheduling_policy": "priority",  # in order of arrival, but for prompt_logprobs
-            "logprobs_mode": "processed_logprobs",  # temperature applied: raw ones make wrong importance ratios
-            "skip_tokenizer_init": True,
+            # Temperature, truncation and grammar applied: raw ones make wrong importance ratios.
+            "logprobs_mode": "processed_logprobs",
+            "max_logprobs": MAX_SUPPORT + _EQUALS,
             "disable_log_stats": True,
             "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         }
@@ -197,19 +205,33 @@ class VLLMEngine(Engine):
     @override
     def add(self, request: Request) -> None:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         super().add(request)
-        params = SamplingParams(
-            temperature=request.temperature,
-            max_tokens=request.max_new_tokens,
-            seed=request.seed,
-            logprobs=0,
-            stop_token_ids=list(self._eos),
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        self._alive.add_request(request.id, {"prompt_token_ids": list(request.prompt_ids)}, params)
+        sampling = request.sampling
+        top_k, top_p, min_p = sampling.truncation
+        biases = (sampling.logit_bias or {}).items()
+        try:
+            params = SamplingParams(
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_new_tokens,
+                min_tokens=sampling.min_new_tokens or 0,
+                seed=sampling.seed,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                logprobs=top_k + _EQUALS if sampling.keeps_support else 0,
+                stop_token_ids=[*self._eos, *(sampling.stop_token_ids or ())],
+                ignore_eos=True,  # what ends an answer is listed
+                logit_bias={token: bias if bias > BAN else -math.inf for token, bias in biases} or None,
+                structured_outputs=StructuredOutputsParams(**sampling.structured) if sampling.structured else None,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            self._alive.add_request(request.id, {"prompt_token_ids": list(request.prompt_ids)}, params)
+        except ValueError as error:
+            super().abort([request.id])
+            raise ConfigurationError(f"vLLM refuses {sampling}: {error}") from error
 
     @override
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -283,10 +305,17 @@ class VLLMEngine(Engine):
                 others.append(output)
                 continue
             sample = output.outputs[0]
-            entries = zip(sample.token_ids, sample.logprobs, strict=True)
+            entries = list(zip(sample.token_ids, sample.logprobs, strict=True))
             running.extend(sample.token_ids, [entry[token].logprob for token, entry in entries], self.version)
-            if output.finished:
-                finished.append(self._finish(running, sample.finish_reason))
+            if running.request.sampling.keeps_support:
+                for _, entry in entries:
+                    logprobs = {token: one.logprob for token, one in entry.items()}
+                    running.choose_from({token: value for token, value in logprobs.items() if value > -math.inf})
+            says_stop = bool(entries) and self._says_stop(running)
+            if says_stop and not output.finished:
+                self._alive.abort_request([output.request_id])
+            if says_stop or output.finished:
+                finished.append(self._finish(running, "stop" if says_stop else sample.finish_reason))
         return finished, others
 
 

@@ -225,6 +225,7 @@ class Explorer:
             max_model_len=self._max_model_len,
             seed=request.seeds[index],
             encoded=group.encoded,
+            trained=request.key.batch >= 0,  # validation's groups are of no batch
         )
         loop = asyncio.get_running_loop()
         limit = spec.timeouts.sample_s
