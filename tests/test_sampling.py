@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +138,12 @@ def data(**settings: Any) -> rft.RFTDataModule:
     return rft.RFTDataModule(
         ["1 + 1 ="], lambda completion, task: 1.0, rft.FakeEngine(), val_tasks=["2 + 2 ="], **settings
     )
+
+
+def test_the_page_about_it_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "sampling.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert names["data"].val_sampling.top_k == 20 and callable(names["workflow"])
+    assert all(f"| `{field.name}` |" in page for field in fields(Sampling))

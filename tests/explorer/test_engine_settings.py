@@ -40,6 +40,7 @@ REFUSED = {
     **dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"), "leave it out: .* drafts"),
     "enable_lora": "leave it out: whole weights are pushed",
     **dict.fromkeys(("async_scheduling", "stream_interval", "logprobs_mode", "skip_tokenizer_init"), "leave it out"),
+    "max_logprobs": "leave it out: .* exact",
     **dict.fromkeys(("logits_processors", "watermark_config", "kv_transfer_config"), "leave it out: .* exact"),
     "kv_offloading_size": "leave it out: .* exact",
     "weight_transfer_config": "leave it out: .* transport",

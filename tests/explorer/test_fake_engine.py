@@ -144,7 +144,8 @@ def test_import_and_sampling_need_no_torch() -> None:
     code = (
         "import sys; from lightning_rft.explorer.engines.fake import FakeEngine, Request\n"
         "from lightning_rft.sampling import Sampling\n"
-        "engine = FakeEngine(); engine.start('', max_model_len=99, seed=0); engine.add(Request('r', (1,), Sampling(9, 1.0, 0)))\n"
+        "engine = FakeEngine(); engine.start('', max_model_len=99, seed=0)\n"
+        "engine.add(Request('r', (1,), Sampling(9, 1.0, 0)))\n"
         "while engine.has_work: engine.step()\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -34,8 +34,8 @@ class Request:
 
     id: str  #: Unique among the running requests.
     prompt_ids: tuple[int, ...]
-    #: With ``max_new_tokens`` and ``temperature``. The seed is that of the request's own random numbers: what is sampled
-    #: does not depend on its neighbours.
+    #: With ``max_new_tokens`` and ``temperature``. The seed is of the request's own random numbers: the answer does not
+    #: depend on its neighbours.
     sampling: Sampling
 
 
@@ -45,12 +45,10 @@ class Completion:
 
     request_id: str
     token_ids: tuple[int, ...]  #: The end-of-sequence token included, when it was sampled.
-    logprobs: tuple[
-        float, ...
-    ]  #: Natural, of the distribution that was drawn from: temperature and truncation applied.
+    logprobs: tuple[float, ...]  #: Natural, of the distribution that was drawn from.
     versions: tuple[int, ...]  #: Of the weights that sampled each token.
     finish_reason: str  #: ``"stop"`` or ``"length"``.
-    support: Support | None = None  #: What was left to choose from, for each token, if the sampling keeps that.
+    support: Support | None = None  #: What each token was chosen from, where the sampling keeps that.
 
 
 @dataclass(eq=False)
@@ -195,15 +193,15 @@ class Engine(ABC):
         limit = request.sampling.max_new_tokens
         if not request.prompt_ids or limit is None or request.sampling.temperature is None:
             raise ConfigurationError(
-                f"Request {request.id!r}: needs a prompt (has {len(request.prompt_ids)} tokens), and max_new_tokens and "
+                f"Request {request.id!r}: needs a prompt (has {len(request.prompt_ids)} tokens), max_new_tokens and "
                 f"temperature (has {request.sampling})."
             )
         total = len(request.prompt_ids) + limit
         if total > self._longest:
             raise ConfigurationError(
                 f"Request {request.id!r}: a prompt of {len(request.prompt_ids)} tokens and max_new_tokens="
-                f"{limit} make {total}, more than max_model_len={self._longest}. Lower "
-                "max_new_tokens, shorten the prompt or raise max_model_len."
+                f"{limit} make {total}, more than max_model_len={self._longest}. Lower max_new_tokens, shorten the "
+                "prompt or raise max_model_len."
             )
         self._running[request.id] = Running(request, limit)
 

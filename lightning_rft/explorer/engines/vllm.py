@@ -196,6 +196,8 @@ class VLLMEngine(Engine):
             config.model_config.original_max_model_len = -1  # shortened to what the KV cache holds
         self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self.max_model_len = self._engine.model_config.max_model_len
+        self._vocabulary = self._engine.model_config.get_vocab_size()
+        self._equals = _EQUALS if on_cpu else 0
         if "generation_config" in self.engine_args:  # in place of all that the model itself says
             named = self._engine.model_config.try_get_generation_config().get("eos_token_id")
             self._eos = frozenset(named if isinstance(named, list) else [] if named is None else [named])
@@ -205,6 +207,7 @@ class VLLMEngine(Engine):
     @override
     def add(self, request: Request) -> None:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         super().add(request)
@@ -220,7 +223,7 @@ class VLLMEngine(Engine):
                 top_k=top_k,
                 top_p=top_p,
                 min_p=min_p,
-                logprobs=top_k + _EQUALS if sampling.keeps_support else 0,
+                logprobs=min(top_k + self._equals, self._vocabulary) if sampling.keeps_support else 0,
                 stop_token_ids=[*self._eos, *(sampling.stop_token_ids or ())],
                 ignore_eos=True,  # what ends an answer is listed
                 logit_bias={token: bias if bias > BAN else -math.inf for token, bias in biases} or None,
@@ -229,7 +232,7 @@ class VLLMEngine(Engine):
                 output_kind=RequestOutputKind.DELTA,
             )
             self._alive.add_request(request.id, {"prompt_token_ids": list(request.prompt_ids)}, params)
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             super().abort([request.id])
             raise ConfigurationError(f"vLLM refuses {sampling}: {error}") from error
 
