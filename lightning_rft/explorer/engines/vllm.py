@@ -3,7 +3,6 @@
 # No `from __future__ import annotations` here: to resolve annotations that are text, jsonargparse would execute the
 # block below, and with it import vLLM into the trainer.
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,10 @@ from typing_extensions import override
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Completion, Engine, Request, WeightLink
+from lightning_rft.explorer.engines.vllm_sampling import EQUALS, choices, sampling_params
 from lightning_rft.hardware import fast_dtype
 from lightning_rft.model_folder import end_ids
-from lightning_rft.sampling import BAN, MAX_SUPPORT
+from lightning_rft.sampling import MAX_SUPPORT
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 __all__ = ["VLLMEngine"]
-
-# Of the tokens that are as likely as the k-th, vLLM's sampler for CPUs keeps all, which in half precision are some more
-# than k, rarely more than by so many.
-_EQUALS = 16
 
 # Arguments of vLLM that are set elsewhere, or that no value makes right, and what to do instead.
 _STAGES = "set tensor_parallel_size, since what pipeline stages hold in flight would outlive a weight push"
@@ -179,7 +175,7 @@ class VLLMEngine(Engine):
             "scheduling_policy": "priority",  # in order of arrival, but for prompt_logprobs
             # Temperature, truncation and grammar applied: raw ones make wrong importance ratios.
             "logprobs_mode": "processed_logprobs",
-            "max_logprobs": MAX_SUPPORT + _EQUALS,
+            "max_logprobs": MAX_SUPPORT + EQUALS,
             "disable_log_stats": True,
             "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         }
@@ -197,7 +193,7 @@ class VLLMEngine(Engine):
         self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self.max_model_len = self._engine.model_config.max_model_len
         self._vocabulary = self._engine.model_config.get_vocab_size()
-        self._equals = _EQUALS if on_cpu else 0
+        self._equals = EQUALS if on_cpu else 0
         if "generation_config" in self.engine_args:  # in place of all that the model itself says
             named = self._engine.model_config.try_get_generation_config().get("eos_token_id")
             self._eos = frozenset(named if isinstance(named, list) else [] if named is None else [named])
@@ -206,31 +202,14 @@ class VLLMEngine(Engine):
 
     @override
     def add(self, request: Request) -> None:
-        from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         super().add(request)
-        sampling = request.sampling
-        top_k, top_p, min_p = sampling.truncation
-        biases = (sampling.logit_bias or {}).items()
+        sampling, listed = request.sampling, 0
+        if sampling.keeps_support:
+            listed = min(sampling.truncation.top_k + self._equals, self._vocabulary)
         try:
-            params = SamplingParams(
-                temperature=sampling.temperature,
-                max_tokens=sampling.max_new_tokens,
-                min_tokens=sampling.min_new_tokens or 0,
-                seed=sampling.seed,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                logprobs=min(top_k + self._equals, self._vocabulary) if sampling.keeps_support else 0,
-                stop_token_ids=[*self._eos, *(sampling.stop_token_ids or ())],
-                ignore_eos=True,  # what ends an answer is listed
-                logit_bias={token: bias if bias > BAN else -math.inf for token, bias in biases} or None,
-                structured_outputs=StructuredOutputsParams(**sampling.structured) if sampling.structured else None,
-                detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
-            )
+            params = sampling_params(sampling, self._eos, listed=listed)
             self._alive.add_request(request.id, {"prompt_token_ids": list(request.prompt_ids)}, params)
         except (ValueError, VLLMValidationError) as error:
             super().abort([request.id])
@@ -312,8 +291,7 @@ class VLLMEngine(Engine):
             running.extend(sample.token_ids, [entry[token].logprob for token, entry in entries], self.version)
             if running.request.sampling.keeps_support:
                 for _, entry in entries:
-                    logprobs = {token: one.logprob for token, one in entry.items()}
-                    running.choose_from({token: value for token, value in logprobs.items() if value > -math.inf})
+                    running.choose_from(choices(entry))
             says_stop = bool(entries) and self._says_stop(running)
             if says_stop and not output.finished:
                 self._alive.abort_request([output.request_id])
