@@ -45,7 +45,7 @@ class Sampling:
         min_new_tokens: Tokens that an answer has before it may end.
         logit_bias: Numbers that are added to logits, by token id; -100 or less bans a token.
         structured: What answers must look like, with vLLM: ``{"choice": [...]}``, ``{"regex": "..."}``, ``{"json":
-            schema}`` or ``{"grammar": "..."}`` (EBNF).
+            schema}`` (a mapping, or JSON) or ``{"grammar": "..."}`` (EBNF).
         chat_template_kwargs: Variables of the chat template, such as ``{"enable_thinking": False}``.
 
     Raises:
@@ -66,7 +66,8 @@ class Sampling:
     stop_token_ids: Sequence[int] | None = None
     min_new_tokens: int | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
-    structured: Mapping[str, Any] | None = field(default=None, hash=False)
+    # Not Any: a parser of configs would make a boolean of "yes".
+    structured: Mapping[str, str | Sequence[str] | Mapping[str, Any]] | None = field(default=None, hash=False)
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 from lightning_rft.explorer.engines.engine import Request, Running
 from lightning_rft.explorer.engines.processing import choices, drawn_from
@@ -65,7 +65,7 @@ def running(sampling: Sampling, sampled: int) -> Running:
     return one
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=st.lists(st.tuples(LOGITS, samplings(), st.integers(0, 4)), min_size=1, max_size=4))
 def test_each_row_is_drawn_from_what_its_request_asks_for(rows: list[tuple[list[float], Sampling, int]]) -> None:
     logits = torch.tensor([logits for logits, *_ in rows])

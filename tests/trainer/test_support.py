@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 import lightning_rft as rft
@@ -132,7 +132,7 @@ def test_values_and_gradients_are_those_of_a_softmax_over_the_support(
     share=st.sampled_from([0.0, 0.5]),
     transform=st.builds(LogitTransform, st.sampled_from([1.0, 3.0]), st.sampled_from([None, 2.0])),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_linear_head_in_float64(
     seed: int, tokens: int, width: int, warm: bool, share: float, transform: LogitTransform
 ) -> None:
@@ -244,7 +244,7 @@ def test_the_loss_is_that_of_the_tokens_that_had_an_alternative(objective: Any, 
     assert (gradient - theirs).norm() < 1e-4 * theirs.norm()
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 10**6),
     objective=st.sampled_from(OBJECTIVES),
