@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -107,7 +108,7 @@ def _chunk(
     if temperature is not None:
         logits = logits / temperature[:, None]
     if support is not None:
-        logits = logits.masked_fill(outside(support, logits.shape[-1]), torch.finfo(torch.float32).min)
+        logits = logits.masked_fill(outside(support, logits.shape[-1]), -math.inf)
     scores = torch.log_softmax(logits, dim=-1)
     logprobs = scores.gather(-1, target[:, None])[:, 0]
     # Last, because recomputation in backward stops at the last tensor it needs, without the gradient before this.

@@ -18,6 +18,8 @@ from lightning_rft.sampling import Sampling
 
 PROMPT = (7, 8, 9)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Bytes:
     """A tokenizer of which each token is one byte, and token 256 has no text."""
