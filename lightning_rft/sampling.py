@@ -144,7 +144,7 @@ class Sampling:
 
 
 def _is_count(value: Any, least: int = 0) -> bool:
-    return isinstance(value, Integral) and value >= least
+    return isinstance(value, Integral) and int(value) >= least
 
 
 def _is_constraint(structured: Mapping[str, Any]) -> bool:

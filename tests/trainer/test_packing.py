@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import Turn
+from lightning_rft.experience import Support, Turn
 from lightning_rft.trainer import packing as module
 from lightning_rft.trainer.packing import columns, pack, shares_prompts
 
@@ -158,7 +158,8 @@ def test_every_token_is_predicted_from_its_own_text(groups, balance, shared, mul
 
 
 def test_index_tensors_are_int64_and_move_together():
-    packed = pack([*GROUPS, [turn([1], [2], temperature=0.5)]], shared=True)
+    truncated = Turn([1], [2], [0.0], [0], "stop", temperature=0.5, support=Support([1], [2], [0.0]))
+    packed = pack([*GROUPS, [truncated]], shared=True)
     for name in ("input_ids", "position_ids", "keep", "row", "column", "target"):
         assert getattr(packed, name).dtype == torch.int64
     moved = packed.to("meta")
