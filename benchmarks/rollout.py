@@ -92,7 +92,8 @@ class Measured(rft.VLLMEngine):
     def add(self, request: Request) -> None:
         """Queues a request with a limit of its own."""
         _, batch, slot, _, sample, *_ = map(int, request.id.split("/"))
-        super().add(replace(request, max_new_tokens=self.case.length(batch, slot, sample)))
+        length = self.case.length(batch, slot, sample)
+        super().add(replace(request, sampling=replace(request.sampling, max_new_tokens=length)))
 
 
 class Consumes(rft.RFTModule):

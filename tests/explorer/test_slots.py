@@ -45,7 +45,7 @@ class Clock(FakeEngine):
     def add(self, request: Request) -> None:
         _, batch, slot, _, sample, *_ = map(int, request.id.split("/"))
         length = self.lengths[GroupKey(batch, slot)][sample]
-        super().add(replace(request, max_new_tokens=length))
+        super().add(replace(request, sampling=replace(request.sampling, max_new_tokens=length)))
         self._running[request.id].limit = length
 
     def step(self) -> list[Completion]:
