@@ -89,11 +89,11 @@ class _Parser(LightningArgumentParser):
 
 
 class RFTCLI(LightningCLI):
-    """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning: ``fit``, ``validate``, ``explore``,
-    ``evaluate``.
+    """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning.
 
-    A config has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the
-    sync strategy is one of ``trainer.callbacks``. The name alone is the ``class_path`` of a class that this package
+    Its subcommands are ``fit``, ``validate``, ``explore`` and ``evaluate``, which takes the folder of a run. A config
+    has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the sync
+    strategy is one of ``trainer.callbacks``. The name alone is the ``class_path`` of a class that this package
     exports::
 
         trainer:

@@ -20,8 +20,8 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task, Turn
 
 __all__ = [
-    *("Sample", "as_reward", "check_answers", "check_reward", "contains_answer", "exact_match", "final_answer"),
-    *("last_number", "wants_sample"),
+    *("Sample", "as_reward", "check_answers", "check_reward", "contains_answer", "exact_match", "last_number"),
+    *("last_number_or_text", "wants_sample"),
 ]
 
 _NUMBER = re.compile(
@@ -90,11 +90,11 @@ def last_number(completion: str, task: Task) -> float:
     return float(_last_number(completion) == expected)
 
 
-def final_answer(text: str) -> Decimal | str:
+def last_number_or_text(text: str) -> Decimal | str:
     """The last number in a text, or without one the text itself, surrounding white space aside.
 
     Example:
-        >>> final_answer("12 * 100 = 1,200.") == final_answer("1200")
+        >>> last_number_or_text("12 * 100 = 1,200.") == last_number_or_text("1200")
         True
     """
     number = _last_number(text)

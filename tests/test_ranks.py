@@ -21,12 +21,16 @@ SHARDED = "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)"
 def test_lightnings_launcher(start: Start) -> None:
     script = start("""
         from tests.processes import fit
-        trainer = fit(devices=2, parallel="ddp", val_tasks=["2 + 2 ="], samples_per_task=3)
+        sets = {"one": ["2 + 2 ="], "two": ["2 + 3 =", "2 + 4 ="]}
+        trainer = fit(devices=2, parallel="ddp", val_tasks=sets, val_samples=2, samples_per_task=3)
         print("rank", trainer.global_rank, "steps", trainer.global_step, trainer.callback_metrics["val/version"])
+        print(sorted((name, float(value)) for name, value in trainer.callback_metrics.items() if "val/" in name))
     """)
     assert script.wait() == 0, script.stderr
     script.gone()
-    assert sorted(script.stdout.splitlines()) == [f"rank {rank} steps 3 tensor(3.)" for rank in range(2)]
+    *measured, first, second = sorted(script.stdout.splitlines())
+    assert [first, second] == [f"rank {rank} steps 3 tensor(3.)" for rank in range(2)]
+    assert len(measured) == 2 and measured[0] == measured[1] and "'val/two/pass_at_2'" in measured[0]
     assert "Traceback" not in script.stderr
 
 

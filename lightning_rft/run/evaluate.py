@@ -85,8 +85,8 @@ def evaluate(
             rows.append({"step": step, "checkpoint": path.name if path else ""} | values)
             if trainer.is_global_zero:
                 _write(rows, run / "evaluation.csv")  # after each, for a run that is cut short
+    trainer.print(table(rows))
     if trainer.is_global_zero:
-        print(table(rows))
         _draw(rows, run / "evaluation.png")
     rank_zero_info(f"Evaluated {len(rows) - 1} checkpoints, and the model before: {run / 'evaluation.csv'}")
     return [f"{path.name}: {error}" for path, error in broken.items()]

@@ -21,7 +21,7 @@ from lightning_rft.experience import Turn
 from lightning_rft.model_folder import check_model, check_policy
 from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.monitor.status import StatusLine
-from lightning_rft.rewards import final_answer
+from lightning_rft.rewards import last_number_or_text
 from lightning_rft.sync.transports.transport import under_all_names
 from lightning_rft.trainer.buffers import uncast_buffers
 from lightning_rft.trainer.evaluation import Evaluation
@@ -99,7 +99,7 @@ class RFTModule(L.LightningModule):
         reference: str | os.PathLike[str] | None = None,
         pass_threshold: float = 1.0,
         gradient_checkpointing: bool = False,
-        final_answer: Callable[[str], Hashable] = final_answer,
+        final_answer: Callable[[str], Hashable] | None = None,
     ) -> None:
         super().__init__()
         self.model = os.fspath(model)
@@ -115,7 +115,7 @@ class RFTModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         self.pass_threshold = pass_threshold
         self.gradient_checkpointing = gradient_checkpointing
-        self.final_answer = final_answer
+        self.final_answer = final_answer or last_number_or_text
         given = "model reference attn_implementation max_tokens_per_micro_batch pass_threshold gradient_checkpointing"
         # plain values only, which torch.load reads without running code
         self.save_hyperparameters({name: getattr(self, name) for name in given.split()})

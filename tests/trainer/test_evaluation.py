@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
-from lightning_rft.rewards import final_answer
+from lightning_rft.rewards import last_number_or_text
 from lightning_rft.trainer.evaluation import Evaluation, majority, mean_over_tasks, pass_at_k, sizes, task_scores
 
 
@@ -22,7 +22,7 @@ def sample(text: str, reward: float, *, tokens: int = 2, cut: bool = False, vers
 
 
 def scored(*experiences: Experience, samples: int) -> dict[str, float]:
-    return task_scores(experiences, samples, pass_threshold=1.0, final_answer=final_answer)
+    return task_scores(experiences, samples, pass_threshold=1.0, final_answer=last_number_or_text)
 
 
 # Estimates
@@ -101,8 +101,8 @@ def test_fewer_answers_than_asked_for_estimate_only_what_they_can() -> None:
     [("so 1,200.50 it is", "1200.5"), ("I do not know ", "I do not know"), ("-3", "\N{MINUS SIGN}3"), ("", "  ")],
 )
 def test_the_final_answer_is_the_last_number_or_the_text(text: str, equal: str) -> None:
-    assert final_answer(text) == final_answer(equal)
-    assert final_answer(text) != final_answer("7")
+    assert last_number_or_text(text) == last_number_or_text(equal)
+    assert last_number_or_text(text) != last_number_or_text("7")
 
 
 def test_a_final_answer_that_cannot_be_counted() -> None:
@@ -118,7 +118,7 @@ def group(*experiences: Experience) -> Group:
 
 
 def test_every_task_counts_once_however_many_of_its_samples_failed() -> None:
-    evaluation = Evaluation(1.0, final_answer)
+    evaluation = Evaluation(1.0, last_number_or_text)
     evaluation.add("", [group(sample("4", 1.0)), group(*[sample("5", 0.0)] * 2), group()], samples=2)
     metrics = evaluation.metrics("val")
     assert metrics["val/reward"] == metrics["val/pass_at_1"] == metrics["val/pass@1"] == 0.5
@@ -126,7 +126,7 @@ def test_every_task_counts_once_however_many_of_its_samples_failed() -> None:
 
 
 def test_sets_have_metrics_of_their_own_and_all_tasks_count_alike() -> None:
-    evaluation = Evaluation(1.0, final_answer)
+    evaluation = Evaluation(1.0, last_number_or_text)
     evaluation.add("easy", [group(sample("4", 1.0))], samples=1)
     evaluation.add("hard", [group(sample("4", 0.0)), group(sample("4", 0.0))], samples=1)
     evaluation.add("easy", [group(sample("4", 1.0))], samples=1)
@@ -139,6 +139,6 @@ def test_sets_have_metrics_of_their_own_and_all_tasks_count_alike() -> None:
 
 
 def test_nothing_is_measured_where_all_samples_failed() -> None:
-    evaluation = Evaluation(1.0, final_answer)
+    evaluation = Evaluation(1.0, last_number_or_text)
     evaluation.add("easy", [group()], samples=4)
     assert evaluation.metrics("val") == mean_over_tasks([]) == {}
