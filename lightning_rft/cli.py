@@ -209,7 +209,7 @@ def _with_config_of_run(options: list[str]) -> list[str]:
     config = yaml.safe_dump(config_of(Path(given.run), given.config))
     folder = given.checkpoints or str(Path(given.run) / "checkpoints")
     check_checkpoints(Path(folder))
-    return ["evaluate", "--config", config, *rest, "--checkpoints", folder, given.run]
+    return ["evaluate", "--config", config, *rest, "--checkpoints", folder, "--run", given.run]
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:

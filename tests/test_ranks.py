@@ -34,25 +34,29 @@ def test_lightnings_launcher(start: Start) -> None:
     assert "Traceback" not in script.stderr
 
 
-def test_weights_come_back_from_a_notebooks_processes(start: Start) -> None:
-    script = start("""
+@pytest.mark.parametrize("parallel", ["ddp_notebook", "ddp_spawn"])
+def test_weights_come_back_from_processes_that_lightning_starts_by_itself(parallel: str, start: Start) -> None:
+    script = start(f"""
         import os
         import torch
         import lightning_rft as rft
-        from tests.processes import MODEL, fit
+        from tests.processes import MODEL, fit, share_of_letters
+
+        def adam(parameters):  # no lambda, since what is spawned must pickle
+            return torch.optim.AdamW(parameters, lr=1e-3)
 
         class Module(rft.RFTModule):
             def __init__(self, model):
-                super().__init__(model, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+                super().__init__(model, optimizer=adam)
 
-        trained = fit(Module, devices=2, parallel="ddp_notebook",
-                      reward=lambda completion, task: float(sum(map(ord, completion)) % 7))
-        weights = dict(trained.lightning_module.weights())
-        before = rft.RFTModule(os.environ[MODEL])
-        before.configure_model()
-        print(all(bool((weights[name] != tensor).any()) for name, tensor in before.weights() if tensor.ndim == 2))
+        if __name__ == "__main__":
+            trained = fit(Module, devices=2, parallel="{parallel}", reward=share_of_letters)
+            weights = dict(trained.lightning_module.weights())
+            before = rft.RFTModule(os.environ[MODEL])
+            before.configure_model()
+            print(all(bool((weights[name] != tensor).any()) for name, tensor in before.weights() if tensor.ndim == 2))
     """)
-    assert script.wait() == 0, script.stderr
+    assert script.wait(180.0) == 0, script.stderr
     assert script.stdout.splitlines()[-1] == "True"
 
 

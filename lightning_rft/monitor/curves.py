@@ -68,6 +68,8 @@ def _plot(panel: Any, rows: Rows, name: str, colours: Mapping[str, Any]) -> None
     """Draws some metrics of a set, each in a colour."""
     for metric, colour in colours.items():
         points = [(row["step"], row[key]) for row in rows if (key := f"{_prefix(name)}{metric}") in row]
+        if not points:  # all samples failed
+            continue
         style = "--" if metric.startswith("maj_at_") else "-"
         panel.plot(*zip(*points, strict=True), style, color=colour, marker="o", label=metric.replace("_at_", "@"))
 

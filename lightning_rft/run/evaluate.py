@@ -28,7 +28,8 @@ _LEFT_OUT = ("val/version", "val/pass@1")  # no run goes on, so that each is ver
 
 def trainer_settings(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """The settings of a run's trainer for its evaluation, which logs nothing and leaves what is there as it is."""
-    callbacks = config["callbacks"] or []
+    given = config["callbacks"] or []
+    callbacks = given if isinstance(given, list) else [given]
     return {
         "logger": False,
         "enable_checkpointing": False,
@@ -67,7 +68,7 @@ def evaluate(
     found, broken = checkpoints(folder, weights_only)
     data.buffer = replace(data.buffer, path=":memory:")  # that of the run stays as it is
     loads = _Began()
-    trainer.callbacks.append(loads)  # type: ignore[attr-defined]
+    trainer.callbacks.insert(0, loads)  # type: ignore[attr-defined]  # before the strategy pushes
     rows: list[dict[str, Any]] = []
     with data:
         for step, path in [(0, None), *found]:

@@ -277,11 +277,9 @@ class RFTModule(L.LightningModule):
             strategy.backward(loss * self.trainer.world_size, None)
 
     @override
-    def on_validation_epoch_start(self) -> None:
-        self._evaluation = Evaluation(self.pass_threshold, self.final_answer)
-
-    @override
     def validation_step(self, batch: BatchPart, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == dataloader_idx == 0:
+            self._evaluation = Evaluation(self.pass_threshold, self.final_answer)
         self._evaluation.add(batch.val_set, batch.groups, batch.samples)
 
     @override
@@ -291,7 +289,6 @@ class RFTModule(L.LightningModule):
             self.log(name, value, batch_size=1, prog_bar=name == f"{stage}/reward", sync_dist=True)
 
     test_step = validation_step
-    on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
     @override
