@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "trainer_settings"]
 
-_LEFT_OUT = ("val/version", "val/pass@1")  # no run goes on, so that each is version 0; an old name
+_LEFT_OUT = ("/version", "/pass@1")  # no run goes on, so that each is version 0; an old name
 
 
 def trainer_settings(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
@@ -74,7 +75,10 @@ def evaluate(
         for step, path in [(0, None), *found]:
             loads.began = False
             try:
-                metrics = trainer.validate(module, data, path, verbose=False, weights_only=weights_only)[0]
+                with warnings.catch_warnings():
+                    # callbacks that the run had for training are left out on purpose
+                    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used")
+                    sets = trainer.validate(module, data, path, verbose=False, weights_only=weights_only)
             except Exception as error:
                 if path is None or loads.began:
                     raise
@@ -82,7 +86,9 @@ def evaluate(
                 broken[path] = error
                 rank_zero_warn(f"{path.name} cannot be loaded, and is left out: {error}")
                 continue
-            values = {name: value for name, value in metrics.items() if name not in _LEFT_OUT}
+            # of all tasks first, which come with the last set
+            metrics = {name: value for one in reversed(sets) for name, value in one.items()}
+            values = {name: value for name, value in metrics.items() if not name.endswith(_LEFT_OUT)}
             rows.append({"step": step, "checkpoint": path.name if path else ""} | values)
             if trainer.is_global_zero:
                 _write(rows, run / "evaluation.csv")  # after each, for a run that is cut short

@@ -108,6 +108,14 @@ def validation_loaders(
         return agree(f"validation task {index}", lambda: session.coordinator.explored(index))
 
     return [
-        ValidationLoader(partial(agreed, number), explored, len(tasks), chunk, val_set=name, samples=samples)
+        ValidationLoader(
+            partial(agreed, number),
+            explored,
+            len(tasks),
+            chunk,
+            val_set=name,
+            samples=samples,
+            ends=number == len(sets) - 1,
+        )
         for number, (name, tasks) in enumerate(sets.items())
     ]

@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.experience import Experience, Group
+from lightning_rft.experience import Experience
+from lightning_rft.trainer.loader import BatchPart
 
 __all__ = ["Evaluation", "majority", "mean_over_tasks", "pass_at_k", "sizes", "task_scores"]
 
@@ -84,26 +85,35 @@ def mean_over_tasks(tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 class Evaluation:
-    """Collects the scores of one validation; the arguments are those of :func:`task_scores`."""
+    """Collects the scores of one validation.
 
-    def __init__(self, pass_threshold: float, final_answer: Callable[[str], Hashable]) -> None:
+    Args:
+        stage: Begins the names of metrics: ``"val"`` or ``"test"``.
+        pass_threshold: As for :func:`task_scores`.
+        final_answer: As for :func:`task_scores`.
+    """
+
+    def __init__(self, stage: str, pass_threshold: float, final_answer: Callable[[str], Hashable]) -> None:
+        self._stage = stage
         self._judge: dict[str, Any] = {"pass_threshold": pass_threshold, "final_answer": final_answer}
-        self._sets: dict[str, list[dict[str, float]]] = {}  # of each set, the scores of its tasks
+        self._all: list[dict[str, float]] = []  # scores of each task
+        self._set: list[dict[str, float]] = []  # of the current set
 
-    def add(self, val_set: str, groups: Sequence[Group], samples: int) -> None:
-        """Takes in the answers to some tasks of a set, whose name is empty if it is the only one."""
-        scores = [task_scores(group.experiences, samples, **self._judge) for group in groups]
-        self._sets.setdefault(val_set, []).extend(scores)
-
-    def metrics(self, stage: str) -> dict[str, float]:
-        """The metrics of a stage, over all tasks and over those of each named set."""
-        prefixes = {stage: [scores for tasks in self._sets.values() for scores in tasks]}
-        prefixes |= {f"{stage}/{name}": tasks for name, tasks in self._sets.items() if name}
-        metrics = {
-            f"{prefix}/{name}": value
-            for prefix, tasks in prefixes.items()
-            for name, value in mean_over_tasks(tasks).items()
-        }
-        if f"{stage}/pass_at_1" in metrics:
-            metrics[f"{stage}/pass@1"] = metrics[f"{stage}/pass_at_1"]  # its name before 0.3.0
+    def add(self, answers: BatchPart) -> dict[str, float]:
+        """Takes in answers; returns the metrics of what ends with them: of a set that has a name, and of all."""
+        self._set += [task_scores(group.experiences, answers.samples, **self._judge) for group in answers.groups]
+        metrics: dict[str, float] = {}
+        if answers.last:
+            if answers.val_set:
+                metrics |= self._metrics(f"{self._stage}/{answers.val_set}", self._set)
+            self._all += self._set
+            self._set = []
+        if answers.ends:
+            metrics |= self._metrics(self._stage, self._all)
+            if f"{self._stage}/pass_at_1" in metrics:
+                metrics[f"{self._stage}/pass@1"] = metrics[f"{self._stage}/pass_at_1"]  # its name before 0.3.0
         return metrics
+
+    @staticmethod
+    def _metrics(prefix: str, tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {f"{prefix}/{name}": value for name, value in mean_over_tasks(tasks).items()}

@@ -50,6 +50,7 @@ class BatchPart:
         wait_seconds: float = 0.0,
         val_set: str = "",
         samples: int = 1,
+        ends: bool = False,
     ) -> None:
         #: Index of the batch, which is also the version that is trained.
         self.batch = batch
@@ -63,9 +64,11 @@ class BatchPart:
         self.on_policy = on_policy
         #: Seconds that the trainer waited for the batch.
         self.wait_seconds = wait_seconds
-        #: Name of the set of held-out tasks, and the samples of each of them; in validation.
+        #: In validation, where a set of held-out tasks is what comes in parts: its name, the samples of each task, and
+        #: whether this part is the last of all sets.
         self.val_set = val_set
         self.samples = samples
+        self.ends = ends
 
     @property
     def first(self) -> bool:
@@ -172,7 +175,7 @@ class ValidationLoader:
     """Answers to a set of held-out tasks, ``chunk`` groups an item, each of ``samples`` unless some failed.
 
     ``begin`` has the tasks explored and returns their indices, ``explored`` waits for the group of one; ``size`` is
-    their number before limits.
+    their number before limits. With the set of which it is said, all validation ``ends``.
     """
 
     def __init__(
@@ -184,6 +187,7 @@ class ValidationLoader:
         *,
         val_set: str = "",
         samples: int = 1,
+        ends: bool = True,
     ) -> None:
         self._begin = begin
         self._explored = explored
@@ -191,12 +195,22 @@ class ValidationLoader:
         self._chunk = chunk
         self._val_set = val_set
         self._samples = samples
+        self._ends = ends
 
     def __len__(self) -> int:
         return -(-self._size // self._chunk)
 
     def __iter__(self) -> Iterator[BatchPart]:
         tasks = self._begin()
-        for index, start in enumerate(range(0, len(tasks), self._chunk)):
-            groups = [self._explored(task) for task in tasks[start : start + self._chunk]]
-            yield BatchPart(index, groups, val_set=self._val_set, samples=self._samples)
+        parts = -(-len(tasks) // self._chunk)
+        for part in range(parts):
+            some = tasks[part * self._chunk : (part + 1) * self._chunk]
+            yield BatchPart(
+                part,
+                [self._explored(task) for task in some],
+                part=part,
+                parts=parts,
+                val_set=self._val_set,
+                samples=self._samples,
+                ends=self._ends and part == parts - 1,
+            )

@@ -279,17 +279,13 @@ class RFTModule(L.LightningModule):
     @override
     def validation_step(self, batch: BatchPart, batch_idx: int, dataloader_idx: int = 0) -> None:
         if batch_idx == dataloader_idx == 0:
-            self._evaluation = Evaluation(self.pass_threshold, self.final_answer)
-        self._evaluation.add(batch.val_set, batch.groups, batch.samples)
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        stage = "test" if self.trainer.testing else "val"
-        for name, value in self._evaluation.metrics(stage).items():
-            self.log(name, value, batch_size=1, prog_bar=name == f"{stage}/reward", sync_dist=True)
+            stage = "test" if self.trainer.testing else "val"
+            self._evaluation = Evaluation(stage, self.pass_threshold, self.final_answer)
+        for name, value in self._evaluation.add(batch).items():
+            shown = name in ("val/reward", "test/reward")
+            self.log(name, value, batch_size=1, prog_bar=shown, sync_dist=True, add_dataloader_idx=False)
 
     test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
 
     @override
     def predict_step(self, batch: BatchPart, batch_idx: int) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from lightning_rft.rewards import last_number_or_text
 from lightning_rft.trainer.evaluation import Evaluation, majority, mean_over_tasks, pass_at_k, sizes, task_scores
+from lightning_rft.trainer.loader import BatchPart
 
 
 def sample(text: str, reward: float, *, tokens: int = 2, cut: bool = False, version: int = 0) -> Experience:
@@ -113,32 +114,31 @@ def test_a_final_answer_that_cannot_be_counted() -> None:
 # Several tasks and sets
 
 
-def group(*experiences: Experience) -> Group:
-    return Group(GroupKey(-1, 0), "0", experiences)
+def part(val_set: str, *groups: list[Experience], samples: int = 1, last: bool = True, ends: bool = True) -> BatchPart:
+    answers = [Group(GroupKey(-1, 0), "0", tuple(experiences)) for experiences in groups]
+    return BatchPart(0, answers, part=0, parts=1 if last else 2, val_set=val_set, samples=samples, ends=ends)
 
 
 def test_every_task_counts_once_however_many_of_its_samples_failed() -> None:
-    evaluation = Evaluation(1.0, last_number_or_text)
-    evaluation.add("", [group(sample("4", 1.0)), group(*[sample("5", 0.0)] * 2), group()], samples=2)
-    metrics = evaluation.metrics("val")
+    evaluation = Evaluation("val", 1.0, last_number_or_text)
+    assert evaluation.add(part("", [sample("4", 1.0)], samples=2, last=False, ends=False)) == {}
+    metrics = evaluation.add(part("", [sample("5", 0.0)] * 2, [], samples=2))
     assert metrics["val/reward"] == metrics["val/pass_at_1"] == metrics["val/pass@1"] == 0.5
     assert metrics["val/pass_at_2"] == metrics["val/maj_at_2"] == 0.0  # of the only task with two answers
 
 
 def test_sets_have_metrics_of_their_own_and_all_tasks_count_alike() -> None:
-    evaluation = Evaluation(1.0, last_number_or_text)
-    evaluation.add("easy", [group(sample("4", 1.0))], samples=1)
-    evaluation.add("hard", [group(sample("4", 0.0)), group(sample("4", 0.0))], samples=1)
-    evaluation.add("easy", [group(sample("4", 1.0))], samples=1)
-    metrics = evaluation.metrics("test")
-    assert (metrics["test/reward"], metrics["test/easy/reward"], metrics["test/hard/reward"]) == (0.5, 1.0, 0.0)
-    assert metrics["test/pass@1"] == 0.5
-    folders = {name.rpartition("/")[0] for name in metrics}
-    assert folders == {"test", "test/easy", "test/hard"}
-    assert not folders & set(metrics)
+    evaluation = Evaluation("test", 1.0, last_number_or_text)
+    assert evaluation.add(part("easy", [sample("4", 1.0)], last=False, ends=False)) == {}
+    easy = evaluation.add(part("easy", [sample("4", 1.0)], ends=False))
+    rest = evaluation.add(part("hard", *[[sample("4", 0.0)]] * 2))
+    assert {name.rpartition("/")[0] for name in easy} == {"test/easy"}
+    assert (easy["test/easy/reward"], rest["test/hard/reward"], rest["test/reward"]) == (1.0, 0.0, 0.5)
+    assert rest["test/pass@1"] == 0.5
+    folders = {name.rpartition("/")[0] for name in rest}
+    assert folders == {"test", "test/hard"}
+    assert not folders & {*easy, *rest}
 
 
 def test_nothing_is_measured_where_all_samples_failed() -> None:
-    evaluation = Evaluation(1.0, last_number_or_text)
-    evaluation.add("easy", [group()], samples=4)
-    assert evaluation.metrics("val") == mean_over_tasks([]) == {}
+    assert Evaluation("val", 1.0, last_number_or_text).add(part("easy", [], samples=4)) == mean_over_tasks([]) == {}

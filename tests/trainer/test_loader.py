@@ -113,6 +113,10 @@ def test_validation_explores_at_once_and_waits_in_order() -> None:
     iterator = iter(loader)
     first = next(iterator)
     assert [group.key.slot for group in first.groups] == [3, 4]
-    assert (first.val_set, first.samples) == ("hard", 3)
+    assert (first.val_set, first.samples, first.first, first.last, first.ends) == ("hard", 3, True, False, False)
     assert events == ["begin", "wait 3", "wait 4"]
-    assert [[group.key.slot for group in item.groups] for item in iterator] == [[5, 6], [7]]  # as many as were begun
+    rest = list(iterator)
+    assert [[group.key.slot for group in item.groups] for item in rest] == [[5, 6], [7]]  # as many as were begun
+    assert [(item.last, item.ends) for item in rest] == [(False, False), (True, True)]
+    others = list(ValidationLoader(lambda: range(2), explored, size=2, chunk=2, ends=False))
+    assert [(item.last, item.ends) for item in others] == [(True, False)]
