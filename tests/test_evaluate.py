@@ -108,6 +108,8 @@ def test_every_checkpoint_is_measured_as_it_was_in_training(trained: Path, capfd
         ("0", ""),
         *((str(step), checkpoint(trained, step).name) for step in range(1, STEPS + 1)),
     ]
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in rows[0] if "/" in name)
+    assert list(folders) == ["val", "val/even", "val/odd"]
     logged = [row for row in read_csv(trained / "metrics.csv") if row["val/reward"]]
     assert len(logged) == STEPS
     for row, then in zip(rows[1:], logged, strict=True):

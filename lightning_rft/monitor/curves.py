@@ -28,7 +28,9 @@ def table(rows: Rows) -> str:
             for row in rows
         ]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        block = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
+        block = [
+            "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
         blocks.append("\n".join([name, *block] if name else block))
     return "\n\n".join(blocks)
 

@@ -86,9 +86,9 @@ def evaluate(
                 broken[path] = error
                 rank_zero_warn(f"{path.name} cannot be loaded, and is left out: {error}")
                 continue
-            # of all tasks first, which come with the last set
-            metrics = {name: value for one in reversed(sets) for name, value in one.items()}
-            values = {name: value for name, value in metrics.items() if not name.endswith(_LEFT_OUT)}
+            metrics = {name: value for one in sets for name, value in one.items() if not name.endswith(_LEFT_OUT)}
+            names = sorted(metrics, key=lambda name: name.count("/"))  # those of all tasks first
+            values = {name: metrics[name] for name in names}
             rows.append({"step": step, "checkpoint": path.name if path else ""} | values)
             if trainer.is_global_zero:
                 _write(rows, run / "evaluation.csv")  # after each, for a run that is cut short

@@ -25,12 +25,12 @@ def test_a_block_for_all_tasks_and_one_for_each_set() -> None:
     assert table([row(2, "hard"), failed]).splitlines() == [
         "step  reward  pass_at_1  completion_length  truncated_share",
         "   2   0.250      0.500              120.0            0.000",
-        "  10   1.500                                              ",
+        "  10   1.500",
         "",
         "hard",
         "step  reward  pass_at_1  completion_length  truncated_share",
         "   2   0.250      0.500              120.0            0.000",
-        "  10                                                      ",
+        "  10",
     ]
 
 
