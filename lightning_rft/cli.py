@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
@@ -14,6 +17,8 @@ import lightning_rft
 from lightning_rft.datamodule import RFTDataModule
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.renamed import moved_in_config
+from lightning_rft.run.evaluate import evaluate, trainer_settings
+from lightning_rft.run.folder import check_checkpoints, check_run, config_of
 from lightning_rft.trainer.module import RFTModule
 
 __all__ = ["RFTCLI", "ExploringTrainer", "main"]
@@ -23,7 +28,7 @@ _USAGE = "%(prog)s [--config FILE] [--KEY VALUE ...]"
 
 
 class ExploringTrainer(L.Trainer):
-    """Lightning's trainer, which can also explore without training."""
+    """Lightning's trainer, which can also explore without training, and evaluate the checkpoints of a run."""
 
     # LightningCLI runs a subcommand by calling the trainer's method of that name.
 
@@ -48,6 +53,33 @@ class ExploringTrainer(L.Trainer):
             model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=weights_only
         )
 
+    def evaluate(
+        self,
+        model: RFTModule,
+        datamodule: RFTDataModule,
+        run: str | Path,
+        checkpoints: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Validate the model as it was, and every checkpoint of a run, into one table and a picture.
+
+        They are written into the run's folder, as ``evaluation.csv`` and ``evaluation.png``.
+
+        Args:
+            model: The module, with nothing trained.
+            datamodule: The held-out tasks and the explorers.
+            run: Folder of the run, which holds ``rft/``.
+            checkpoints: Folder of the checkpoints; left out, ``checkpoints/`` in the run's.
+            weights_only: As for ``torch.load``.
+
+        Raises:
+            SystemExit: With status 1, after all others, if a checkpoint could not be loaded.
+        """
+        folder = Path(run) / "checkpoints" if checkpoints is None else Path(checkpoints)
+        broken = evaluate(self, model, datamodule, Path(run), folder, weights_only)
+        if broken:
+            raise SystemExit("\n".join(["These checkpoints could not be loaded:", *broken]))
+
 
 class _Parser(LightningArgumentParser):
     """Lightning's, which also says where a setting has moved."""
@@ -57,10 +89,11 @@ class _Parser(LightningArgumentParser):
 
 
 class RFTCLI(LightningCLI):
-    """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning: ``fit``, ``validate``, ``explore``.
+    """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning.
 
-    A config has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the
-    sync strategy is one of ``trainer.callbacks``. The name alone is the ``class_path`` of a class that this package
+    Its subcommands are ``fit``, ``validate``, ``explore`` and ``evaluate``, which takes the folder of a run. A config
+    has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the sync
+    strategy is one of ``trainer.callbacks``. The name alone is the ``class_path`` of a class that this package
     exports::
 
         trainer:
@@ -95,7 +128,10 @@ class RFTCLI(LightningCLI):
         run: bool = True,
         **kwargs: Any,
     ) -> None:
-        usage = {name: {"usage": _USAGE} for name in self.subcommands()} if run else {"usage": _USAGE}
+        usage: dict[str, Any] = {"usage": _USAGE}
+        if run:
+            usage = {name: {"usage": _USAGE} for name in self.subcommands()}
+            usage["evaluate"] = {"usage": "%(prog)s RUN [--config FILE] [--KEY VALUE ...]"}
         trainer_class = kwargs.get("trainer_class", ExploringTrainer)
         if isinstance(trainer_class, type) and not issubclass(trainer_class, ExploringTrainer):
             trainer_class = type(trainer_class.__name__, (ExploringTrainer, trainer_class), {})
@@ -117,8 +153,31 @@ class RFTCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         # no test, which would be a validation, and no predict, which is what explorers do
-        lightnings = LightningCLI.subcommands()
-        return {"fit": lightnings["fit"], "validate": lightnings["validate"], "explore": {"model", "datamodule"}}
+        lightnings, given = LightningCLI.subcommands(), {"model", "datamodule"}
+        return {
+            "fit": lightnings["fit"],
+            "validate": lightnings["validate"],
+            "explore": given,
+            "evaluate": given,
+        }
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        options = sys.argv[1:] if args is None else args
+        if isinstance(options, list) and options[:1] == ["evaluate"] and not {"-h", "--help"} & set(options):
+            try:
+                self.config = parser.parse_args(_with_config_of_run(options[1:]))
+            except ConfigurationError as error:
+                self._parser("evaluate").error(str(error), error)
+        else:
+            super().parse_arguments(parser, args)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        if self.subcommand == "evaluate":
+            self.save_config_callback = None  # it would replace the config of the run
+            kwargs |= trainer_settings(self._get(self.config_init, "trainer"), Path(self._get(self.config_init, "run")))
+        return super().instantiate_trainer(**kwargs)
 
     @override
     def instantiate_classes(self) -> None:
@@ -135,6 +194,22 @@ def main(args: ArgsType = None) -> None:
     """Runs the command line, or ``args`` in its place."""
     about = {"prog": "lightning-rft", "description": "Reinforcement fine-tuning of language models."}
     RFTCLI(args=args, parser_kwargs=about)
+
+
+def _with_config_of_run(options: list[str]) -> list[str]:
+    """The command line of ``evaluate`` with the config of its run, in place of a file that may be named."""
+    parser = ArgumentParser(prog="lightning-rft evaluate", add_help=False, allow_abbrev=False)
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--checkpoints")
+    given, rest = parser.parse_known_args(options)
+    if given.run is None:
+        raise ConfigurationError("RUN is missing: lightning-rft evaluate RUN [--config FILE] [--KEY VALUE ...]")
+    check_run(Path(given.run))
+    config = yaml.safe_dump(config_of(Path(given.run), given.config))
+    folder = given.checkpoints or str(Path(given.run) / "checkpoints")
+    check_checkpoints(Path(folder))
+    return ["evaluate", "--config", config, *rest, "--checkpoints", folder, "--run", given.run]
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:

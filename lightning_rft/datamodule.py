@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,13 +28,15 @@ from lightning_rft.rewards import check_answers
 from lightning_rft.run.checks import check_counts, check_source, check_together, check_unwrapped
 from lightning_rft.run.lifecycle import RunSettings
 from lightning_rft.run.session import Session
+from lightning_rft.run.validation import validation_loaders, validation_sampling
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
+from lightning_rft.tasks.held_out import HeldOut, read_sets
 from lightning_rft.tasks.plan import TaskPlan
-from lightning_rft.tasks.sources import Tasks, read_tasks
+from lightning_rft.tasks.sources import Tasks
 from lightning_rft.tasks.stream import TaskStream
 from lightning_rft.tasks.task_set import TaskSet
-from lightning_rft.trainer.limits import micro_batches, micro_batches_done, validation_batches
+from lightning_rft.trainer.limits import micro_batches, micro_batches_done
 from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
 from lightning_rft.trainer.module import RFTModule
 
@@ -68,9 +70,11 @@ class RFTDataModule(L.LightningDataModule):
         tasks_per_step: Groups of one batch, which is one optimizer step.
         samples_per_task: Samples of one group.
         max_new_tokens: Maximum tokens per answer, short for ``sampling=Sampling(max_new_tokens=...)``; left out, 256.
-        val_tasks: Held-out tasks, for validation.
+        val_tasks: Held-out tasks, for validation; a mapping of such by name makes sets with metrics of their own
+            (``{"easy": tasks, "hard": "hard.jsonl"}``).
         sampling: How training samples.
-        val_sampling: How validation samples: greedily where it says no temperature, and else as training.
+        val_sampling: How validation samples; what it leaves out is as in training, but a single answer is greedy.
+        val_samples: Samples of each held-out task. Two or more also measure ``val/pass_at_k`` and the majority.
         tolerance: How many samples may fail.
         timeouts: How long rewards, samples and the start of an engine may take, and how long an explorer may hang.
         buffer: Where experience is kept, and which groups are trained; a path, or ``":memory:"``, is short for
@@ -91,16 +95,18 @@ class RFTDataModule(L.LightningDataModule):
         tasks_per_step: int = 8,
         samples_per_task: int = 8,
         max_new_tokens: int | None = None,
-        val_tasks: Tasks | None = None,
+        val_tasks: HeldOut | None = None,
         sampling: Sampling = Sampling(),
         val_sampling: Sampling = Sampling(),
+        val_samples: int = 1,
         tolerance: Tolerance = Tolerance(),
         timeouts: Timeouts = Timeouts(),
         buffer: Buffer | str | Path | None = None,
     ) -> None:
         super().__init__()
         self.sampling = sampling.for_training(max_new_tokens)
-        self.val_sampling = val_sampling.filled(replace(self.sampling, temperature=0.0))
+        self.val_sampling = validation_sampling(val_sampling, self.sampling, val_samples)
+        self.val_samples = val_samples
         self.tolerance = tolerance
         self.timeouts = timeouts
         self.buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
@@ -116,7 +122,9 @@ class RFTDataModule(L.LightningDataModule):
         self.tasks_per_step = tasks_per_step
         self.samples_per_task = samples_per_task
         self.tasks = [] if explorers == 0 else self.task_set.read()
-        self.val_tasks = [] if val_tasks is None else read_tasks(val_tasks, "val_tasks")
+        #: Held-out tasks by the name of their set; a single set has the empty one.
+        self.val_sets = read_sets(val_tasks)
+        self.val_tasks = list(chain(*self.val_sets.values()))
         listed = [] if isinstance(self.tasks, TaskStream) else self.tasks
         check_answers(reward, [*listed, *self.val_tasks])
         self.reward = reward
@@ -274,23 +282,20 @@ class RFTDataModule(L.LightningDataModule):
         )
 
     @override
-    def val_dataloader(self) -> ValidationLoader | list[Any]:
+    def val_dataloader(self) -> list[ValidationLoader]:
         session = self._active
         session.ranks.mind_sigterm()  # Lightning asks for loaders as soon as its own handler is there
-        if not self.val_tasks:
-            return []
-        chunk = self.tasks_per_step * self.samples_per_task
-        agree = session.ranks.agree
-        # every rank gets all answers: there is nothing to compute on them, and all log the same
-        return ValidationLoader(
-            lambda: agree("the start of validation", lambda: self._explore_validation(chunk)),
-            lambda index: agree(f"validation task {index}", lambda: session.coordinator.explored(index)),
-            len(self.val_tasks),
-            chunk,
+        return validation_loaders(
+            self.val_sets,
+            session,
+            self._trainer,
+            samples=self.val_samples,
+            sampling=self.val_sampling,
+            chunk=self.tasks_per_step * self.samples_per_task,
         )
 
     @override
-    def test_dataloader(self) -> ValidationLoader | list[Any]:
+    def test_dataloader(self) -> list[ValidationLoader]:
         return self.val_dataloader()
 
     @override
@@ -311,11 +316,6 @@ class RFTDataModule(L.LightningDataModule):
             seed=self.sampling.seed or 0,
             version=lambda: self._trainer.global_step,
         )
-
-    def _explore_validation(self, chunk: int) -> int:
-        tasks = self.val_tasks[: validation_batches(self._trainer) * chunk]
-        self._active.coordinator.explore(tasks, samples=1, sampling=self.val_sampling)
-        return len(tasks)
 
     # How
 

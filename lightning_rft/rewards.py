@@ -21,7 +21,7 @@ from lightning_rft.experience import Task, Turn
 
 __all__ = [
     *("Sample", "as_reward", "check_answers", "check_reward", "contains_answer", "exact_match", "last_number"),
-    "wants_sample",
+    *("last_number_or_text", "wants_sample"),
 ]
 
 _NUMBER = re.compile(
@@ -88,6 +88,17 @@ def last_number(completion: str, task: Task) -> float:
             "its answer, or use exact_match or contains_answer"
         )
     return float(_last_number(completion) == expected)
+
+
+def last_number_or_text(text: str) -> Decimal | str:
+    """The last number in a text, or without one the text itself, surrounding white space aside.
+
+    Example:
+        >>> last_number_or_text("12 * 100 = 1,200.") == last_number_or_text("1200")
+        True
+    """
+    number = _last_number(text)
+    return text.strip() if number is None else number
 
 
 def as_reward(value: object, task_id: str = "") -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import (
+    DeviceStatsMonitor,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    Timer,
+)
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.tuner import Tuner
 
@@ -52,6 +63,12 @@ def make_trainer(folder: Path, strategy: rft.SyncStrategy | None = None, **setti
     callbacks = settings.pop("callbacks", [strategy or rft.Synchronous()])
     defaults: dict[str, Any] = {"max_epochs": 1, "devices": 1, "limit_val_batches": None}
     return quiet_trainer(folder, *callbacks, **defaults | settings)
+
+
+def read_csv(trainer: L.Trainer) -> list[dict[str, str]]:
+    assert isinstance(trainer.logger, CSVLogger)
+    with open(Path(trainer.logger.log_dir) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 # A hook that ends the epoch
@@ -117,8 +134,6 @@ def test_metrics_of_half_a_batch_are_not_counted_twice(
 def test_a_run_is_resumed_after_an_epoch_that_a_hook_ended(
     accumulate: int, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     def train(module: Noted, epochs: int, resume: Path | None = None) -> list[int]:
         saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
         make_trainer(
@@ -133,6 +148,83 @@ def test_a_run_is_resumed_after_an_epoch_that_a_hook_ended(
     assert train(Ends(tiny_model_path), 1) == [0] * accumulate
     rest = train(Noted(tiny_model_path), 3, tmp_path / "epoch=0.ckpt")
     assert rest == [batch for batch in range(1, 7) for _ in range(accumulate)]
+
+
+# Callbacks and settings that only look on
+
+
+def test_what_looks_on_works(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Clips(Noted):
+        """Notes the gradient's norm as the optimizer takes it."""
+
+        def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+            super().configure_gradient_clipping(*args, **kwargs)
+            norms.append(float(torch.stack([p.grad.norm() for p in self.parameters() if p.grad is not None]).norm()))
+
+    class Estimates(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            estimated.append(trainer.estimated_stepping_batches)
+
+    norms: list[float] = []
+    estimated: list[float] = []
+    saves = ModelCheckpoint(tmp_path, monitor="rft/reward", mode="max", filename="best", every_n_train_steps=1)
+    looks_on = [RichProgressBar(), LearningRateMonitor("step"), DeviceStatsMonitor(cpu_stats=True), Estimates(), saves]
+    trainer = make_trainer(
+        tmp_path, callbacks=[rft.Synchronous(), *looks_on], max_epochs=2, gradient_clip_val=1e-3, profiler="simple",
+        enable_checkpointing=True, enable_progress_bar=True, logger=CSVLogger(tmp_path),
+    )  # fmt: skip
+    trainer.fit(
+        Clips(tiny_model_path, lr_scheduler=lambda given: torch.optim.lr_scheduler.ExponentialLR(given, 0.5)), data
+    )
+    assert estimated == [6] and trainer.global_step == 6
+    assert len(norms) == 6 and all(norm == pytest.approx(1e-3, rel=1e-2) for norm in norms)
+    logged = read_csv(trainer)
+    rates = [float(row["lr-AdamW"]) for row in logged if row["lr-AdamW"]]
+    assert rates == pytest.approx([1e-3 * 0.5**step for step in range(6)])
+    assert any(row["DeviceStatsMonitor.on_train_batch_end/cpu_percent"] for row in logged)
+    rewards = [float(row["rft/reward"]) for row in logged if row["rft/reward"]]
+    assert float(saves.best_model_score) == pytest.approx(max(rewards))
+    loaded = rft.RFTModule.load_from_checkpoint(saves.best_model_path)
+    assert all(torch.isfinite(tensor).all() for _, tensor in loaded.weights())
+    said = capsys.readouterr().out
+    assert len(trainer.profiler.recorded_durations["[Strategy]SingleDeviceStrategy.training_step"]) == 6  # type: ignore[attr-defined]
+    assert "Epoch 1/1" in said and "rft/reward" in said
+
+
+def test_a_run_ends_when_its_time_is_up(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
+    class LetsTimePass(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            (timer,) = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+            if trainer.global_step == 2:
+                timer._offset = 3600  # seconds that count as passed
+
+    module = Noted(tiny_model_path)
+    callbacks = [rft.Synchronous(), LetsTimePass()]
+    make_trainer(tmp_path, callbacks=callbacks, max_epochs=3, max_time="00:01:00:00").fit(module, data)
+    assert module.batches() == [0, 1]
+    with Ledger.open(tmp_path / "rft" / "buffer.sqlite") as ledger:
+        assert (len(ledger.trained_tasks()), ledger.counts()["leased"]) == (8, 0)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_an_average_of_the_weights(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
+    class Notes(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            history.append([parameter.detach().clone() for parameter in pl_module.parameters()])
+
+    history: list[list[torch.Tensor]] = []
+    module = Noted(tiny_model_path)
+    averages = EMAWeightAveraging(decay=0.5, use_buffers=False)
+    make_trainer(tmp_path, callbacks=[averages, Notes(), rft.Synchronous()]).fit(module, data)
+    assert module.batches() == [0, 1, 2]
+    expected = history[0]
+    for weights in history[1:]:
+        expected = [0.5 * old + 0.5 * new for old, new in zip(expected, weights, strict=True)]
+    for found, average in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.detach(), average)
+    assert any(not torch.equal(found, last) for found, last in zip(module.parameters(), history[-1], strict=True))
 
 
 # Checkpoints
@@ -174,7 +266,8 @@ def test_test_does_what_validate_does(tiny_model_path: Path, tmp_path: Path) -> 
         trainer, module = make_trainer(tmp_path), Noted(tiny_model_path)
         (validated,) = trainer.validate(module, data, verbose=False)
         (tested,) = trainer.test(module, data, verbose=False)
-        assert tested == {"test/reward": 0.5, "test/pass@1": 0.5, "test/version": 0.0}
+        assert (tested["test/reward"], tested["test/pass@1"], tested["test/version"]) == (0.5, 0.5, 0.0)
+        assert list(tested) == [name.replace("val/", "test/") for name in validated]
         assert list(tested.values()) == list(validated.values())
         trainer.fit(module, data)
         (tested,) = trainer.test(module, data, verbose=False)
@@ -314,6 +407,22 @@ def test_strategies_that_rename_weights_are_refused(strategy: type, tiny_model_p
     trainer._accelerator_connector.strategy = given
     with pytest.raises(rft.ConfigurationError, match=rf"{strategy.__name__} gives .*'ddp'\), or ModelParallelStrategy"):
         check_together(trainer, explorers=1, buffer=rft.Buffer(), samples_per_task=2, validates=False)
+
+
+@pytest.mark.usefixtures("no_process")
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (StochasticWeightAveraging(swa_lrs=1e-2), r"StochasticWeightAveraging .* average nothing: take EMAWeightAv"),
+        (EMAWeightAveraging(), r"EMAWeightAveraging swaps the average in .*: set Trainer\(limit_val_batches=0\)"),
+    ],
+)
+def test_averages_that_would_not_be_what_they_seem_are_refused(
+    callback: L.Callback, message: str, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[rft.Synchronous(), callback], limit_val_batches=1.0)
+    with pytest.raises(rft.ConfigurationError, match=message):
+        trainer.fit(Noted(tiny_model_path), seeded_data(val_tasks=["2 + 2 ="]))
 
 
 @pytest.mark.usefixtures("no_process")

@@ -258,7 +258,7 @@ def test_fit_again_after_max_steps_in_mid_epoch(data: rft.RFTDataModule, tiny_mo
 def test_validation_alone(precision: str, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_model_path, settings={"limit_val_batches": 1.0, "precision": precision})
     (metrics,) = run.trainer.validate(run.module, data, verbose=False)
-    assert metrics == {"val/reward": pytest.approx(0.9), "val/pass@1": pytest.approx(0.8), "val/version": 0.0}
+    assert [metrics[f"val/{name}"] for name in ("reward", "pass@1", "version")] == pytest.approx([0.9, 0.8, 0.0])
     assert run.events == [("loaded", 0)]
     assert run.sql("SELECT count(*) FROM groups") == [(0,)]
     limited = make_run(tmp_path, tiny_model_path, settings={"limit_val_batches": 1})

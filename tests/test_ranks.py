@@ -21,34 +21,42 @@ SHARDED = "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)"
 def test_lightnings_launcher(start: Start) -> None:
     script = start("""
         from tests.processes import fit
-        trainer = fit(devices=2, parallel="ddp", val_tasks=["2 + 2 ="], samples_per_task=3)
+        sets = {"one": ["2 + 2 ="], "two": ["2 + 3 =", "2 + 4 ="]}
+        trainer = fit(devices=2, parallel="ddp", val_tasks=sets, val_samples=2, samples_per_task=3)
         print("rank", trainer.global_rank, "steps", trainer.global_step, trainer.callback_metrics["val/version"])
+        print(sorted((name, float(value)) for name, value in trainer.callback_metrics.items() if "val/" in name))
     """)
     assert script.wait() == 0, script.stderr
     script.gone()
-    assert sorted(script.stdout.splitlines()) == [f"rank {rank} steps 3 tensor(3.)" for rank in range(2)]
+    *measured, first, second = sorted(script.stdout.splitlines())
+    assert [first, second] == [f"rank {rank} steps 3 tensor(3.)" for rank in range(2)]
+    assert len(measured) == 2 and measured[0] == measured[1] and "'val/two/pass_at_2'" in measured[0]
     assert "Traceback" not in script.stderr
 
 
-def test_weights_come_back_from_a_notebooks_processes(start: Start) -> None:
-    script = start("""
+@pytest.mark.parametrize("parallel", ["ddp_notebook", "ddp_spawn"])
+def test_weights_come_back_from_processes_that_lightning_starts_by_itself(parallel: str, start: Start) -> None:
+    script = start(f"""
         import os
         import torch
         import lightning_rft as rft
-        from tests.processes import MODEL, fit
+        from tests.processes import MODEL, fit, share_of_letters
+
+        def adam(parameters):  # no lambda, since what is spawned must pickle
+            return torch.optim.AdamW(parameters, lr=1e-3)
 
         class Module(rft.RFTModule):
             def __init__(self, model):
-                super().__init__(model, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+                super().__init__(model, optimizer=adam)
 
-        trained = fit(Module, devices=2, parallel="ddp_notebook",
-                      reward=lambda completion, task: float(sum(map(ord, completion)) % 7))
-        weights = dict(trained.lightning_module.weights())
-        before = rft.RFTModule(os.environ[MODEL])
-        before.configure_model()
-        print(all(bool((weights[name] != tensor).any()) for name, tensor in before.weights() if tensor.ndim == 2))
+        if __name__ == "__main__":
+            trained = fit(Module, devices=2, parallel="{parallel}", reward=share_of_letters)
+            weights = dict(trained.lightning_module.weights())
+            before = rft.RFTModule(os.environ[MODEL])
+            before.configure_model()
+            print(all(bool((weights[name] != tensor).any()) for name, tensor in before.weights() if tensor.ndim == 2))
     """)
-    assert script.wait() == 0, script.stderr
+    assert script.wait(180.0) == 0, script.stderr
     assert script.stdout.splitlines()[-1] == "True"
 
 

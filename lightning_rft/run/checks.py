@@ -8,7 +8,12 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
@@ -85,7 +90,7 @@ def check_together(
     if not isinstance(module, RFTModule):
         raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
     check_unwrapped(module)
-    _check_features(trainer, module)
+    _check_features(trainer, module, validates)
     if trainer.precision == "16-true":
         raise ConfigurationError(
             "Trainer(precision='16-true') lets small gradients vanish, since nothing scales the loss: set '16-mixed', "
@@ -150,8 +155,9 @@ def sync_strategies(trainer: L.Trainer) -> list[SyncStrategy]:
     return [callback for callback in callbacks if isinstance(callback, SyncStrategy)]
 
 
-def _check_features(trainer: L.Trainer, module: RFTModule) -> None:
+def _check_features(trainer: L.Trainer, module: RFTModule, validates: bool) -> None:
     """Refuses features of Lightning that cannot work here."""
+    validates_in_fit = validates and trainer.state.fn == TrainerFn.FITTING and trainer.limit_val_batches != 0  # type: ignore[attr-defined]
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigurationError(
             f"{type(trainer.strategy).__name__} gives the weights other names or keeps them for itself: set "
@@ -167,6 +173,16 @@ def _check_features(trainer: L.Trainer, module: RFTModule) -> None:
             raise ConfigurationError(
                 f"{type(callback).__name__}, or Tuner, takes the sync strategy out of the trainer's callbacks while it "
                 "tries values: compare short runs, such as Trainer(max_steps=20), instead"
+            )
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ConfigurationError(
+                "StochasticWeightAveraging copies the module before its model is loaded, so that it would average "
+                "nothing: take EMAWeightAveraging"
+            )
+        if isinstance(callback, WeightAveraging) and validates_in_fit:
+            raise ConfigurationError(
+                f"{type(callback).__name__} swaps the average in while fit validates, but explorers answer with the "
+                "weights that are trained: set Trainer(limit_val_batches=0), and call trainer.validate after fit"
             )
 
 

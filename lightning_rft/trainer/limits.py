@@ -44,8 +44,8 @@ def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
     return max(trainer.global_step, min(stops)) if stops else None
 
 
-def validation_batches(trainer: L.Trainer) -> int:
-    """Batches of the current validation or test."""
+def validation_batches(trainer: L.Trainer) -> list[int]:
+    """Batches of each loader in the current validation or test."""
     limits = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
     limits = trainer.num_sanity_val_batches if trainer.sanity_checking else limits
-    return int(limits[0])
+    return list(map(int, limits))

@@ -48,6 +48,9 @@ class BatchPart:
         max_new_tokens: int = 1,
         on_policy: bool = False,
         wait_seconds: float = 0.0,
+        val_set: str = "",
+        samples: int = 1,
+        ends: bool = False,
     ) -> None:
         #: Index of the batch, which is also the version that is trained.
         self.batch = batch
@@ -61,6 +64,11 @@ class BatchPart:
         self.on_policy = on_policy
         #: Seconds that the trainer waited for the batch.
         self.wait_seconds = wait_seconds
+        #: In validation, where a set of held-out tasks is what comes in parts: its name, the samples of each task, and
+        #: whether this part is the last of all sets.
+        self.val_set = val_set
+        self.samples = samples
+        self.ends = ends
 
     @property
     def first(self) -> bool:
@@ -164,23 +172,45 @@ class ExplorationLoader:
 
 
 class ValidationLoader:
-    """Answers to held-out tasks, ``chunk`` groups an item.
+    """Answers to a set of held-out tasks, ``chunk`` groups an item, each of ``samples`` unless some failed.
 
-    ``begin`` has all of them explored together and returns their number, ``explored`` waits for that of an index;
-    ``size`` is their number before limits.
+    ``begin`` has the tasks explored and returns their indices, ``explored`` waits for the group of one; ``size`` is
+    their number before limits. With the set of which it is said, all validation ``ends``.
     """
 
-    def __init__(self, begin: Callable[[], int], explored: Callable[[int], Group], size: int, chunk: int) -> None:
+    def __init__(
+        self,
+        begin: Callable[[], range],
+        explored: Callable[[int], Group],
+        size: int,
+        chunk: int,
+        *,
+        val_set: str = "",
+        samples: int = 1,
+        ends: bool = True,
+    ) -> None:
         self._begin = begin
         self._explored = explored
         self._size = size
         self._chunk = chunk
+        self._val_set = val_set
+        self._samples = samples
+        self._ends = ends
 
     def __len__(self) -> int:
         return -(-self._size // self._chunk)
 
     def __iter__(self) -> Iterator[BatchPart]:
-        count = self._begin()
-        for index, start in enumerate(range(0, count, self._chunk)):
-            groups = [self._explored(task) for task in range(start, min(start + self._chunk, count))]
-            yield BatchPart(index, groups)
+        tasks = self._begin()
+        parts = -(-len(tasks) // self._chunk)
+        for part in range(parts):
+            some = tasks[part * self._chunk : (part + 1) * self._chunk]
+            yield BatchPart(
+                part,
+                [self._explored(task) for task in some],
+                part=part,
+                parts=parts,
+                val_set=self._val_set,
+                samples=self._samples,
+                ends=self._ends and part == parts - 1,
+            )

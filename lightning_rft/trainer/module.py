@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -22,8 +21,10 @@ from lightning_rft.experience import Turn
 from lightning_rft.model_folder import check_model, check_policy
 from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.monitor.status import StatusLine
+from lightning_rft.rewards import last_number_or_text
 from lightning_rft.sync.transports.transport import under_all_names
 from lightning_rft.trainer.buffers import uncast_buffers
+from lightning_rft.trainer.evaluation import Evaluation
 from lightning_rft.trainer.gathering import Gathering
 from lightning_rft.trainer.loader import BatchPart
 from lightning_rft.trainer.loading import load_policy
@@ -57,7 +58,8 @@ class RFTModule(L.LightningModule):
     It is an ordinary LightningModule with automatic optimization: clipping, precision plugins, schedulers, loggers and
     ``accumulate_grad_batches`` work as anywhere. The loss is normalised over the whole batch, so neither it nor its
     gradient depends on the accumulation. A step whose loss or gradient is not finite is skipped; five in a row are a
-    :class:`NonFiniteError`. ``load_from_checkpoint(path)`` restores all but objective, optimizer and scheduler.
+    :class:`NonFiniteError`. ``load_from_checkpoint(path)`` restores all but ``objective``, ``final_answer``,
+    optimizer and scheduler.
 
     Args:
         model: Path of a folder, or hub name, of a causal language model of transformers.
@@ -67,6 +69,9 @@ class RFTModule(L.LightningModule):
         attn_implementation: Attention of transformers; left out, transformers' own choice where that is right for the
             model. ``"sdpa"`` and ``"eager"`` let the samples of a group share their prompt's computation.
         pass_threshold: Reward from which a validation sample counts as passed.
+        final_answer: ``final_answer(text)``, what counts as a validation sample's answer where the majority decides
+            (``val/maj_at_4``): a hashable value, equal for equal answers. Left out, the last number in the text, or the
+            whole text if there is none.
         max_tokens_per_micro_batch: Maximum columns, padding included, that are computed at a time. A batch is trained
             in as many micro-batches as that takes, which changes only memory and time; a turn that is longer is trained
             alone. Left out: the whole batch at a time.
@@ -94,6 +99,7 @@ class RFTModule(L.LightningModule):
         reference: str | os.PathLike[str] | None = None,
         pass_threshold: float = 1.0,
         gradient_checkpointing: bool = False,
+        final_answer: Callable[[str], Hashable] | None = None,
     ) -> None:
         super().__init__()
         self.model = os.fspath(model)
@@ -109,6 +115,7 @@ class RFTModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         self.pass_threshold = pass_threshold
         self.gradient_checkpointing = gradient_checkpointing
+        self.final_answer = final_answer or last_number_or_text
         given = "model reference attn_implementation max_tokens_per_micro_batch pass_threshold gradient_checkpointing"
         # plain values only, which torch.load reads without running code
         self.save_hyperparameters({name: getattr(self, name) for name in given.split()})
@@ -270,26 +277,15 @@ class RFTModule(L.LightningModule):
             strategy.backward(loss * self.trainer.world_size, None)
 
     @override
-    def validation_step(self, batch: BatchPart, batch_idx: int) -> None:
-        self._log_answers(batch, "val")
+    def validation_step(self, batch: BatchPart, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == dataloader_idx == 0:
+            stage = "test" if self.trainer.testing else "val"
+            self._evaluation = Evaluation(stage, self.pass_threshold, self.final_answer)
+        for name, value in self._evaluation.add(batch).items():
+            shown = name in ("val/reward", "test/reward")
+            self.log(name, value, batch_size=1, prog_bar=shown, sync_dist=True, add_dataloader_idx=False)
 
-    @override
-    def test_step(self, batch: BatchPart, batch_idx: int) -> None:
-        self._log_answers(batch, "test")
-
-    def _log_answers(self, batch: BatchPart, stage: str) -> None:
-        experiences = [experience for group in batch.groups for experience in group.experiences]
-        if not experiences:  # all of these failed after every retry, which is counted and bounded elsewhere
-            return
-        rewards = [experience.reward for experience in experiences]
-        passed = [reward >= self.pass_threshold for reward in rewards]
-        values = {
-            "reward": fmean(rewards),
-            "pass@1": fmean(passed),
-            "version": float(max(experience.oldest_version for experience in experiences)),
-        }
-        for name, value in values.items():
-            self.log(f"{stage}/{name}", value, batch_size=len(rewards), prog_bar=name == "reward", sync_dist=True)
+    test_step = validation_step
 
     @override
     def predict_step(self, batch: BatchPart, batch_idx: int) -> list[dict[str, Any]]:

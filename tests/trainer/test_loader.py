@@ -99,18 +99,24 @@ def test_epochs_go_on_where_the_last_one_ended() -> None:
 def test_validation_explores_at_once_and_waits_in_order() -> None:
     events: list[str] = []
 
-    def begin() -> int:
+    def begin() -> range:
         events.append("begin")
-        return 5
+        return range(3, 8)
 
     def explored(index: int) -> Group:
         events.append(f"wait {index}")
         return make_group(0, index)
 
-    loader = ValidationLoader(begin, explored, size=7, chunk=2)
+    loader = ValidationLoader(begin, explored, size=7, chunk=2, val_set="hard", samples=3)
     assert len(loader) == 4
     assert events == []
     iterator = iter(loader)
-    assert [group.key.slot for group in next(iterator).groups] == [0, 1]
-    assert events == ["begin", "wait 0", "wait 1"]
-    assert [[group.key.slot for group in item.groups] for item in iterator] == [[2, 3], [4]]  # as many as were begun
+    first = next(iterator)
+    assert [group.key.slot for group in first.groups] == [3, 4]
+    assert (first.val_set, first.samples, first.first, first.last, first.ends) == ("hard", 3, True, False, False)
+    assert events == ["begin", "wait 3", "wait 4"]
+    rest = list(iterator)
+    assert [[group.key.slot for group in item.groups] for item in rest] == [[5, 6], [7]]  # as many as were begun
+    assert [(item.last, item.ends) for item in rest] == [(False, False), (True, True)]
+    others = list(ValidationLoader(lambda: range(2), explored, size=2, chunk=2, ends=False))
+    assert [(item.last, item.ends) for item in others] == [(True, False)]
