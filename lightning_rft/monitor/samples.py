@@ -145,7 +145,8 @@ def _printed(rows: Sequence[_Row]) -> str:
         parts = [f"{name.removeprefix('reward_')} {row[name]:g}" for name in row if name.startswith("reward_")]
         reward = f"reward {row['reward']:g}" + (f" ({', '.join(parts)})" if parts else "")
         about = [f"step {row['step']}", f"task {row['task_id']}", reward, f"version {row['version']}"]
-        about += [f"staleness {row['staleness']}", f"{row['tokens']} tokens, {row['finish_reason']}"]
+        tokens = f"{row['tokens']} token{'s' * (row['tokens'] != 1)}"
+        about += [f"staleness {row['staleness']}", f"{tokens}, {row['finish_reason']}"]
         texts = {"  prompt": row["prompt"], "  completion": row["completion"]}
         blocks.append(plain(" · ".join(about), texts, width))
     return "\n".join(blocks)

@@ -21,7 +21,7 @@ _MOST_SAMPLES = 2000
 _MOST_POINTS = 1000  # of a curve
 _BATCHES = 12  # in the timeline
 _FIRST = (  # curves that are always shown; the others can be unfolded
-    *("rft/reward", "val/reward", "val/pass@1", "rft/entropy", "rft/sampling_entropy", "rft/kl", "rft/grad_norm"),
+    *("rft/reward", "val/reward", "val/pass_at_1", "rft/entropy", "rft/sampling_entropy", "rft/kl", "rft/grad_norm"),
     *("rft/completion_length", "rft/truncated_share", "rft/groups_without_signal", "rft/staleness_max"),
     "rft/tokens_per_second",
 )
@@ -49,7 +49,7 @@ def gathered(folder: Path, buffer: Path | None) -> dict[str, Any]:
     notes += [problem] if problem else []
     waits = shares(logged)
     return {
-        "run": str(folder),
+        "run": str(folder.absolute()),
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
         "notes": notes,
         "states": dict(stored.states),
@@ -122,8 +122,12 @@ def _tokenizer(folder: Path) -> Any:
     """The tokenizer of the model that ``hparams.yaml`` names, if it is on this machine."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Makes nothing of the Python objects that Lightning may have saved too."""
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
     try:
-        saved = yaml.safe_load((folder / "hparams.yaml").read_text(encoding="utf-8"))
+        saved = yaml.load((folder / "hparams.yaml").read_text(encoding="utf-8"), Loader)
     except (OSError, yaml.YAMLError):
         return None
     model = saved.get("model") if isinstance(saved, dict) else None

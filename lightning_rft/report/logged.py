@@ -49,10 +49,10 @@ def shares(curves: Mapping[str, Curve]) -> dict[str, dict[str, float]]:
     passed = sum(seconds["explorers"].values())
     if not passed:
         return {}
-    trainer = {name: min(1.0, value / passed) for name, value in seconds["trainer"].items()}
+    waited = sum(seconds["trainer"].values())
+    seconds["trainer"] = {"training and the rest": max(0.0, passed - waited)} | seconds["trainer"]
     return {
-        "trainer": {"training and the rest": max(0.0, 1.0 - sum(trainer.values()))} | trainer,
-        "explorers": {name: value / passed for name, value in seconds["explorers"].items()},
+        side: {name: value / sum(parts.values()) for name, value in parts.items()} for side, parts in seconds.items()
     }
 
 

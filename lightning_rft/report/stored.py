@@ -35,7 +35,7 @@ class Stored:
         self._most_samples = most_samples
         self._trained: dict[tuple[int, int], list[list[Scored]]] = defaultdict(list)  # by run and step
         self._oldest: dict[tuple[int, int], int] = {}
-        self._kept: list[tuple[int, list[_Row]]] = []  # groups, with their index among all
+        self._kept: list[tuple[int, list[dict[str, Any]]]] = []  # groups, with their index among all
         self._stride = 1
         self._groups = 0
         for _, group in groupby(rows, key=itemgetter(*_KEY)):
@@ -49,7 +49,7 @@ class Stored:
     @property
     def samples(self) -> list[dict[str, Any]]:
         """The samples that are kept, of groups spread evenly over all."""
-        return [_sample(row) for _, group in self._kept for row in group]
+        return [sample for _, group in self._kept for sample in group]
 
     def curves(self) -> dict[str, dict[int, list[tuple[int, float]]]]:
         """Step and value of each metric of trained batches that scores and lengths give, by name and run."""
@@ -75,7 +75,7 @@ class Stored:
             self._trained[key].append([_scored(row) for row in rows])
             self._oldest[key] = min(*(row["oldest_version"] for row in rows), self._oldest.get(key, first["step"]))
         if self._groups % self._stride == 0:
-            self._kept.append((self._groups, rows))
+            self._kept.append((self._groups, [_sample(row) for row in rows]))
         self._groups += 1
         while len(self._kept) > 1 and sum(len(group) for _, group in self._kept) > self._most_samples:
             self._stride *= 2
