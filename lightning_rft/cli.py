@@ -135,7 +135,7 @@ def main(args: ArgsType = None) -> None:
     """Runs the command line, or ``args`` in its place."""
     about = {
         "prog": "lightning-rft",
-        "description": "Reinforcement fine-tuning of language models. `lightning-rft report RUN` makes a page of a run.",
+        "description": "Reinforcement fine-tuning of language models. `lightning-rft report RUN` makes a run's page.",
     }
     RFTCLI(args=args, parser_kwargs=about)
 

@@ -89,21 +89,20 @@ class Run:
     """One real run, in which a task fails, with all that can be logged."""
 
     def __init__(self, folder: Path, model: Path) -> None:
+        def reward(completion: str, task: Any) -> float:
+            if task.id == "3":
+                raise ValueError("</script><b>no such task")
+            return float(sum(map(ord, completion)) % 7)
+
         self.csv, self.board = CSVLogger(folder / "csv"), TensorBoardLogger(folder / "board")
         self.beside = ReportBeside()
         callbacks = [self.beside, rft.Synchronous(), rft.TimelineCallback()]
         trainer = quiet_trainer(folder, *callbacks, logger=[self.csv, self.board], max_steps=STEPS)
-        data = seeded_data(reward=_reward, tolerance=rft.Tolerance(retries=0, max_error_rate=1.0))
+        data = seeded_data(reward=reward, tolerance=rft.Tolerance(retries=0, max_error_rate=1.0))
         trainer.fit(rft.RFTModule(str(model)), data)
         self.folder = Path(self.csv.log_dir)
         self.buffer = self.folder / "rft" / "buffer.sqlite"
         self.page, self.data = parsed(write_report(self.folder))
-
-
-def _reward(completion: str, task: rft.Task) -> float:
-    if task.id == "3":
-        raise ValueError("</script><b>no such task")
-    return float(sum(map(ord, completion)) % 7)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def test_counts_are_those_of_the_ledger(run: Run) -> None:
     with Ledger.open(run.buffer) as ledger:
         counts = ledger.counts()
     assert run.data["states"] == {state.value: count for state, count in counts.items() if count}
-    assert counts[State.TRAINED] == 4 * STEPS and counts[State.FAILED]
+    assert counts[State.TRAINED] == 20 and counts[State.FAILED]  # twice ten tasks, in batches of 4, 4 and 2
     rows = [row for row in read_buffer(run.buffer) if row["sample"] is not None]
     assert run.data["totals"] == {"samples": len(rows), "tokens": sum(row["num_tokens"] for row in rows)}
     assert len(run.data["failures"]) == counts[State.FAILED]
@@ -172,7 +171,7 @@ def test_the_page_needs_nothing_else(run: Run) -> None:
 def test_a_report_beside_the_run(run: Run) -> None:
     assert run.beside.printed.strip().endswith("report.html")
     assert run.beside.written["states"] == dict(run.beside.states)
-    assert run.beside.states["trained"] == 8 and run.beside.states["leased"] == 4
+    assert run.beside.states["trained"] == 8 and run.beside.states["leased"] == 2
     assert run.beside.written["timeline"] is None  # it is written when fit ends
 
 
