@@ -51,7 +51,8 @@ def plain(title: str, texts: Mapping[str, str], width: int, lines: int = 8) -> s
     """A title over labelled texts, each of at most ``lines`` lines within ``width`` columns."""
     wrapped = [textwrap.shorten(harmless(title), width, placeholder=" …")]
     for label, text in texts.items():
-        pieces = [piece for line in harmless(text).split("\n") for piece in textwrap.wrap(line, width - _LABEL) or [""]]
+        unwrapped = harmless(text).strip("\n").split("\n")
+        pieces = [piece for line in unwrapped for piece in textwrap.wrap(line, width - _LABEL) or [""]]
         if len(pieces) > lines:
             last = lines // 2
             left_out = f"… [{len(pieces) - lines + 1} lines] …"

@@ -49,7 +49,7 @@ def gathered(folder: Path, buffer: Path | None) -> dict[str, Any]:
     notes += [problem] if problem else []
     waits = shares(logged)
     return {
-        "run": str(folder.absolute()),
+        "run": "/".join(folder.absolute().parts[-2:]),
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
         "notes": notes,
         "states": dict(stored.states),
