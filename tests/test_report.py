@@ -36,7 +36,7 @@ from tests.trainer_and_data import quiet_trainer, seeded_data
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 6
-BREAKS_OUT = '</script><script>document.title="broken"</script><!-- {{data}} & \u2028 "quoted" \\'
+BREAKS_OUT = '</SCRIPT x=</script><script>document.title="broken"</script><!-- {{data}} & \u2028 "quoted" \\'
 
 
 class _Page(HTMLParser):

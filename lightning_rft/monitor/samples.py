@@ -119,7 +119,7 @@ def _shown(text: str) -> str:
 
 def _log(logger: Any, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], step: int) -> bool:
     """Gives a logger the table in the way it has for tables; False if it has none."""
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(logger, "log_table"):  # Weights & Biases
         logger.log_table(_KEY, columns=columns, data=[[row.get(name) for name in columns] for row in rows], step=step)
     elif hasattr(experiment, "log_table") and hasattr(logger, "run_id"):  # MLflow, which appends
