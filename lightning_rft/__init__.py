@@ -54,7 +54,9 @@ if TYPE_CHECKING:
     from lightning_rft.explorer.pool import ExplorerPool as ExplorerPool
     from lightning_rft.explorer.workflows.policy import Policy as Policy
     from lightning_rft.explorer.workflows.single_turn import SingleTurn as SingleTurn
+    from lightning_rft.monitor.samples import SamplesCallback as SamplesCallback
     from lightning_rft.monitor.timeline import TimelineCallback as TimelineCallback
+    from lightning_rft.report.page import write_report as write_report
     from lightning_rft.settings import Buffer as Buffer
     from lightning_rft.settings import Sampling as Sampling
     from lightning_rft.settings import Timeouts as Timeouts
@@ -125,7 +127,9 @@ _MODULES = {
     "lightning_rft.explorer.engines.vllm": ["VLLMEngine"],
     "lightning_rft.explorer.workflows.policy": ["Policy"],
     "lightning_rft.explorer.workflows.single_turn": ["SingleTurn"],
+    "lightning_rft.monitor.samples": ["SamplesCallback"],
     "lightning_rft.monitor.timeline": ["TimelineCallback"],
+    "lightning_rft.report.page": ["write_report"],
     "lightning_rft.settings": ["Buffer", "Sampling", "Timeouts", "Tolerance"],
     "lightning_rft.sync.transports.checkpoint": ["CheckpointTransport"],
     "lightning_rft.sync.transports.collective": ["CollectiveTransport"],

@@ -8,6 +8,10 @@ import sys
 
 def main() -> None:
     """Runs the command line in a process of its own."""
+    if sys.argv[1:2] == ["report"]:  # which takes neither trainer nor config
+        from lightning_rft.report.command import main as report
+
+        return report(sys.argv[2:])
     # Threads that spin while they wait would take cores from the explorers. torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A config can name functions in a file of the current folder, which a console script does not find by itself.

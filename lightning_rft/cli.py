@@ -192,7 +192,10 @@ class RFTCLI(LightningCLI):
 
 def main(args: ArgsType = None) -> None:
     """Runs the command line, or ``args`` in its place."""
-    about = {"prog": "lightning-rft", "description": "Reinforcement fine-tuning of language models."}
+    about = {
+        "prog": "lightning-rft",
+        "description": "Reinforcement fine-tuning of language models. `lightning-rft report RUN` makes a run's page.",
+    }
     RFTCLI(args=args, parser_kwargs=about)
 
 

@@ -5,6 +5,7 @@ All are frozen and hold plain Python values and bytes, so they cross processes a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.turn import Support, Truncation, Turn
 
 __all__ = ["Experience", "Group", "GroupKey", "Progress", "Support", "Task", "TensorInfo", "Truncation", "Turn"]
+
+_PART = re.compile(r"(?!std\Z)[A-Za-z0-9_.-]{1,64}")  # rft/reward_std is the standard deviation of the whole
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,12 @@ class Experience:
         text: The last turn decoded, as the reward saw it.
         generate_seconds: Wall-clock seconds from the first call of the policy to the end of the last.
         reward_seconds: Wall-clock seconds that scoring took.
-        rewards: Parts of the reward by name. Finite.
+        rewards: Parts of the reward by name. Finite. They are logged as ``rft/reward_<name>``, in names of up to 64
+            letters, digits and ``_.-``.
 
     Raises:
-        ConfigurationError: A turn's prompt does not go on from its parent's prompt and answer, token for token.
+        ConfigurationError: A turn's prompt does not go on from its parent's prompt and answer, token for token, or a
+            part of the reward has a name that loggers would refuse or that is taken (``std``).
     """
 
     task_id: str
@@ -72,6 +77,11 @@ class Experience:
     rewards: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        for name in self.rewards:
+            if not _PART.fullmatch(name):
+                raise ConfigurationError(
+                    f"a part of the reward is named {name!r}: use letters, digits and _.- only, at most 64, and not std"
+                )
         for index, turn in enumerate(self.turns):
             if turn.parent is None:
                 continue

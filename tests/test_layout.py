@@ -17,7 +17,7 @@ FLOORS = [
     ["monitor"],
     ["sync", "tasks"],
     ["buffer", "explorer", "trainer"],
-    ["run"],
+    ["report", "run"],
     ["datamodule"],
     ["cli", "testing"],
     ["__main__"],

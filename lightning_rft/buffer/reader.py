@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lightning_rft.buffer.schema import check_format
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, GroupKey
 
-__all__ = ["StoredExperience", "read_buffer", "stored_keys"]
+__all__ = ["StoredExperience", "read_buffer", "read_prompts", "stored_keys"]
 
 _COLUMNS = (
     *("run", "incarnation", "batch", "slot", "round", "epoch", "task_id", "state", "step", "attempts", "error"),
@@ -76,6 +76,19 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
                     flat[name] = None if turns is None else [getattr(turn, name).tolist() for turn in turns]
                 flat["temperature"] = None if turns is None else [turn.temperature for turn in turns]
             yield flat
+
+
+def read_prompts(path: Path, keys: Iterable[tuple[int, ...]]) -> Iterator[list[int] | None]:
+    """The token ids that the last call of the policy read in samples, each by run, batch, slot, round and sample.
+
+    None stands for a sample that the file holds no more.
+    """
+    with _connected(path) as connection:
+        for key in keys:
+            row = connection.execute(
+                f"SELECT turns, sample, reward, rewards FROM experiences WHERE {ROUND} AND sample = ?", key
+            ).fetchone()
+            yield None if row is None else unpack(*row)[-1].prompt_ids.tolist()
 
 
 class StoredExperience:

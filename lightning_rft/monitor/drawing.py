@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_rft.monitor.layout import Block, layout
-from lightning_rft.monitor.spans import Interval, Span, position
+from lightning_rft.monitor.layout import Block, last_batches
+from lightning_rft.monitor.spans import Interval, Span
 
-__all__ = ["draw"]
+__all__ = ["KINDS", "draw"]
 
-# kind -> fill, edge, name in the legend, letters on its blocks
-_KINDS = {
+#: kind -> fill, edge, name in the legend, letters on its blocks
+KINDS = {
     "rollout": ("#FCE8B2", "#D9B24C", "Rollout", "R"),
     "buffer": ("#A9C8EC", "#5A8FCB", "Buffer", ""),
     "train": ("#BFE0B4", "#6FAA5F", "Train", "T"),
@@ -21,8 +21,6 @@ _KINDS = {
     "checkpoint": ("#F6B5AC", "#D2695C", "Sync. weight (Checkpoint: C write, c load)", "C"),
     "wait": ("#FAFAFA", "#D4D4D4", "Waiting", ""),
 }
-_NEAR = 0.002  # share of the picture's width; nearer blocks are drawn as one
-
 _DPI = 160
 # inches
 _WIDTH, _ROW, _BUFFER_ROW, _GAP = 12.0, 0.56, 0.28, 0.16
@@ -34,26 +32,12 @@ def draw(spans: Sequence[Span], path: str | Path, *, title: str = "", batches: i
     """Draws the last ``batches`` trained batches, from at least one span, as a PNG file."""
     import matplotlib.style
 
-    zero = min(span.begin for span in spans)
-    begin, end, note = _window(spans, batches)
+    rows, window, note = last_batches(spans, batches)
     if dropped:
         note += f" · the {dropped} oldest spans were dropped"
-    shown = [span for span in spans if span.begin < end and span.end > begin]
-    rows = {
-        track: layout([span for span in shown if span.track == track], (end - begin) * _NEAR)
-        for track in sorted({span.track for span in spans}, key=position)
-    }
+    zero = min(span.begin for span in spans)
     with matplotlib.style.context(["default", {"hatch.linewidth": 0.6}]):  # in place of the user's style
-        _paint(rows, (begin, end), zero, title, note, Path(path))
-
-
-def _window(spans: Sequence[Span], batches: int) -> tuple[float, float, str]:
-    """Begin and end of what to show, and a note about it."""
-    begin, end = min(span.begin for span in spans), max(span.end for span in spans)
-    trained = sorted(span.end for span in spans if span.what == "train")
-    if len(trained) > batches:
-        return trained[-batches - 1], end, f"the last {batches} of {len(trained)} batches"
-    return begin, max(end, begin + 0.01), f"{len(trained)} batch{'es' * (len(trained) != 1)}"
+        _paint(rows, window, zero, title, note, Path(path))
 
 
 class _Canvas:
@@ -72,7 +56,7 @@ class _Canvas:
     def box(self, left: float, right: float, low: float, high: float, kind: str) -> None:
         from matplotlib.patches import Rectangle
 
-        fill, edge, *_ = _KINDS[kind]
+        fill, edge, *_ = KINDS[kind]
         look: dict[str, Any] = {"hatch": "//////", "linewidth": 0} if kind == "wait" else {"linewidth": 0.8}
         self.axes.add_patch(Rectangle((left, low), right - left, high - low, facecolor=fill, edgecolor=edge, **look))
 
@@ -96,7 +80,7 @@ class _Canvas:
             for size in (9, 7):
                 fits = self.width(text, size) + 0.08 <= right - left and size * 1.15 / 72 <= high - low
                 if fits:
-                    paper = {"facecolor": _KINDS[kind][0], "edgecolor": "none", "pad": 1.5} if kind == "wait" else None
+                    paper = {"facecolor": KINDS[kind][0], "edgecolor": "none", "pad": 1.5} if kind == "wait" else None
                     color = _FAINT if kind == "wait" else _INK
                     self.text((left + right) / 2, (low + high) / 2, text, size, color, ha="center", bbox=paper)
                     return
@@ -130,7 +114,7 @@ def _paint(
             for begin, end in pieces:
                 canvas.box(begin, max(end, begin + _THIN), *edges, block.kind)
             for tick in block.ticks:
-                canvas.line((place(tick),) * 2, (edges[0], edges[0] + (edges[1] - edges[0]) / 4), _KINDS[block.kind][1])
+                canvas.line((place(tick),) * 2, (edges[0], edges[0] + (edges[1] - edges[0]) / 4), KINDS[block.kind][1])
             if pieces:
                 widest = max(pieces, key=lambda piece: piece[1] - piece[0])
                 canvas.label(*widest, *edges, block.labels, block.kind)
@@ -152,7 +136,7 @@ def _paint_axis(canvas: _Canvas, x: Interval, y: Interval, seconds: Interval) ->
 
 
 def _paint_legend(canvas: _Canvas, left: float) -> None:
-    for kind, (_, _, name, letter) in _KINDS.items():
+    for kind, (_, _, name, letter) in KINDS.items():
         canvas.box(left, left + 0.3, 0.16, 0.34, kind)
         if letter:
             canvas.text(left + 0.15, 0.25, letter, 8, ha="center")

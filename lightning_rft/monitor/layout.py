@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_rft.monitor.spans import Interval, Span, union
+from lightning_rft.monitor.spans import Interval, Span, position, union
 
-__all__ = ["Block", "layout"]
+__all__ = ["Block", "last_batches", "layout"]
 
 _KIND = {"put": "buffer", "load": "sync", "write checkpoint": "checkpoint", "load checkpoint": "checkpoint"}
 _TRANSFERS = {"sync": "S", "load": "S", "write checkpoint": "C", "load checkpoint": "c"}
 _LANES = 4
+_NEAR = 0.002  # share of the picture's width; nearer blocks are drawn as one
 _STRIP = 0.36  # share of a row's height that background work gets, with the gap above it
 
 
@@ -28,6 +29,22 @@ class Block:
     high: float = 1.0
     ticks: tuple[float, ...] = ()
     visible: tuple[Interval, ...] | None = None  #: The parts that no other block covers; None for all.
+
+
+def last_batches(spans: Sequence[Span], batches: int) -> tuple[dict[str, list[Block]], Interval, str]:
+    """The blocks of each track in the last trained batches, from at least one span; begin and end; and a note on it."""
+    begin, end = min(span.begin for span in spans), max(span.end for span in spans)
+    trained = sorted(span.end for span in spans if span.what == "train")
+    if len(trained) > batches:
+        begin, note = trained[-batches - 1], f"the last {batches} of {len(trained)} batches"
+    else:
+        end, note = max(end, begin + 0.01), f"{len(trained)} batch{'es' * (len(trained) != 1)}"
+    shown = [span for span in spans if span.begin < end and span.end > begin]
+    rows = {
+        track: layout([span for span in shown if span.track == track], (end - begin) * _NEAR)
+        for track in sorted({span.track for span in spans}, key=position)
+    }
+    return rows, (begin, end), note
 
 
 def layout(spans: Sequence[Span], near: float) -> list[Block]:

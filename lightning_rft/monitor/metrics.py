@@ -7,50 +7,39 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torchmetrics import MaxMetric, MeanMetric, Metric, SumMetric
+from torchmetrics import MeanMetric, Metric, SumMetric
 
-from lightning_rft.experience import Group
+from lightning_rft.experience import Experience, Group
+from lightning_rft.monitor.scores import Scored, score_metrics
 
 __all__ = ["BatchMetrics"]
 
-_OF_ALL_GROUPS = {"loss", "reward", "reward_std", "completion_length", "staleness_mean", "staleness_max"}
-_NOTHING: dict[type[Metric], tuple[float, ...]] = {MeanMetric: (0.0, 0.0), SumMetric: (0.0,), MaxMetric: (-math.inf,)}
+_NOTHING: dict[type[Metric], tuple[float, ...]] = {MeanMetric: (0.0, 0.0), SumMetric: (0.0,)}
 
 
 class BatchMetrics(nn.Module):
-    """Metrics of one batch, under ``rft/``; on several ranks each adds its share, and all get those of the batch."""
+    """Metrics of one batch, under ``rft/``.
+
+    On several ranks each has all groups and adds its share of what is computed; all get the values of the batch.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.loss = SumMetric()
-        self.reward = MeanMetric()
-        self.reward_std = MeanMetric()
-        self.completion_length = MeanMetric()
-        self.staleness_mean = MeanMetric()
-        self.staleness_max = MaxMetric()
         self.entropy = MeanMetric()
         self.sampling_gap = MeanMetric()
-        self.tokens = SumMetric()
         self.trained_tokens = SumMetric()
+        self._of_groups: dict[str, float] = {}
+        self._tokens = 0
         self._began: float | None = None
         self.clear()
 
     def update_groups(self, groups: Sequence[Group], version: int) -> None:
-        """Adds the groups of a micro-batch, trained as ``version``."""
-        for group in groups:
-            rewards = torch.tensor([experience.reward for experience in group.experiences], dtype=torch.float64)
-            self.reward.update(rewards.float())
-            self.reward_std.update(rewards.std().float() if len(rewards) > 1 else 0.0)
-            self.completion_length.update(
-                torch.tensor([experience.num_tokens for experience in group.experiences], dtype=torch.float32)
-            )
-            versions = [turn.versions for experience in group.experiences for turn in experience.turns]
-            staleness = version - torch.from_numpy(np.concatenate(versions)).float()
-            self.staleness_mean.update(staleness)
-            self.staleness_max.update(staleness)
-            self.tokens.update(float(len(staleness)))
+        """Sets the groups of the batch, which is trained as ``version``."""
+        self._of_groups = score_metrics([list(map(_scored, group.experiences)) for group in groups])
+        self._of_groups |= _token_metrics(groups, version)
+        self._tokens = sum(group.num_tokens for group in groups)
 
     def update_loss(self, loss: Tensor) -> None:
         """Adds a part of the batch's loss."""
@@ -76,14 +65,16 @@ class BatchMetrics(nn.Module):
         now = time.perf_counter()
         # in the same order on every rank, since each of these is a collective
         values = {name: float(metric.compute()) for name, metric in self._metrics()}
-        tokens = values.pop("tokens")
-        if not values.pop("trained_tokens"):
-            values = {name: value for name, value in values.items() if name in _OF_ALL_GROUPS}
+        trained = values.pop("trained_tokens")
+        if not trained:
+            values = {"loss": values["loss"]}
         if math.isnan(values.get("sampling_gap", 0.0)):  # no token was sampled with the weights that are trained
             del values["sampling_gap"]
-        values = {f"rft/{name}": value for name, value in values.items()}
+        values = {f"rft/{name}": value for name, value in values.items()} | self._of_groups
+        if self._tokens:
+            values["rft/trained_share"] = trained / self._tokens
         if self._began is not None:
-            values["rft/tokens_per_second"] = tokens / (now - self._began)
+            values["rft/tokens_per_second"] = self._tokens / (now - self._began)
         self.restart(now)
         return values
 
@@ -94,6 +85,7 @@ class BatchMetrics(nn.Module):
 
     def clear(self) -> None:
         """Forgets what was added."""
+        self._of_groups, self._tokens = {}, 0
         for _, metric in self._metrics():
             metric.reset()
             # so that a rank with an empty share has something to add to
@@ -101,3 +93,23 @@ class BatchMetrics(nn.Module):
 
     def _metrics(self) -> list[tuple[str, Metric]]:
         return [(name, child) for name, child in self.named_children() if isinstance(child, Metric)]
+
+
+def _scored(experience: Experience) -> Scored:
+    finish_reason = experience.turns[-1].finish_reason if experience.turns else ""
+    return Scored(experience.reward, experience.rewards, experience.num_tokens, finish_reason)
+
+
+def _token_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """How stale the tokens of a batch are, and how uncertain the policy was that sampled them."""
+    turns = [turn for group in groups for experience in group.experiences for turn in experience.turns]
+    runs = [run for turn in turns for run in turn.version_runs]
+    tokens = sum(count for _, count in runs)
+    if not tokens:
+        return {}
+    logprob = sum(float(turn.logprobs.sum(dtype=np.float64)) for turn in turns)
+    return {
+        "rft/sampling_entropy": -logprob / tokens,
+        "rft/staleness_mean": version - sum(sampled * count for sampled, count in runs) / tokens,
+        "rft/staleness_max": float(version - min(sampled for sampled, _ in runs)),
+    }

@@ -1,14 +1,14 @@
-"""Spans as a trace for Perfetto and chrome://tracing."""
+"""Spans as a trace for Perfetto and chrome://tracing, and back."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_rft.monitor.spans import Span, position
 
-__all__ = ["trace"]
+__all__ = ["spans_of", "trace"]
 
 _THREADS = {"rollout", "put", "train", "wait"}  # everything else moves weights
 
@@ -40,6 +40,25 @@ def trace(spans: Sequence[Span], *, title: str = "", dropped: int = 0) -> dict[s
         "displayTimeUnit": "ms",
         "otherData": {"strategy": title, "began_monotonic_s": zero, "dropped_spans": dropped},
     }
+
+
+def spans_of(trace: Mapping[str, Any]) -> list[Span]:
+    """The spans of a trace of :func:`trace`, in seconds since the first."""
+    events = trace["traceEvents"]
+    tracks = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    return [
+        Span(
+            tracks[event["pid"]],
+            event["cat"],
+            event["ts"] / 1e6,
+            (event["ts"] + event["dur"]) / 1e6,
+            batch=event["args"].get("batch"),
+            version=event["args"].get("version"),
+            detail=event["args"].get("for", ""),
+        )
+        for event in events
+        if event["ph"] == "X"
+    ]
 
 
 def _named(what: str, name: str, pid: int, tid: int, order: int) -> list[dict[str, Any]]:

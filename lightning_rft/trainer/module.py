@@ -243,7 +243,7 @@ class RFTModule(L.LightningModule):
             values = self.metrics.collect()
             self._guard.trained(batch.batch, values["rft/loss"])
             self.sampling_gap = values.get("rft/sampling_gap")
-            self.log("rft/reward", values.pop("rft/reward"), prog_bar=True, batch_size=1)
+            self.log("rft/reward", values.pop("rft/reward", float("nan")), prog_bar=True, batch_size=1)
             self.log_dict(values | {"rft/wait_experience_s": batch.wait_seconds}, batch_size=1)
         # Lightning divides by both
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -252,8 +252,7 @@ class RFTModule(L.LightningModule):
         """Makes what depends on the whole batch, and cuts it; alike on every rank."""
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
-        rank, ranks = self.global_rank, self.trainer.world_size
-        self.metrics.update_groups(batch.groups[rank::ranks], batch.batch)
+        self.metrics.update_groups(batch.groups, batch.batch)
         if self._fast_path is None:
             turns = by_group(sampled_turns(batch.groups))
             self._fast_path = probe(self._policy, turns, self._policy.config._attn_implementation)
@@ -265,8 +264,8 @@ class RFTModule(L.LightningModule):
             self._policy,
             *self._references,
             max_tokens=self.max_tokens_per_micro_batch,
-            rank=rank,
-            ranks=ranks,
+            rank=self.global_rank,
+            ranks=self.trainer.world_size,
         )
 
     def _backward(self, loss: Tensor) -> None:

@@ -25,7 +25,7 @@ EXPERIENCES = st.builds(
     text=st.text(st.characters(codec="utf-8")),
     generate_seconds=st.floats(0, 1e6),
     reward_seconds=st.floats(0, 1e6),
-    rewards=st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), FINITE, max_size=3),
+    rewards=st.dictionaries(st.text("azAZ09_.-", min_size=1, max_size=5), FINITE, max_size=3),
 ).filter(lambda experience: experience.num_tokens)
 
 

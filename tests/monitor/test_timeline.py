@@ -157,7 +157,7 @@ def colours(path: Path) -> set[str]:
     """The kinds whose colours fill something, but for the legend."""
     image = pytest.importorskip("matplotlib.image").imread(path)[: -int(0.5 * drawing._DPI), :, :3]
     pixels = (image * 255).round().astype("uint8")
-    fills = {kind: list(bytes.fromhex(fill[1:])) for kind, (fill, *_) in drawing._KINDS.items()}
+    fills = {kind: list(bytes.fromhex(fill[1:])) for kind, (fill, *_) in drawing.KINDS.items()}
     return {kind for kind, fill in fills.items() if (pixels == fill).all(axis=2).sum() > 500}
 
 
