@@ -80,7 +80,7 @@ def test_the_script(start: Callable[[str], Script], tmp_path: Path, tiny_model_p
         pytest.importorskip("vllm")
         environment = os.environ | {"MODEL": str(tiny_model_path), "STEPS": "2", "PYTHONPATH": os.getcwd()}
         done = subprocess.run(
-            [sys.executable, program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
         )
         status, said, errors = done.returncode, done.stdout, done.stderr
     else:
@@ -273,7 +273,7 @@ def execute(program: str, options: list[str], folder: Path, model: Path, startup
         env=variables(folder, model, mark, startup),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     until(lambda: not alive(mark), f"the end of {alive(mark)}", timeout_s=10)
