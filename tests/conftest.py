@@ -35,6 +35,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def no_seed_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests in whose process the command line seeds everything."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "1")  # so that it is removed again once seed_everything has set it
+        del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
     """Runs scripts in processes of their own, without vLLM."""

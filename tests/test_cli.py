@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,28 +19,14 @@ from lightning.pytorch.loggers import CSVLogger
 import lightning_rft as rft
 from lightning_rft.cli import RFTCLI, main
 from lightning_rft.renamed import MOVED
-from lightning_rft.tasks.sources import read_jsonl
 from tests.processes import Zygote
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-STRATEGIES = {
-    "synchronous": "Synchronous",
-    "one_step_off_policy": "OneStepOffPolicy",
-    "fully_asynchronous": "FullyAsynchronous",
-    "multi_explorer": "MultiExplorerAsynchronous",
-}
 
 Command = Callable[..., RFTCLI]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def no_seed_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "1")  # so that it is removed again once seed_everything has set it
-        del os.environ[name]
+pytestmark = pytest.mark.usefixtures("one_thread", "no_seed_left_behind")
 
 
 @pytest.fixture
@@ -400,6 +385,7 @@ def test_a_config_with_vllm_does_not_import_it(zygote: Zygote, tmp_path: Path, t
     )
     assert script.wait() == 0, script.stderr
     assert "vllm was asked for" not in script.stderr
+<<<<<<< HEAD
 
 
 # The examples
@@ -491,3 +477,5 @@ def test_an_adapter_by_options_and_none_without_peft(
     options = ["--model.peft_config.r", "2", "--model.peft_config.target_modules", "all-linear"]
     assert printed(path, *options)["model"]["peft_config"] == ADAPTER
     assert printed(path)["model"]["peft_config"] is None
+=======
+>>>>>>> wip/notebook

@@ -251,6 +251,22 @@ def test_fit_again_after_max_steps_in_mid_epoch(data: rft.RFTDataModule, tiny_mo
     assert epochs == [(0, 8, 8), (1, 10, 10), (2, 4, 4)]
 
 
+def test_fit_again_after_an_error_in_mid_epoch(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
+    class Fails(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 1:
+                trainer.callbacks.remove(self)  # type: ignore[attr-defined]
+                raise ZeroDivisionError
+
+    run = make_run(tmp_path, tiny_model_path)
+    run.trainer.callbacks.append(Fails())  # type: ignore[attr-defined]
+    with pytest.raises(ZeroDivisionError):
+        run.fit(data)
+    run.fit(data)  # Lightning begins the epoch anew
+    assert run.trainer.global_step == 1 + len(SIZES)
+    assert run.sql("SELECT count(DISTINCT task_id), count(*) FROM groups WHERE incarnation = 2") == [(10, 10)]
+
+
 # Validation
 
 

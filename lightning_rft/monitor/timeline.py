@@ -33,7 +33,7 @@ class TimelineCallback(Callback):
 
     ``timeline.json`` has all spans in Chrome's trace event format: open it at https://ui.perfetto.dev.
     ``timeline.png`` shows the last few batches. Both are also written if ``fit`` ends with an exception, and replaced
-    by a later ``fit`` into the same folder.
+    by a later ``fit`` into the same folder. In a notebook the callback, as a cell's last line, shows the picture.
 
     Args:
         dirpath: Folder to write to; left out, ``rft/`` in the trainer's log folder.
@@ -75,6 +75,10 @@ class TimelineCallback(Callback):
         """The spans recorded since ``fit`` began, in the order in which they came, but for those dropped."""
         with self._lock:
             return list(self._spans)
+
+    def _repr_png_(self) -> bytes | None:  # what a notebook shows of it
+        picture = self._folder / "timeline.png"
+        return picture.read_bytes() if self._recorded and picture.is_file() else None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -38,7 +38,8 @@ def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
     if trainer.max_epochs not in (None, -1):
         epochs: Any = trainer.fit_loop.epoch_progress.current
         left = max(0, trainer.max_epochs - epochs.processed) * per_epoch
-        if epochs.started > epochs.processed:  # a resumed run goes on in the middle of an epoch
+        # A run resumed from a checkpoint goes on in the middle of an epoch; after an exception, it begins anew
+        if trainer.fit_loop.restarting and epochs.started > epochs.processed:
             left -= min(per_epoch, micro_batches_done(trainer) // trainer.accumulate_grad_batches)
         stops.append(trainer.global_step + left)
     return max(trainer.global_step, min(stops)) if stops else None
