@@ -385,63 +385,6 @@ def test_a_config_with_vllm_does_not_import_it(zygote: Zygote, tmp_path: Path, t
     )
     assert script.wait() == 0, script.stderr
     assert "vllm was asked for" not in script.stderr
-<<<<<<< HEAD
-
-
-# The examples
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_examples_differ_in_the_strategy_alone(name: str, printed: Callable[..., dict[str, Any]]) -> None:
-    found, other = printed(EXAMPLES / f"{name}.yaml"), printed(EXAMPLES / "synchronous.yaml")
-    (callback,) = found["trainer"].pop("callbacks")
-    assert callback["class_path"] == f"lightning_rft.{STRATEGIES[name]}"
-    other["trainer"].pop("callbacks")
-    assert found["trainer"]["logger"]["init_args"].pop("name") == name
-    other["trainer"]["logger"]["init_args"].pop("name")
-    assert found["data"].pop("explorers") == (2 if name == "multi_explorer" else 1)
-    other["data"].pop("explorers")
-    assert found == other
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_examples_train_on_any_hardware(
-    name: str, precision: str, command: Command, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(EXAMPLES.parent)
-    config = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
-    config["model"]["model"] = str(tiny_model_path)
-    config["data"] |= {"engine": "tests.processes.LightEngine", "tasks_per_step": 2, "samples_per_task": 2}
-    config["data"]["reward"] = "tests.processes.share_of_letters"
-    del config["data"]["val_tasks"]
-    config["trainer"]["enable_model_summary"] = False  # Lightning warns that it knows no bf16-mixed
-    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
-    cli = command("fit", config, "--trainer.precision", precision, "--trainer.max_steps=2", "--trainer.accelerator=cpu")
-    assert (cli.trainer.global_step, cli.trainer.precision) == (2, precision)
-    assert cli.trainer.gradient_clip_val == 1.0 and cli.trainer.optimizers[0].defaults["fused"]
-    assert cli.trainer.callback_metrics["rft/grad_norm"] > 0
-
-
-def test_an_option_changes_the_strategy(printed: Callable[..., dict[str, Any]]) -> None:
-    callback = printed(EXAMPLES / "synchronous.yaml", "--trainer.callbacks=FullyAsynchronous")["trainer"]["callbacks"]
-    assert callback["class_path"] == "lightning_rft.FullyAsynchronous"
-
-
-def test_examples_say_how_to_run_them() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(STRATEGIES)
-    for name in STRATEGIES:
-        assert f"make train CONFIG=examples/{name}.yaml" in (EXAMPLES / f"{name}.yaml").read_text()
-
-
-def test_examples_tasks() -> None:
-    train, held_out = (read_jsonl(EXAMPLES / "sums" / f"{name}.jsonl") for name in ("train", "held_out"))
-    asked = [task.prompt[0]["content"] for task in [*train, *held_out]]  # type: ignore[index]
-    assert len(set(asked)) == len(asked)
-    assert (len(train), len(held_out)) == (84, 100)
-    for question, task in zip(asked, [*train, *held_out], strict=True):
-        first, second = question.removeprefix("What is ").split("?")[0].split("+")
-        assert int(task.answer) == int(first) + int(second)
 
 
 # Adapters
@@ -477,5 +420,3 @@ def test_an_adapter_by_options_and_none_without_peft(
     options = ["--model.peft_config.r", "2", "--model.peft_config.target_modules", "all-linear"]
     assert printed(path, *options)["model"]["peft_config"] == ADAPTER
     assert printed(path)["model"]["peft_config"] is None
-=======
->>>>>>> wip/notebook

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task
-from lightning_rft.tasks.sources import Tasks, read_tasks
+from lightning_rft.tasks.sources import Tasks
+from lightning_rft.tasks.task import FIELDS
+from lightning_rft.tasks.task_set import TaskSet, read_tasks
 
 __all__ = ["HeldOut", "read_sets"]
 
 # The mapping first: jsonargparse takes the first type that fits.
-HeldOut = Mapping[str, Tasks] | Tasks
+HeldOut = Mapping[str, TaskSet | Tasks] | TaskSet | Tasks
 
-_PROMPTS = {"prompt", "question", "problem", "messages"}  # a column of these makes a mapping a table
 _NAME = re.compile(r"\w[\w.-]*")
 _METRIC = re.compile(r"reward|version|completion_length|truncated_share|(pass|avg|maj)(_at_|@)\d+")
 
@@ -29,7 +30,7 @@ def read_sets(val_tasks: HeldOut | None) -> dict[str, list[Task]]:
     """
     if val_tasks is None:
         return {}
-    if not isinstance(val_tasks, Mapping) or not val_tasks or not _PROMPTS.isdisjoint(val_tasks):
+    if not isinstance(val_tasks, Mapping) or not val_tasks or not val_tasks.keys().isdisjoint(FIELDS["prompt"]):
         return {"": read_tasks(val_tasks, "val_tasks")}
     for name in val_tasks:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
