@@ -66,6 +66,9 @@ if TYPE_CHECKING:
     from lightning_rft.sync.synchronous import Synchronous as Synchronous
     from lightning_rft.sync.transports.checkpoint import CheckpointTransport as CheckpointTransport
     from lightning_rft.sync.transports.collective import CollectiveTransport as CollectiveTransport
+    from lightning_rft.tasks.curriculum import ByDifficulty as ByDifficulty
+    from lightning_rft.tasks.curriculum import ByPassRate as ByPassRate
+    from lightning_rft.tasks.mixture import Mixture as Mixture
     from lightning_rft.tasks.task_set import TaskSet as TaskSet
     from lightning_rft.trainer.module import RFTModule as RFTModule
     from lightning_rft.trainer.objectives.advantages import Advantage as Advantage
@@ -134,6 +137,8 @@ _MODULES = {
     "lightning_rft.sync.one_step_off_policy": ["OneStepOffPolicy"],
     "lightning_rft.sync.strategy": ["SyncStrategy"],
     "lightning_rft.sync.synchronous": ["Synchronous"],
+    "lightning_rft.tasks.curriculum": ["ByDifficulty", "ByPassRate"],
+    "lightning_rft.tasks.mixture": ["Mixture"],
     "lightning_rft.tasks.task_set": ["TaskSet"],
     "lightning_rft.trainer.module": ["RFTModule"],
     "lightning_rft.trainer.objectives.advantages": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,10 +31,10 @@ from lightning_rft.run.lifecycle import RunSettings
 from lightning_rft.run.session import Session
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
-from lightning_rft.tasks.plan import TaskPlan
-from lightning_rft.tasks.sources import Tasks, read_tasks
-from lightning_rft.tasks.stream import TaskStream
-from lightning_rft.tasks.task_set import TaskSet
+from lightning_rft.tasks.mixture import Mixture
+from lightning_rft.tasks.source import epoch_batches, first, known
+from lightning_rft.tasks.sources import Tasks
+from lightning_rft.tasks.task_set import TaskSet, read_tasks
 from lightning_rft.trainer.limits import micro_batches, micro_batches_done, validation_batches
 from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
 from lightning_rft.trainer.module import RFTModule
@@ -58,8 +59,8 @@ class RFTDataModule(L.LightningDataModule):
         data = RFTDataModule(explorers=0, buffer="rft/buffer.sqlite", tasks_per_step=8)
 
     Args:
-        tasks: Tasks to train on: :class:`Task` objects, dictionaries, plain prompts, the path of a JSONL file, or a
-            :class:`TaskSet` of any of these.
+        tasks: Tasks to train on: :class:`Task` objects, dictionaries, plain prompts, a table, a file, a folder, a name
+            on the hub, a :class:`TaskSet` of any of these, or a :class:`Mixture`.
         reward: ``reward(completion, task)``, any callable, plain or ``async``, that returns a finite number.
         engine: What samples; left out, :class:`VLLMEngine`.
         explorers: Number of explorer processes, each with an engine of its own; 0 trains from ``buffer`` alone; or an
@@ -83,7 +84,7 @@ class RFTDataModule(L.LightningDataModule):
     @refuses_old_names
     def __init__(
         self,
-        tasks: TaskSet | Tasks = (),
+        tasks: TaskSet | Mixture | Tasks = (),
         reward: Callable[..., Any] | None = None,
         engine: Engine | None = None,
         explorers: int | ExplorerPool = 1,
@@ -91,7 +92,7 @@ class RFTDataModule(L.LightningDataModule):
         tasks_per_step: int = 8,
         samples_per_task: int = 8,
         max_new_tokens: int | None = None,
-        val_tasks: Tasks | None = None,
+        val_tasks: TaskSet | Tasks | None = None,
         sampling: Sampling = Sampling(),
         val_sampling: Sampling = Sampling(),
         tolerance: Tolerance = Tolerance(),
@@ -104,7 +105,7 @@ class RFTDataModule(L.LightningDataModule):
         self.tolerance = tolerance
         self.timeouts = timeouts
         self.buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
-        self.task_set = tasks if isinstance(tasks, TaskSet) else TaskSet(tasks)
+        self.task_set = tasks if isinstance(tasks, TaskSet | Mixture) else TaskSet(tasks)
         check_counts(
             tasks_per_step=tasks_per_step,
             samples_per_task=samples_per_task,
@@ -117,8 +118,7 @@ class RFTDataModule(L.LightningDataModule):
         self.samples_per_task = samples_per_task
         self.tasks = [] if explorers == 0 else self.task_set.read()
         self.val_tasks = [] if val_tasks is None else read_tasks(val_tasks, "val_tasks")
-        listed = [] if isinstance(self.tasks, TaskStream) else self.tasks
-        check_answers(reward, [*listed, *self.val_tasks])
+        check_answers(reward, chain(first(self.tasks), self.val_tasks))
         self.reward = reward
         if isinstance(explorers, ExplorerPool):
             if engine is not None and engine is not explorers.engine:
@@ -133,7 +133,7 @@ class RFTDataModule(L.LightningDataModule):
         self.steps_per_epoch = (
             self._stored.batches
             if self._stored is not None
-            else self.task_set.steps_per_epoch or TaskPlan.batches(len(listed), tasks_per_step)
+            else self.task_set.steps_per_epoch or epoch_batches(self.tasks, tasks_per_step)
         )
         #: Called with every :class:`~lightning_rft.monitor.timeline.Span` of a run.
         self.observers: list[Callable[[Span], None]] = []
@@ -187,7 +187,7 @@ class RFTDataModule(L.LightningDataModule):
             reward=self.reward,
             max_model_len=fitting_length(
                 model,
-                () if isinstance(self.tasks, TaskStream) else [*self.tasks, *self.val_tasks],
+                known(self.tasks, self.val_tasks),
                 max_new_tokens=max(sampling.max_new_tokens or 0 for sampling in sampled),
                 max_model_len=self.engine.max_model_len,
                 single_turn=isinstance(self.workflow, SingleTurn),
@@ -211,7 +211,7 @@ class RFTDataModule(L.LightningDataModule):
             tasks=self.tasks,
             steps_per_epoch=self.steps_per_epoch,
             shuffle=self.task_set.shuffle and not self._overfits,
-            goes_on=self.task_set.steps_per_epoch is not None and not self._overfits,
+            goes_on=self.task_set.goes_on and not self._overfits,
             tasks_per_step=self.tasks_per_step,
             samples_per_task=self.samples_per_task,
             sampling=self.sampling,

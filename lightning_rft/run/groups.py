@@ -137,6 +137,7 @@ class Groups:
             self._ledger.ready(judged.group)
         else:
             self._ledger.filtered(key, step=version)
+            self._cursor.learn(judged.group)
             self._cursor.replace(key)
         return judged.kept
 
@@ -168,6 +169,8 @@ class Groups:
         """Records that the leased groups are part of the weights."""
         assert self.leased is not None
         self._ledger.trained(batch)
+        for group in self.leased:
+            self._cursor.learn(group)
         self._done(group.key for group in self.leased)
         self._replay.trained(batch, self.leased)
         self.leased = None

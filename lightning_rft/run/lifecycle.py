@@ -33,7 +33,7 @@ from lightning_rft.sync.rule import Exploration, Rule
 from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
-from lightning_rft.tasks.stream import TaskStream
+from lightning_rft.tasks.source import Source
 from lightning_rft.trainer.limits import micro_batches, stop_batch
 
 __all__ = ["Run", "RunSettings"]
@@ -43,7 +43,7 @@ __all__ = ["Run", "RunSettings"]
 class RunSettings:
     """What a run takes from its data module, under the names that it has there."""
 
-    tasks: Sequence[Task] | TaskStream
+    tasks: Sequence[Task] | Source
     steps_per_epoch: int
     shuffle: bool
     goes_on: bool

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
-from lightning_rft.experience import GroupKey, Task
-from lightning_rft.tasks.stream import TaskStream
+from lightning_rft.experience import Group, GroupKey, Task
+from lightning_rft.tasks.chance import draw
+from lightning_rft.tasks.source import Lane, LeftOut, Source, lane_of
+from lightning_rft.tasks.task import NotATask
 
 __all__ = ["TaskCursor", "TaskPlan"]
 
@@ -34,7 +33,7 @@ class TaskPlan:
         (1, 'c')
     """
 
-    tasks: Sequence[Task] | TaskStream = field(repr=False)
+    tasks: Sequence[Task] | Source = field(repr=False)
     tasks_per_step: int
     #: Batches of each epoch that are used; limits leave out the rest, which with ``shuffle`` varies between epochs.
     batches_per_epoch: int
@@ -44,21 +43,19 @@ class TaskPlan:
     first_batch: int = 0
     first_epoch: int = 0
     goes_on: bool = False
-    _orders: dict[int, Sequence[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.tasks, TaskStream):
-            assert self.goes_on, "a stream has no passes"
-        elif not self.tasks:
+        if isinstance(self.tasks, Sequence) and not self.tasks:
             raise ConfigurationError("tasks is empty: give at least one task")
         if self.tasks_per_step < 1:
             raise ConfigurationError(f"tasks_per_step is {self.tasks_per_step}: set at least 1")
-        if isinstance(self.tasks, TaskStream) or self.goes_on:
+        count = self.lane.length
+        if count is None or self.goes_on:
             return
-        whole = self.batches(len(self.tasks), self.tasks_per_step)
+        whole = self.batches(count, self.tasks_per_step)
         if not 1 <= self.batches_per_epoch <= whole:
             raise ConfigurationError(
-                f"batches_per_epoch is {self.batches_per_epoch}: {len(self.tasks)} tasks, {self.tasks_per_step} a "
+                f"batches_per_epoch is {self.batches_per_epoch}: {count} tasks, {self.tasks_per_step} a "
                 f"step, make {whole}; set 1 to {whole}"
             )
 
@@ -67,81 +64,64 @@ class TaskPlan:
         """Batches that hold all tasks once; the last may be short."""
         return -(-n_tasks // tasks_per_step)
 
+    @cached_property
+    def lane(self) -> Lane:
+        """The tasks in their order, without end."""
+        return lane_of(self.tasks, self.shuffle, self.seed)
+
     def size(self, batch: int) -> int:
         """Groups in a batch: ``tasks_per_step``, or fewer in the last one of a whole epoch."""
         if batch < self.first_batch:
             raise ScheduleError(f"batch {batch} is not planned: the plan starts at batch {self.first_batch}")
-        if isinstance(self.tasks, TaskStream) or self.goes_on:
+        if self.goes_on:
             return self.tasks_per_step
         before = (batch - self.first_batch) % self.batches_per_epoch * self.tasks_per_step
-        return min(self.tasks_per_step, len(self.tasks) - before)
+        return min(self.tasks_per_step, self._used - before)
 
     def at(self, position: int) -> tuple[int, Task]:
         """Number of the pass, and task, at a position from 0 of the stream of all tasks, without what limits drop.
 
         A stream has no passes that could be told apart, so there each task has a number of its own.
         """
-        if isinstance(self.tasks, TaskStream):
-            number = self._before + position
-            return number, self.tasks.at(number)
+        place = self.place(position)
+        number = self.lane.number(place) if self.goes_on else self.first_epoch + position // self._used
+        return number, self.lane.at(place)
+
+    def place(self, position: int) -> int:
+        """The position in the lane, which also has what limits drop and what is before the first epoch."""
         if self.goes_on:
-            number, index = divmod(self._before + position, len(self.tasks))
-        else:
-            number, index = divmod(position, min(self._epoch, len(self.tasks)))
-            number += self.first_epoch
-        return number, self.tasks[self._order(number, len(self.tasks))[index]]
+            return self.first_epoch * self._epoch + position
+        number, index = divmod(position, self._used)
+        return (self.first_epoch + number) * (self.lane.length or 0) + index
 
     def forget(self, before: int) -> None:
-        """Has a stream let go of what is before a position, which nobody asks for any more."""
-        if isinstance(self.tasks, TaskStream):
-            self.tasks.forget(self._before + before)
+        """Lets go of what is before a position, which nobody asks for any more."""
+        if self.goes_on:  # else the first tasks come again
+            self.lane.forget(self.place(before))
 
     @property
     def _epoch(self) -> int:
-        """Tasks of a whole epoch."""
+        """Tasks of the batches of an epoch."""
         return self.batches_per_epoch * self.tasks_per_step
 
     @property
-    def _before(self) -> int:
-        """Tasks of the epochs before the first, where epochs go on."""
-        return self.first_epoch * self._epoch
+    def _used(self) -> int:
+        """Tasks of an epoch that does not go on."""
+        return min(self._epoch, self.lane.length or self._epoch)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """The settings that a resumed run may not change, as JSON values: name -> value."""
         return {
             # first, since other settings follow from the number of tasks
-            "tasks": self._tasks_in_words,
+            "tasks": self.lane.words,
             "tasks_per_step": self.tasks_per_step,
             "batches_per_epoch": self.batches_per_epoch,
             "shuffle": self.shuffle,
             "seed": self.seed,
             "goes_on": self.goes_on,
+            "order": self.lane.order,
         }
-
-    @property
-    def _tasks_in_words(self) -> str:
-        if isinstance(self.tasks, TaskStream):
-            return "a stream of tasks"
-        digest = hashlib.blake2b(digest_size=8)
-        for task in self.tasks:
-            digest.update(json.dumps(task.id).encode())
-        return f"{len(self.tasks)} tasks with ids of digest {digest.hexdigest()}"
-
-    def _order(self, number: int, count: int) -> Sequence[int]:
-        if not self.shuffle:
-            return range(count)
-        order = self._orders.get(number)
-        if order is None:
-            # Sorted by random() instead of shuffle(): Python promises to keep the former's sequence, not the latter's.
-            draw = random.Random(_draw("order", self.seed, number)).random
-            keys = [draw() for _ in range(count)]
-            order = sorted(range(count), key=keys.__getitem__)
-            # Issuing runs at most one epoch ahead of training, so two orders are in use, or a few of short passes.
-            for stale in list(self._orders)[:-1]:
-                self._orders.pop(stale, None)
-            self._orders[number] = order
-        return order
 
 
 class TaskCursor:
@@ -167,9 +147,12 @@ class TaskCursor:
         self._next = GroupKey(plan.first_batch, 0)  # the first key that has no position yet
         self._position = 0  # the first position that no key has had yet
         self._positions: dict[GroupKey, int] = {}  # of keys that are not done
+        self._read: dict[GroupKey, tuple[int, Task]] = {}  # what is at these positions, once it was asked for
+        self._left_out = LeftOut()
         if state is not None:
             _check_unchanged(plan.fingerprint, state)
             self.plan = replace(plan, first_batch=state["first_batch"], first_epoch=state["first_epoch"])
+            self.plan.lane.load_state_dict(state.get("lane", {}))
             self._next, self._position = GroupKey(*state["next"]), state["position"]
             self._positions = {GroupKey(batch, slot): position for batch, slot, position in state["positions"]}
         self._forget()
@@ -188,17 +171,23 @@ class TaskCursor:
         It does not depend on the batch: a sample is repeated wherever the schedule puts its task in the pass.
         """
         epoch, task = self._at(key)
-        return _draw("sample", self.plan.seed, epoch, task.id, sample) & 0x7FFFFFFF
+        return draw("sample", self.plan.seed, epoch, task.id, sample) & 0x7FFFFFFF
+
+    def learn(self, group: Group) -> None:
+        """Takes in the rewards of a group, which a curriculum may follow."""
+        rewards = [experience.reward for experience in group.experiences]
+        self.plan.lane.learn(self.plan.place(self._positions[group.key]), rewards)
 
     def replace(self, key: GroupKey) -> None:
         """Gives a group the next task of the stream for good."""
         self._assign(key)
-        self._positions[key] = self._take()
+        self._take(key)
 
     def done(self, key: GroupKey) -> None:
         """Forgets a group, whose task is not asked for again."""
         if self._positions.pop(key, None) is None:
             raise ScheduleError(f"group {tuple(key)} is done, but it has no task (any more)")
+        self._read.pop(key, None)
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,11 +199,14 @@ class TaskCursor:
             "next": list(self._next),
             "position": self._position,
             "positions": [[*key, position] for key, position in sorted(self._positions.items())],
+            "lane": self.plan.lane.state_dict(),
         }
 
     def _at(self, key: GroupKey) -> tuple[int, Task]:
         self._assign(key)
-        return self.plan.at(self._positions[key])
+        if key not in self._read:  # of a checkpoint
+            self._read[key] = self.plan.at(self._positions[key])
+        return self._read[key]
 
     def _assign(self, key: GroupKey) -> None:
         """Assigns positions to all groups up to this one that have none yet."""
@@ -227,33 +219,39 @@ class TaskCursor:
             raise ScheduleError(f"group {tuple(key)} is done, and its task forgotten")
         while self._next <= key:
             batch, slot = self._next
-            self._positions[self._next] = self._take()
+            self._take(self._next)
             self._next = GroupKey(batch, slot + 1) if slot + 1 < self.plan.size(batch) else GroupKey(batch + 1, 0)
+
+    def _take(self, key: GroupKey) -> None:
+        """Gives a group the next position that has a task."""
+        while True:
+            position, self._position = self._position, self._position + 1
+            try:
+                self._read[key] = self.plan.at(position)
+            except NotATask as error:
+                self._left_out.add(error)
+                continue
+            self._left_out.took()
+            self._positions[key] = position
+            return
 
     def _forget(self) -> None:
         self.plan.forget(min(self._positions.values(), default=self._position))
 
-    def _take(self) -> int:
-        self._position += 1
-        return self._position - 1
-
 
 def _check_unchanged(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    saved = {"goes_on": False, **saved}  # of a checkpoint that does not know it
+    # of a checkpoint that does not know them
+    drawn = saved["shuffle"] and "digest" in saved["tasks"]  # a stream has its own order
+    saved = {"goes_on": False, "order": "sorted by random numbers" if drawn else "", **saved}
     for name, value in now.items():
         if value != saved[name]:
             hints = {
                 "batches_per_epoch": " (from TaskSet(steps_per_epoch=...) and limit_train_batches)",
                 "goes_on": " (true with TaskSet(steps_per_epoch=...))",
+                "order": " (of curriculum=..., and of the version of lightning_rft)",
             }
             hint = hints.get(name, "")
             raise ConfigurationError(
                 f"{name}{hint} is {value!r}, but {saved[name]!r} in the checkpoint: tasks would be skipped or repeated."
                 " Set it as it was, or start a new run without ckpt_path"
             )
-
-
-def _draw(*parts: str | int) -> int:
-    """64 bits that depend on every part and are the same in all processes, unlike ``hash``."""
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")

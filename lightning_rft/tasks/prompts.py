@@ -15,7 +15,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 def prompt_problem(prompt: Any) -> str | None:
     """What keeps a value from being a prompt, for the message "<where>: <problem>; give ..."."""
     if prompt is None:
-        return "no `prompt` (or `question`)"
+        return "the prompt is None"
     if isinstance(prompt, str):
         return text_problem(prompt, "the prompt") if prompt.strip() else "the prompt is blank"
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
@@ -103,11 +103,13 @@ def _encode_chats(tokenizer: Any, chats: Sequence[Prompt], continues: bool) -> S
 
 
 def _message_problem(message: Any, name: str) -> str | None:
-    if not isinstance(message, Mapping) or message.get("role") is None or "content" not in message:
+    if not isinstance(message, Mapping) or message.get("role") is None:
         return f"{name} lacks role or content"
-    content, parts = message["content"], message["content"]
+    content = parts = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        return f"{name} has no content" if "content" in message else f"{name} lacks role or content"
     if content is None:
-        return None if message.get("tool_calls") else f"{name} has no content"
+        return None
     if isinstance(content, str):
         return text_problem(content, name)
     if not isinstance(parts, Sequence) or not all(
