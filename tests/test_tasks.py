@@ -177,6 +177,7 @@ def epoch_ids(plan: TaskPlan, epoch: int) -> list[str]:
     return [cursor.task(key).id for key in keys]
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(1, 40),
     tasks_per_step=st.integers(1, 12),
@@ -203,6 +204,7 @@ def test_every_task_once_an_epoch(
             TaskCursor(plan).task(GroupKey(batch, slot))
 
 
+@settings(deadline=None)
 @given(n=st.integers(2, 30), tasks_per_step=st.integers(1, 6), epoch=st.integers(0, 5), data=st.data())
 def test_a_limit_cuts_each_epoch_and_changes_no_order(n: int, tasks_per_step: int, epoch: int, data: Any) -> None:
     whole = make_plan(n, tasks_per_step)
@@ -282,6 +284,7 @@ def test_plans_that_cannot_work(arguments: Any, words: str) -> None:
 # Epochs that go on, and streams
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(1, 30),
     tasks_per_step=st.integers(1, 8),
