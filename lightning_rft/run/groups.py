@@ -189,6 +189,7 @@ class Groups:
             "rft/failed_groups": float(self._failed),
             "rft/filtered_groups": float(self._filter.refused),
             "rft/filtered_share": self._filter.share(),
+            "rft/left_out_tasks": float(self._cursor.left_out),
             "rft/replayed_groups": float(self._replay.replayed),
         }
 

@@ -142,6 +142,11 @@ class _MixedLane(Lane):
         self.words = "; ".join(f"{name!r} x {weights[name]}: {lane.words}" for name, lane in lanes.items())
         self.order = "; ".join(f"{name!r}: {lane.order}" for name, lane in lanes.items())
 
+    @property
+    @override
+    def left_out(self) -> int:
+        return sum(lane.left_out for lane in self._lanes.values())
+
     @override
     def number(self, position: int) -> int:
         lane, own, _ = self._place(position)

@@ -157,6 +157,11 @@ class TaskCursor:
             self._positions = {GroupKey(batch, slot): position for batch, slot, position in state["positions"]}
         self._forget()
 
+    @property
+    def left_out(self) -> int:
+        """How often something was left out since it is no task."""
+        return self._left_out.count + self.plan.lane.left_out
+
     def task(self, key: GroupKey) -> Task:
         """The task that a group answers."""
         return self._at(key)[1]
@@ -182,6 +187,7 @@ class TaskCursor:
         """Gives a group the next task of the stream for good."""
         self._assign(key)
         self._take(key)
+        self._forget()
 
     def done(self, key: GroupKey) -> None:
         """Forgets a group, whose task is not asked for again."""
@@ -224,16 +230,17 @@ class TaskCursor:
 
     def _take(self, key: GroupKey) -> None:
         """Gives a group the next position that has a task."""
+        position = self._position
         while True:
-            position, self._position = self._position, self._position + 1
             try:
                 self._read[key] = self.plan.at(position)
+                break
             except NotATask as error:
                 self._left_out.add(error)
-                continue
-            self._left_out.took()
-            self._positions[key] = position
-            return
+                position += 1
+        self._left_out.took()
+        self._positions[key] = position
+        self._position = position + 1
 
     def _forget(self) -> None:
         self.plan.forget(min(self._positions.values(), default=self._position))

@@ -7,7 +7,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from typing_extensions import override
@@ -38,6 +38,11 @@ class Lane(ABC):
     #: What tasks there are, and in what order, for the comparison with a checkpoint.
     words: str
     order: str = ""
+
+    @property
+    def left_out(self) -> int:
+        """What it has left out by itself, since it is no task."""
+        return 0
 
     @abstractmethod
     def number(self, position: int) -> int:
@@ -104,7 +109,6 @@ def lane_of(tasks: Sequence[Task] | Source, shuffle: bool, seed: int) -> Lane:
 
 
 def _own_order(number: int, index: int) -> int:
-    """The order that tasks were given in."""
     return index
 
 
@@ -115,7 +119,7 @@ def lists_of(tasks: Sequence[Task] | Source) -> Sequence[Sequence[Task]]:
 
 def first(tasks: Sequence[Task] | Source) -> Iterator[Task]:
     """The tasks that are checked before the start."""
-    return chain(*(some[:CHECKED] for some in lists_of(tasks)))
+    return chain.from_iterable(islice(some, CHECKED) for some in lists_of(tasks))
 
 
 def known(*many: Sequence[Task] | Source) -> list[Task]:

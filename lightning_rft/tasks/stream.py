@@ -53,7 +53,7 @@ class TaskStream(Source, Lane):
         rest = iter(source)
         self._rest = self._tasks(rest, 0) if rest is source else None  # of an iterator
         self._remembered: list[Task] | None = []
-        self._left_out = LeftOut()
+        self._not_tasks = LeftOut()
         self._shown = -1  # the last item that was looked at
         self._oldest = 0  # the first position that may be asked for
         self._marks: deque[_Mark] = deque()
@@ -62,6 +62,11 @@ class TaskStream(Source, Lane):
     @override
     def lane(self, shuffle: bool, seed: int) -> Lane:
         return self
+
+    @property
+    @override
+    def left_out(self) -> int:
+        return self._not_tasks.count
 
     @override
     def number(self, position: int) -> int:
@@ -149,9 +154,9 @@ class TaskStream(Source, Lane):
                 task = as_task(tidied(item) if self._table else item, f"tasks[{index}]", self._columns)
             except NotATask as error:
                 if index > self._shown:
-                    self._left_out.add(error)
+                    self._not_tasks.add(error)
             else:
-                self._left_out.took()
+                self._not_tasks.took()
                 yield task if task.id else replace(task, id=str(index))
             self._shown = max(self._shown, index)
             if self._stateful and (marked is None or index >= marked + _MARKED):

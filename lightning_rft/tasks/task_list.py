@@ -44,7 +44,8 @@ class TaskList(Sequence[Task]):
                 )
         #: Of the first ids.
         self.digest = digest_of(position_of)
-        self._check_columns(setting)
+        if self._columns:
+            self._check_columns(setting)
 
     @override
     def __len__(self) -> int:

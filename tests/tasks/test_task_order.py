@@ -285,7 +285,7 @@ def test_an_epoch_of_a_mixture() -> None:
         ((PARTS, {"a": 1, "b": 1}), "give each of a, b, c one weight above 0"),
         ((PARTS, {"a": 1, "b": 1, "c": 0}), "one weight above 0"),
         ((PARTS, {"a": 1, "b": 1, "c": float("nan")}), "one weight above 0"),
-        ((PARTS, {"a": 0.333333, "b": 0.333333, "c": 0.333334}), "repeats only after 500000 tasks: round"),
+        ((PARTS, {"a": 0.333333, "b": 0.333333, "c": 0.333334}), "repeats only after 1000000 tasks: round"),
         ((PARTS, None, 0), "steps_per_epoch=0. must be at least 1"),
         (({"a": rft.TaskSet(["p"], steps_per_epoch=1)},), "leave steps_per_epoch of 'a' out"),
     ],

@@ -228,6 +228,7 @@ def test_the_first_rows_are_checked_at_once_and_the_others_when_they_come(
     cursor = TaskCursor(TaskPlan(tasks, 1, 10_010, shuffle=False, seed=0))
     seen = [cursor.task(GroupKey(batch, 0)).id for batch in range(10_010)]
     assert seen[9_998:] == [*("9998", "9999", "10001", "10002", "10005", "10006", "10007", "10008", "10009"), *"012"]
+    assert cursor.left_out == 3
     state = cursor.state_dict()
     assert [record.message.split(":")[0] for record in caplog.records] == ["left out"] * 3
     assert f"{tmp_path}/long.jsonl, line 20001: not JSON" in caplog.text
