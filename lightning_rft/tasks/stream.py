@@ -27,10 +27,10 @@ _WAY_OUT = "give an object that begins anew with every `for`, such as a list or 
 
 
 class _Mark(NamedTuple):
-    """A place to read on from: a task's position, its index in the source, and the source's state there."""
+    """A place to read on from: a task's position, the number of its item in the source, and the source's state there."""
 
     position: int
-    index: int
+    item: int
     state: Mapping[str, Any]
 
 
@@ -131,7 +131,7 @@ class TaskStream(Source, Lane):
                 source = copy.copy(source)  # so that the user's own is not set to any place
                 if mark is not None:
                     source.load_state_dict(copy.deepcopy(mark.state))  # type: ignore[attr-defined]
-            yield from self._tasks(source, 0 if mark is None else mark.index)
+            yield from self._tasks(source, 0 if mark is None else mark.item)
             return
         if self._remembered is None:
             raise ConfigurationError(

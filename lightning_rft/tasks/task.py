@@ -61,7 +61,7 @@ def reach(row: Mapping[str, Any], name: str) -> Any:
 
 def _from_mapping(row: Mapping[str, Any], where: object, columns: Mapping[str, str]) -> Task:
     rest = dict(row)
-    fields = {}
+    fields: dict[str, Any] = {}
     for field, names in FIELDS.items():
         fields[field] = None
         for name in (columns[field],) if field in columns else names:
