@@ -27,7 +27,7 @@ _WAY_OUT = "give an object that begins anew with every `for`, such as a list or 
 
 
 class _Mark(NamedTuple):
-    """A place to read on from: a task's position, its item's index in the source, and the source's state there."""
+    """A place to read on from: a task's position, its item's number in the source, and the source's state there."""
 
     position: int
     item: int
