@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
@@ -10,12 +11,14 @@ import torch
 from lightning_rft.errors import AgreementError
 from lightning_rft.trainer.scoring import Scores
 
-__all__ = ["Agreement", "explained"]
+__all__ = ["Agreement", "explained", "is_base"]
 
 _KEPT = 8  # versions; explorers load the newest, or one that was the newest when they began
 _ROUNDING = 6.0  # two to three times what bfloat16 and float16 were seen to differ by between two implementations
 _FLOAT32 = 2e-5  # ten times what float32 was
 _SAMPLED = 3.0  # sampled tokens are fewer and less even than a text's
+_DOUBT = 4.0  # standard errors
+_NOISE = 1e-6  # nats; at least, between two implementations in float32
 
 
 class Agreement:
@@ -43,7 +46,7 @@ class Agreement:
         """Takes in how an explorer scores the text, or its beginning; an engine that computes nothing sends nothing.
 
         Raises:
-            AgreementError: It computes something else than the trainer.
+            AgreementError: It computes something else than the trainer, or the base model of its adapter.
         """
         scores = self._expected.get(version)
         if scores is None or not logprobs:
@@ -52,6 +55,12 @@ class Agreement:
         gap = fmean(abs(ours - theirs) for ours, theirs in zip(scores.logprobs, logprobs, strict=False))
         self._gap = max(gap, self._gap or 0.0)
         largest = self._tolerated(scores)
+        if scores.pushed_and_base is not None and is_base(logprobs, *scores.pushed_and_base):
+            raise AgreementError(
+                f"explorer {explorer} computes the base model, without adapter, after the push of version {version}: "
+                "the weights did not arrive, since with the adapter log-probs differ by more than rounding explains. "
+                "Try another transport of the sync strategy, TransformersEngine, or newer packages"
+            )
         if not gap <= largest:
             raise AgreementError(
                 f"explorer {explorer} computes something else than the trainer after the push of version {version}: "
@@ -105,3 +114,26 @@ def explained(spread: float, *dtypes: str) -> float:
     """
     coarsest = max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes)
     return max(_ROUNDING * coarsest * spread, _FLOAT32 * max(1.0, spread))
+
+
+def is_base(scored: Sequence[float], pushed: Sequence[float], base: Sequence[float]) -> bool:
+    """Whether log-probs are the base model's, beyond doubt, and not those with the adapter that was pushed.
+
+    Fits ``scored - base = share * (pushed - base)``: the share is 1 if the adapter arrived and 0 if it did not, give or
+    take the standard error that follows from what the fit leaves, the rounding of engine and trainer. It is the base
+    model if the share is below a half by four standard errors. An adapter that changes log-probs by less than rounding
+    does, or not at all once it is added to weights in the engine's dtype, decides nothing.
+
+    Example:
+        >>> is_base([-1.001, -2.0], [-1.1, -1.8], [-1.0, -2.0]), is_base([-1.101, -1.8], [-1.1, -1.8], [-1.0, -2.0])
+        (True, False)
+    """
+    there = len(scored)
+    effect = torch.tensor(pushed[:there], dtype=torch.float64) - torch.tensor(base[:there], dtype=torch.float64)
+    moved = torch.tensor(scored, dtype=torch.float64) - torch.tensor(base[:there], dtype=torch.float64)
+    size = float(effect.norm())
+    if size == 0 or there < 2:
+        return False
+    share = float(moved @ effect) / size**2
+    noise = max(float((moved - share * effect).norm()) / math.sqrt(there - 1), _NOISE)
+    return share < 0.5 - _DOUBT * noise / size

@@ -18,6 +18,7 @@ from lightning_rft.model_folder import check_policy
 from lightning_rft.rewards import check_reward
 from lightning_rft.settings import Buffer, Sampling, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
+from lightning_rft.trainer.loading import check_adapter
 from lightning_rft.trainer.module import RFTModule
 
 __all__ = [
@@ -89,6 +90,8 @@ def check_together(
         raise ConfigurationError(f"RFTDataModule feeds an RFTModule, not {type(module).__name__}: use or subclass it")
     check_unwrapped(module)
     _check_features(trainer, module)
+    if module.peft_config is not None and module.policy is None:
+        check_adapter(module.model, module.peft_config)
     if trainer.precision == "16-true":
         raise ConfigurationError(
             "Trainer(precision='16-true') lets small gradients vanish, since nothing scales the loss: set '16-mixed', "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import islice
 from typing import Any
 
@@ -62,8 +62,8 @@ class Pusher:
         self.version = version
         began = time.monotonic()
         self._before = self._sample
-        taken = self._take(version)
-        weights = Weights(taken.manifest, taken.device, lambda: self._sampled(taken))
+        taken, trained = self._take(version)
+        weights = Weights(taken.manifest, taken.device, lambda: self._sampled(taken, trained))
         if self._background is not None:
             self._background.push(weights.snapshot(), version)
         else:
@@ -85,10 +85,11 @@ class Pusher:
         """Pushes the policy's weights to the explorers, if any, that came up between two pushes."""
         if late:
             began = time.monotonic()
-            self._transport.push(self._take(version), version, self._receivers, sorted(late))
+            self._transport.push(self._take(version)[0], version, self._receivers, sorted(late))
             self._observe("trainer", self._transport.push_label, began, version)
 
-    def _take(self, version: int) -> Weights:
+    def _take(self, version: int) -> tuple[Weights, Set[str] | None]:
+        """The weights, and the names of those that training changes if not all."""
         dtype = self._receivers.dtype
         begun = [self._gathered(dtype)]
         announced: Announcement = next(begun[0])
@@ -98,7 +99,7 @@ class Pusher:
         def tensors() -> Iterator[Named]:
             return begun.pop() if begun else islice(self._gathered(dtype), 1, None)
 
-        return Weights(announced.manifest, announced.device, tensors)
+        return Weights(announced.manifest, announced.device, tensors), announced.trained
 
     def wait_loaded(self) -> None:
         """Waits until every explorer has loaded what was pushed in the background."""
@@ -109,7 +110,7 @@ class Pusher:
             self._receivers.wait_loaded(self.version, explorers, timeout_s, setting)
 
     def share_changed(self) -> float:
-        """The share of about 100,000 evenly spaced elements that the last push changed, in the engines' dtype.
+        """The share of about 100,000 evenly spaced trained elements that the last push changed, in the engines' dtype.
 
         Small updates vanish in bfloat16: near 0, explorers see the same policy as before. For the first push it is 1.
         """
@@ -118,16 +119,18 @@ class Pusher:
             return 1.0
         return float((before != now).float().mean())
 
-    def _sampled(self, weights: Weights) -> Iterator[Named]:
-        """Yields weights, and takes a sample of them as they pass."""
-        own = [info for info in weights.manifest if info.same_as is None]
+    def _sampled(self, weights: Weights, trained: Set[str] | None) -> Iterator[Named]:
+        """Yields weights, and takes a sample of those that are trained as they pass."""
+        own = [info for info in weights.manifest if info.same_as is None and (trained is None or info.name in trained)]
+        names = {info.name for info in own}
         stride = max(1, sum(math.prod(info.shape) for info in own) // _SAMPLED_ELEMENTS)
         dtype: torch.dtype = getattr(torch, self._receivers.dtype)
         parts = []
         for name, tensor in weights.tensors():
-            parts.append(tensor.reshape(-1)[::stride].to("cpu", dtype))
-            if len(parts) == len(own):  # before it is handed on: nobody need ask for more than there is
-                self._sample = torch.cat(parts)
+            if name in names:
+                parts.append(tensor.reshape(-1)[::stride].to("cpu", dtype))
+                if len(parts) == len(own):  # before it is handed on: nobody need ask for more than there is
+                    self._sample = torch.cat(parts)
             yield name, tensor
 
     def close(self) -> None:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lightning_rft.experience import TensorInfo
 from lightning_rft.model_folder import checkpoint_weights
+from lightning_rft.trainer.lora import adapted, base_state, merged
+from lightning_rft.trainer.sharding import whole
 
-__all__ = ["Gathering", "whole"]
+__all__ = ["Gathering"]
 
 _LAYER = re.compile(r"^.*?\.\d+\.")
 
@@ -27,13 +29,18 @@ class _Part:
 
 
 class Gathering:
-    """Knows a policy's weights under the names and in the shapes of its checkpoint, and gathers them."""
+    """Knows a policy's weights under the names and in the shapes of its checkpoint, and gathers them.
+
+    An adapter's part is added to a weight when that is gathered.
+    """
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
         self._parts: list[_Part] = []
         self._manifest: list[TensorInfo] = []
-        state = policy.state_dict(keep_vars=True)
+        #: The names of those that training changes.
+        self.trained: set[str] = set()
+        state, layers = base_state(policy), adapted(policy)
         shapes = _shapes(state)
         first: dict[int, tuple[str, Tensor]] = {}  # by identity, which a tensor has only while it lives
         seen: set[int] = set()
@@ -46,6 +53,8 @@ class Gathering:
                 same_as, _ = first.setdefault(id(tensor), (name, tensor))
                 kind = str(tensor.dtype).removeprefix("torch.")
                 self._manifest.append(TensorInfo(name, kind, tuple(tensor.shape), None if same_as == name else same_as))
+            if any(name in layers or state[name].requires_grad for name in part):
+                self.trained.update(converted)
             called = {id(tensor): name for name, tensor in reversed(converted.items())}
             only_renamed = all(id(tensor) in called for tensor in named.values())
             self._parts.append(_Part(fresh, [called[id(shapes[name])] for name in fresh] if only_renamed else None))
@@ -62,10 +71,12 @@ class Gathering:
 
         They are gathered when they are asked for, and not kept. Others stay as they are: who copies them casts them.
         """
-        state = self.policy.state_dict(keep_vars=True)
+        state, layers = base_state(self.policy), adapted(self.policy)
         cast = getattr(torch, dtype) if dtype else None
 
         def taken(name: str) -> Tensor:
+            if name in layers:
+                return merged(layers[name], cast)
             return whole(state[name], cast) if hasattr(state[name], "full_tensor") else state[name].detach()
 
         for part in self._parts:
@@ -76,14 +87,6 @@ class Gathering:
                 converted = checkpoint_weights(self.policy, {name: taken(name) for name in part.names})
                 for called in list(converted):
                     yield called, converted.pop(called)
-
-
-def whole(tensor: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor outside autograd, in ``dtype`` if given; one that is sharded is cast, then gathered by all ranks."""
-    tensor = tensor.detach()
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, Tensor]:

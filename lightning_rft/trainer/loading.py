@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_rft.errors import ConfigurationError
 from lightning_rft.model_folder import right_attention
+from lightning_rft.trainer.lora import add_adapter
 from lightning_rft.trainer.sharding import shard
 
 if TYPE_CHECKING:
@@ -16,19 +19,31 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-__all__ = ["load_policy", "load_sharded"]
+__all__ = ["check_adapter", "load_policy", "load_sharded"]
+
+_Adapter = Mapping[str, Any] | None  # the settings of one
 
 
-def load_policy(model: str, attn_implementation: str | None, sharding: L.Trainer | None = None) -> PreTrainedModel:
-    """Loads a model in float32, without dropout, into the CPU's memory, or sharded for a trainer's ranks."""
-    from transformers import AutoModelForCausalLM
+def load_policy(
+    model: str,
+    attn_implementation: str | None,
+    sharding: L.Trainer | None = None,
+    adapter: _Adapter = None,
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """Loads a model in float32, to be trained without dropout, into the CPU's memory, or sharded for a trainer's ranks.
 
-    if sharding is not None:
+    With an ``adapter``, whose settings these are, that alone is trained.
+    """
+    if sharding is None:
+        policy = _load_whole(model, attn_implementation, adapter)
+    else:
         strategy: Any = sharding.strategy
         half = torch.bfloat16 if sharding.precision == "bf16-mixed" else None
-        return load_sharded(model, attn_implementation, strategy.device_mesh, strategy.root_device, half)
-    config, settings = _settings(model, attn_implementation)
-    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, config=config, **settings)
+        policy = load_sharded(model, attn_implementation, strategy.device_mesh, strategy.root_device, half, adapter)
+    policy.train()
+    if gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     return policy
 
 
@@ -38,20 +53,17 @@ def load_sharded(
     mesh: DeviceMesh,
     device: torch.device,
     compute_dtype: torch.dtype | None = None,
+    adapter: _Adapter = None,
 ) -> PreTrainedModel:
     """Loads a model as :func:`load_policy` does, but each rank of the mesh gets its shard alone, on its ``device``.
 
     Rank 0 reads the checkpoint and sends it, tensor by tensor.
     """
-    from transformers import AutoModelForCausalLM
-
-    config, settings = _settings(model, attn_implementation)
-    with torch.device("meta"):
-        policy: PreTrainedModel = AutoModelForCausalLM.from_config(config, **settings)
+    policy = _without_memory(model, attn_implementation, adapter)
     shard(policy, mesh, compute_dtype)
     policy.to_empty(device=device)
     leads = dist.get_rank() == 0
-    source = load_policy(model, attn_implementation) if leads else None
+    source = _load_whole(model, attn_implementation, adapter) if leads else None
     _same_as_loaded(policy, source)
     held = {} if source is None else {**dict(source.named_parameters()), **dict(source.named_buffers())}
     with torch.no_grad():
@@ -64,10 +76,41 @@ def load_sharded(
     return policy
 
 
-def _settings(model: str, attn_implementation: str | None) -> tuple[Any, dict[str, Any]]:
+def _load_whole(model: str, attn_implementation: str | None, adapter: _Adapter) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config, settings = _settings(model, attn_implementation, adapter)
+    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, config=config, **settings)
+    if adapter is not None:
+        add_adapter(policy, adapter)
+    return policy
+
+
+def check_adapter(model: str, adapter: Mapping[str, Any]) -> None:
+    """Raises :class:`ConfigurationError` if an adapter does not fit a model, of which it loads no weights."""
+    _without_memory(model, None, adapter)
+
+
+def _without_memory(model: str, attn_implementation: str | None, adapter: _Adapter) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config, settings = _settings(model, attn_implementation, adapter)
+    with torch.device("meta"):
+        policy: PreTrainedModel = AutoModelForCausalLM.from_config(config, **settings)
+        if adapter is not None:
+            add_adapter(policy, adapter)
+    return policy
+
+
+def _settings(model: str, attn_implementation: str | None, adapter: _Adapter) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
+    if adapter is not None and getattr(config, "quantization_config", None):
+        raise ConfigurationError(
+            f"model={model!r} is quantised, so an adapter cannot be merged into its weights exactly: set model to the "
+            "one that was quantised, or leave peft_config out"
+        )
     for name in vars(config):
         # With dropout the trainer would see other log-probs than the explorers on the very same weights.
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):

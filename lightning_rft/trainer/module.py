@@ -28,12 +28,13 @@ from lightning_rft.trainer.gathering import Gathering
 from lightning_rft.trainer.loader import BatchPart
 from lightning_rft.trainer.loading import load_policy
 from lightning_rft.trainer.logprobs import token_logprobs
+from lightning_rft.trainer.lora import Base, adapter_settings, save_adapter_alone
 from lightning_rft.trainer.micro_batches import Cut, by_group
 from lightning_rft.trainer.objectives.grpo import GRPO
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.plan import planned
 from lightning_rft.trainer.precision import grad_norm, leave_unscaling_to_the_plugin, optimizer_for, zero_gradient
-from lightning_rft.trainer.saving import write_model
+from lightning_rft.trainer.saving import write_policy
 from lightning_rft.trainer.scoring import Announcement, encoded_text, score
 from lightning_rft.trainer.shortcuts import FastPath, probe
 from lightning_rft.trainer.step_guard import StepGuard
@@ -74,9 +75,12 @@ class RFTModule(L.LightningModule):
             model itself, as it was.
         gradient_checkpointing: Whether the activations within a layer are computed again in the backward pass instead
             of being kept: less memory, for about a third more time.
+        peft_config: A ``peft.LoraConfig``, or a dict of its settings, of an adapter that is trained in place of the
+            model. Checkpoints hold it alone, explorers get it merged into the model, and the model is the reference.
 
     Raises:
-        ConfigurationError: A model folder is missing or has no tokenizer, or there is no room for a token.
+        ConfigurationError: A model folder is missing or has no tokenizer, there is no room for a token, or
+            ``peft_config`` makes what cannot be merged.
 
     Example::
 
@@ -94,6 +98,7 @@ class RFTModule(L.LightningModule):
         reference: str | os.PathLike[str] | None = None,
         pass_threshold: float = 1.0,
         gradient_checkpointing: bool = False,
+        peft_config: dict[str, Any] | Any | None = None,  # not a type of peft, which the parser would import
     ) -> None:
         super().__init__()
         self.model = os.fspath(model)
@@ -109,12 +114,15 @@ class RFTModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         self.pass_threshold = pass_threshold
         self.gradient_checkpointing = gradient_checkpointing
-        given = "model reference attn_implementation max_tokens_per_micro_batch pass_threshold gradient_checkpointing"
+        self.peft_config = None if peft_config is None else adapter_settings(peft_config)
+        if self.peft_config is not None:
+            save_adapter_alone(self)
+        given = "model reference attn_implementation max_tokens_per_micro_batch pass_threshold gradient_checkpointing "
         # plain values only, which torch.load reads without running code
-        self.save_hyperparameters({name: getattr(self, name) for name in given.split()})
+        self.save_hyperparameters({name: getattr(self, name) for name in [*given.split(), "peft_config"]})
         self.metrics = BatchMetrics()
         self.policy: PreTrainedModel | None = None
-        self._references: list[PreTrainedModel] = []  # one or none; a module of ours would be trained and saved
+        self._references: list[PreTrainedModel | Base] = []  # one or none; a module of ours would be trained and saved
         #: Mean difference, in nats, between the log-probs that the last batch's tokens were sampled and trained with,
         #: where both are of the same weights; ``None`` if no weights were pushed, or there was no such token.
         self.sampling_gap: float | None = None
@@ -131,14 +139,11 @@ class RFTModule(L.LightningModule):
             return
         with StatusLine(self._trainer) as status:
             status.say("loading the model")
-            self.policy = self._load(self.model)
+            self.policy = self._load(self.model, self.peft_config)
 
-    def _load(self, model: str) -> PreTrainedModel:
-        policy = load_policy(model, self.attn_implementation, None if self.device_mesh is None else self.trainer)
-        policy.train()
-        if self.gradient_checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})
-        return policy
+    def _load(self, model: str, adapter: dict[str, Any] | None = None) -> Any:
+        sharding = None if self.device_mesh is None else self.trainer
+        return load_policy(model, self.attn_implementation, sharding, adapter, self.gradient_checkpointing)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -175,8 +180,8 @@ class RFTModule(L.LightningModule):
         if self._text_ids is None:
             self._text_ids = encoded_text(self.model)
         with self.trainer.precision_plugin.forward_context():
-            scores = score(self._policy, self._text_ids, self.device)
-        yield Announcement(self._gathering.manifest(dtype), self.device, scores)
+            scores = score(self._policy, self._text_ids, self.device, dtype)
+        yield Announcement(self._gathering.manifest(dtype), self.device, scores, self._gathering.trained)
         yield from self._gathering.tensors(dtype)
 
     @property
@@ -185,20 +190,26 @@ class RFTModule(L.LightningModule):
             self._gathers = Gathering(self._policy)
         return self._gathers
 
-    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self, path: str | os.PathLike[str], dtype: torch.dtype | None = None, merged: bool = False
+    ) -> None:
         """Writes policy and tokenizer as a folder that transformers and vLLM load; to be called on every rank.
 
         Args:
             path: The folder.
-            dtype: Dtype of the weights. Left out, the one that the model's config names.
+            dtype: Dtype of the weights. Left out, the one that the model's config names, or that of the adapter.
+            merged: Whether a policy with an adapter is written as a whole model, not the adapter alone as peft does.
         """
-        write_model(self._policy, self.model, path, dtype, writes=self.global_rank == 0)
+        adapter = None if merged else self.peft_config
+        write_policy(self._policy, self.model, path, dtype, adapter, writes=self.global_rank == 0)
 
     @override
     def on_train_start(self) -> None:
         if self.objective.needs_reference and not self._references:
-            reference: Any = self._load(self.reference)
-            self._references = [reference.to(self.device).requires_grad_(False)]
+            own = self.peft_config is not None and self.reference == self.model
+            self._references = [
+                Base(self._policy) if own else self._load(self.reference).to(self.device).requires_grad_(False)
+            ]
         self.metrics.restart()
         self._guard = StepGuard()
         for optimizer in self.trainer.optimizers:

@@ -21,12 +21,12 @@ _Pair = tuple[Tensor, Tensor]  # a parameter and its master, which is itself if 
 def optimizer_for(
     parameters: Iterable[Tensor], optimizer: OptimizerCallable, *, sharded: bool
 ) -> torch.optim.Optimizer:
-    """Makes an optimizer that loses no small step: of the parameters, or of masters where those are in half precision.
+    """Makes an optimizer of what is trained that loses no small step: of masters, where it is in half precision.
 
     Raises:
         ConfigurationError: They are in half precision, and sharded.
     """
-    parameters = list(parameters)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if all(parameter.dtype == torch.float32 for parameter in parameters):
         return optimizer(parameters)
     if sharded:

@@ -1,32 +1,53 @@
-"""Model folders written from a trained policy."""
+"""Folders written from a trained policy: a whole model, or an adapter alone."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_rft.trainer.gathering import whole
+from lightning_rft.trainer.lora import adapted, adapter_weights, base_state, lora_config, merged
+from lightning_rft.trainer.sharding import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["write_model"]
+__all__ = ["write_policy"]
 
 
-def write_model(
-    policy: PreTrainedModel, origin: str, path: str | os.PathLike[str], dtype: torch.dtype | None, *, writes: bool
+def write_policy(
+    policy: PreTrainedModel,
+    origin: str,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    adapter: Mapping[str, Any] | None = None,
+    *,
+    writes: bool,
 ) -> None:
-    """Writes a policy in ``dtype``, or that of the model it comes from, beside that model's tokenizer and configs.
+    """Writes a policy beside the tokenizer of the model that it comes from, or its ``adapter``, by the settings of it.
 
-    All ranks gather it; the one that ``writes`` holds it whole, in the CPU's memory.
+    All ranks gather what is written; the one that ``writes`` holds it whole, in the CPU's memory.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    if adapter is None:
+        _write_model(policy, origin, path, dtype, writes)
+    else:
+        _write_adapter(policy, adapter, origin, path, dtype, writes)
+    if writes:
+        AutoTokenizer.from_pretrained(origin).save_pretrained(path)
+
+
+def _write_model(
+    policy: PreTrainedModel, origin: str, path: str | os.PathLike[str], dtype: torch.dtype | None, writes: bool
+) -> None:
+    """Writes it with its configs, in ``dtype`` or that of its origin."""
+    from transformers import AutoConfig
 
     config, generation = policy.config, policy.generation_config
     before = config.dtype
@@ -34,7 +55,6 @@ def write_model(
     weights = {name: tensor.to("cpu") for name, tensor in _cast(policy, dtype) if writes}
     if not writes:
         return
-    AutoTokenizer.from_pretrained(origin).save_pretrained(path)
     try:
         # transformers refuses to write what it was ready to read, such as a temperature without do_sample
         policy.generation_config = type(generation)()
@@ -46,11 +66,35 @@ def write_model(
     generation.to_json_file(Path(path) / "generation_config.json")
 
 
+def _write_adapter(
+    policy: PreTrainedModel,
+    settings: Mapping[str, Any],
+    origin: str,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    writes: bool,
+) -> None:
+    """Writes it as peft does, in ``dtype`` or its own."""
+    from safetensors.torch import save_file
+
+    weights = {name: whole(tensor, dtype).to("cpu").contiguous() for name, tensor in adapter_weights(policy).items()}
+    if not writes:
+        return
+    if Path(origin).is_dir():
+        origin = str(Path(origin).absolute())
+    lora_config(settings, task_type="CAUSAL_LM", base_model_name_or_path=origin, inference_mode=True).save_pretrained(
+        path
+    )
+    save_file(weights, Path(path) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def _cast(policy: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yields the state in a dtype, whole, without aliases: transformers knows those by their memory, which differs."""
-    once, every = (set(dict(policy.named_parameters(remove_duplicate=flag))) for flag in (True, False))
+    layers, seen = adapted(policy), set[int]()
     kept = [re.compile(name) for name in getattr(policy, "_keep_in_fp32_modules_strict", None) or ()]
-    for name, tensor in policy.state_dict().items():
-        if name not in every - once:
+    for name, tensor in base_state(policy).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
             casts = tensor.is_floating_point() and not any(pattern.search(name) for pattern in kept)
-            yield name, whole(tensor, dtype) if casts else whole(tensor)
+            cast = dtype if casts else None
+            yield name, merged(layers[name], cast) if name in layers else whole(tensor, cast)

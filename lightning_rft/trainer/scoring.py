@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from lightning_rft.experience import TensorInfo
+from lightning_rft.trainer.lora import as_pushed, has_adapter, switched_off
 
 __all__ = ["Announcement", "Scores", "encoded_text", "score"]
 
@@ -26,6 +28,8 @@ class Scores:
     logprobs: tuple[float, ...]  # of all but the first
     spread: float  # standard deviation of the logits over the vocabulary: rounding errors grow with it
     dtype: str  # that was computed in
+    #: With an adapter: log-probs of all but the first with the weights that are pushed, and with the base model's.
+    pushed_and_base: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 class Announcement(NamedTuple):
@@ -34,6 +38,7 @@ class Announcement(NamedTuple):
     manifest: list[TensorInfo]
     device: torch.device
     scores: Scores
+    trained: Set[str] | None = None  # names of the weights that training changes; None for all
 
 
 def encoded_text(model: str) -> tuple[int, ...]:
@@ -45,21 +50,28 @@ def encoded_text(model: str) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def score(policy: Any, ids: tuple[int, ...], device: torch.device) -> Scores:
+def score(policy: Any, ids: tuple[int, ...], device: torch.device, engine_dtype: str = "float32") -> Scores:
     """Scores ids as an engine would, without dropout, in the precision of the surrounding context."""
     training = [module for module in policy.modules() if module.training]
     policy.eval()
+    pushed_and_base = None
     try:
-        logits = policy(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1].float()
+        logprobs, spread = _logprobs(policy, ids, device)
+        if has_adapter(policy):
+            with as_pushed(policy, getattr(torch, engine_dtype)):
+                pushed, _ = _logprobs(policy, ids, device)
+                with switched_off(policy):
+                    pushed_and_base = pushed, _logprobs(policy, ids, device)[0]
     finally:
         for module in training:
             module.training = True
-    chosen = torch.tensor(ids[1:], device=device)[:, None]
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else next(policy.parameters()).dtype
-    return Scores(
-        ids,
-        tuple(logits.log_softmax(-1).gather(-1, chosen)[:, 0].tolist()),
-        float(logits.std(-1).mean()),
-        str(dtype).removeprefix("torch."),
-    )
+    return Scores(ids, logprobs, spread, str(dtype).removeprefix("torch."), pushed_and_base)
+
+
+def _logprobs(policy: Any, ids: tuple[int, ...], device: torch.device) -> tuple[tuple[float, ...], float]:
+    """Those of all ids but the first, and the logits' standard deviation over the vocabulary."""
+    logits = policy(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1].float()
+    chosen = torch.tensor(ids[1:], device=device)[:, None]
+    return tuple(logits.log_softmax(-1).gather(-1, chosen)[:, 0].tolist()), float(logits.std(-1).mean())

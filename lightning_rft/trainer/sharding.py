@@ -1,18 +1,18 @@
-"""Sharding of parameters, gradients and optimizer state over the trainer's ranks, with PyTorch's FSDP2."""
+"""Sharding of parameters, gradients and optimizer state over the trainer's ranks, with PyTorch's FSDP2, and back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_rft.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["shard"]
+__all__ = ["shard", "whole"]
 
 
 def shard(policy: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None) -> None:
@@ -41,3 +41,11 @@ def shard(policy: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None
         if type(module).__name__ in whole:
             fully_shard(module, mesh=mesh["data_parallel"], mp_policy=precision)
     fully_shard(policy, mesh=mesh["data_parallel"])
+
+
+def whole(tensor: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor outside autograd, in ``dtype`` if given; one that is sharded is cast, then gathered by all ranks."""
+    tensor = tensor.detach()
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
