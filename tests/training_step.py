@@ -48,10 +48,11 @@ class SteppedModule(RFTModule):
             self.log(name, value)
 
     def step(self, groups: Sequence[Group], parts: int = 1, max_tokens: int | None = None) -> torch.Tensor:
-        """Gradient of all parameters after one batch, as Lightning accumulates it."""
+        """Gradient of all that is trained after one batch, as Lightning accumulates it."""
         self._stub = Trainer(self, parts)
         self.max_tokens_per_micro_batch = max_tokens
         for part in range(parts):
             batch = BatchPart(0, groups, part=part, parts=parts, max_new_tokens=64, on_policy=True)
             (self.training_step(batch, part) / parts).backward()
-        return torch.cat([parameter.grad.reshape(-1) for parameter in self.parameters()])  # type: ignore[union-attr]
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.cat([parameter.grad.reshape(-1) for parameter in trained])  # type: ignore[union-attr]

@@ -130,11 +130,10 @@ def add_adapter(policy: Any, settings: Mapping[str, Any]) -> None:
         raise ConfigurationError(f"peft_config does not fit this model: {error}") from error
     after, layers = base_state(policy), adapted(policy)
     for name, layer in layers.items():
-        if type(layer) not in (Linear, Embedding) or _ADAPTERS_OWN.search(name) or ".original_module." in name:
+        if type(layer) not in (Linear, Embedding):
             raise ConfigurationError(
-                f"peft_config adapts {name}, a {type(layer).__name__} whose adapter cannot be merged into the model's "
-                "own weights: name only linear layers and embeddings in target_modules, and none of those within "
-                "modules_to_save"
+                f"peft_config adapts {name}, by a {type(layer).__name__} that cannot be merged: name only linear layers "
+                "and embeddings in target_modules"
             )
     changed = layers.keys() | {name for name, tensor in after.items() if tensor is not before[name]}
     if both := sorted(changed & tied):
