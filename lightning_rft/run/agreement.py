@@ -57,9 +57,9 @@ class Agreement:
         largest = self._tolerated(scores)
         if scores.pushed_and_base is not None and is_base(logprobs, *scores.pushed_and_base):
             raise AgreementError(
-                f"explorer {explorer} computes the base model, without adapter, after the push of version {version}: "
-                "the weights did not arrive, since with the adapter log-probs differ by more than rounding explains. "
-                "Try another transport of the sync strategy, TransformersEngine, or newer packages"
+                f"explorer {explorer} computes the base model, without the adapter, after the push of version "
+                f"{version}: the weights did not arrive, since with the adapter log-probs differ by more than rounding "
+                "explains. Try another transport of the sync strategy, TransformersEngine, or newer packages"
             )
         if not gap <= largest:
             raise AgreementError(
@@ -136,4 +136,5 @@ def is_base(scored: Sequence[float], pushed: Sequence[float], base: Sequence[flo
         return False
     share = float(moved @ effect) / size**2
     noise = max(float((moved - share * effect).norm()) / math.sqrt(there - 1), _NOISE)
-    return share < 0.5 - _DOUBT * noise / size
+    doubt = _DOUBT * noise / size
+    return doubt < 0.5 and share < 0.5 - doubt

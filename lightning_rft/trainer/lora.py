@@ -132,8 +132,8 @@ def add_adapter(policy: Any, settings: Mapping[str, Any]) -> None:
     for name, layer in layers.items():
         if type(layer) not in (Linear, Embedding):
             raise ConfigurationError(
-                f"peft_config adapts {name}, by a {type(layer).__name__} that cannot be merged: name only linear layers "
-                "and embeddings in target_modules"
+                f"peft_config adapts {name}, by a {type(layer).__name__} that cannot be merged: name only linear "
+                "layers and embeddings in target_modules"
             )
     changed = layers.keys() | {name for name, tensor in after.items() if tensor is not before[name]}
     if both := sorted(changed & tied):

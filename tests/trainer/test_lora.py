@@ -289,6 +289,7 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(
         check_adapter(str(tiny_model_path), adapter_settings(ALL | config))
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
 def test_experts_that_are_one_tensor_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     folder = write("mixtral", tmp_path / "model", 0)
@@ -317,10 +318,10 @@ def test_a_missing_peft_is_named(tiny_model_path: Path, monkeypatch: pytest.Monk
 
 @settings(deadline=None)
 @given(
-    st.integers(2, 64),
-    st.floats(1e-9, 10),
-    st.floats(1e-9, 10),
-    st.randoms(use_true_random=False),
+    st.integers(20, 64),
+    st.floats(-9, 1).map(lambda power: 10**power),
+    st.floats(-9, 1).map(lambda power: 10**power),
+    st.integers(0, 2**32).map(random.Random),
 )
 def test_an_adapter_that_arrived_is_never_taken_for_the_base(
     tokens: int, effect: float, noise: float, draw: random.Random
@@ -329,10 +330,9 @@ def test_an_adapter_that_arrived_is_never_taken_for_the_base(
     pushed = [value + draw.gauss(0, effect) for value in base]
     scored = [value + draw.gauss(0, noise) for value in pushed]
     assert not is_base(pushed, pushed, base)
-    if tokens > 8:  # as for any text; of two tokens one is an accident
-        assert not is_base(scored, pushed, base)
-        if effect > 10 * max(noise, 1e-6):
-            assert is_base([value + draw.gauss(0, noise) for value in base], pushed, base)
+    assert not is_base(scored, pushed, base)
+    if effect > 10 * max(noise, 1e-6):
+        assert is_base([value + draw.gauss(0, noise) for value in base], pushed, base)
     assert not is_base(scored, base, base)
 
 
