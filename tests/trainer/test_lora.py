@@ -289,7 +289,7 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(
         check_adapter(str(tiny_model_path), adapter_settings(ALL | config))
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 def test_experts_that_are_one_tensor_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     folder = write("mixtral", tmp_path / "model", 0)
