@@ -456,3 +456,38 @@ def test_examples_tasks() -> None:
     for question, task in zip(asked, [*train, *held_out], strict=True):
         first, second = question.removeprefix("What is ").split("?")[0].split("+")
         assert int(task.answer) == int(first) + int(second)
+
+
+# Adapters
+
+ADAPTER = {"r": 2, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("given", [ADAPTER, {"class_path": "peft.LoraConfig", "init_args": ADAPTER}], ids=str)
+def test_an_adapter_in_a_config(
+    given: dict[str, Any],
+    printed: Callable[..., dict[str, Any]],
+    command: Command,
+    config: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("peft")
+    config["model"]["peft_config"] = given
+    path = tmp_path / "given.yaml"
+    path.write_text(yaml.safe_dump(config))
+    shown = printed(path)
+    assert shown["model"]["peft_config"] == given
+    path.write_text(yaml.safe_dump(shown))
+    assert printed(path) == shown
+    assert command("fit", shown).model.peft_config == ADAPTER
+
+
+def test_an_adapter_by_options_and_none_without_peft(
+    printed: Callable[..., dict[str, Any]], config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # parsing does not import it
+    path = tmp_path / "given.yaml"
+    path.write_text(yaml.safe_dump(config))
+    options = ["--model.peft_config.r", "2", "--model.peft_config.target_modules", "all-linear"]
+    assert printed(path, *options)["model"]["peft_config"] == ADAPTER
+    assert printed(path)["model"]["peft_config"] is None
