@@ -124,8 +124,9 @@ TRAIN = """
     saved = "{folder}/middle.ckpt"
     def train(epochs, resume=None):
         torch.manual_seed(3)
-        module = rft.RFTModule(os.environ[MODEL], rft.GRPO(kl=rft.KL(0.1)), lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.5),
-                               peft_config={config}, gradient_checkpointing=True, max_tokens_per_micro_batch=60)
+        optimizer = lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.5)  # with a state that is resumed
+        module = rft.RFTModule(os.environ[MODEL], rft.GRPO(kl=rft.KL(0.1)), optimizer, peft_config={config},
+                               gradient_checkpointing=True, max_tokens_per_micro_batch=60)
         trainer = quiet_trainer(os.getcwd(), devices={devices}, strategy={strategy}, max_epochs=epochs)
         trainer.fit(module, stored_data("{buffer}", tasks_per_step=3), ckpt_path=resume)
         return trainer, module
