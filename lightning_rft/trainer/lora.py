@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -244,10 +245,11 @@ def adapter_weights(policy: Any) -> dict[str, Tensor]:
     }
 
 
-def save_adapter_alone(module: nn.Module) -> None:
+def save_adapter_alone(module: L.LightningModule) -> None:
     """Leaves all of ``module.policy`` but the adapter out of the module's state, and does not miss it there."""
     module.register_state_dict_post_hook(_leave_out)
     module.register_load_state_dict_post_hook(_not_missed)
+    module.strict_loading = False  # a sharded strategy, which loads without load_state_dict, would miss it
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

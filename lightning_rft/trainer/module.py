@@ -155,7 +155,7 @@ class RFTModule(L.LightningModule):
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         self.configure_model()  # no trainer has: in load_from_checkpoint, and after ddp_notebook
-        return super().load_state_dict(state_dict, strict, assign)
+        return super().load_state_dict(state_dict, strict or self.peft_config is not None, assign)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

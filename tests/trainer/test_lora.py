@@ -336,6 +336,22 @@ def test_an_adapter_that_arrived_is_never_taken_for_the_base(
     assert not is_base(scored, base, base)
 
 
+def test_the_text_is_scored_with_the_weights_as_they_are_pushed(tiny_model_path: Path) -> None:
+    """In the engine's dtype a small adapter vanishes: only what is left of it can show that a push arrived."""
+    policy = adapted_policy(tiny_model_path)
+    fill(policy, 0.01)
+    ids, cpu = encoded_text(str(tiny_model_path)), torch.device("cpu")
+    scores = score(policy, ids, cpu, "bfloat16")
+    assert scores.pushed_and_base is not None
+    arrived = dict(Gathering(policy).tensors("bfloat16"))
+    plain, base = (load_policy(str(tiny_model_path), None) for _ in range(2))
+    for found, whole in zip(scores.pushed_and_base, (arrived, base.state_dict()), strict=True):
+        for name in Gathering(policy).trained:
+            plain.get_parameter(name).data.copy_(whole[name].bfloat16())
+        assert found == pytest.approx(score(plain, ids, cpu).logprobs, abs=1e-5)
+    assert scores.logprobs != pytest.approx(scores.pushed_and_base[0], abs=1e-4)
+
+
 class Pair:
     """A policy with an adapter, computing in a dtype by autocast, and an engine that computes in it."""
 
