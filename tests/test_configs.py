@@ -118,7 +118,7 @@ def test_examples_differ_in_the_strategy_alone(name: str, printed: Printed) -> N
 
 def test_an_option_changes_the_strategy(printed: Printed) -> None:
     config = yaml.safe_load(printed("synchronous", "--trainer.callbacks=FullyAsynchronous"))
-    assert config["trainer"]["callbacks"][0]["class_path"] == "lightning_rft.FullyAsynchronous"
+    assert config["trainer"]["callbacks"]["class_path"] == "lightning_rft.FullyAsynchronous"
 
 
 def test_the_config_for_gpus(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
