@@ -63,6 +63,7 @@ def parsed(path: Path) -> tuple[_Page, dict[str, Any]]:
     page.feed(path.read_text(encoding="utf-8"))
     page.close()
     (text,) = [text for attributes, text in page.scripts if attributes.get("id") == "data"]
+    assert not set(text) & set("<>&")  # a browser ends a script at more than this parser does
     return page, json.loads(text)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
-from statistics import fmean
 from typing import NamedTuple
 
 __all__ = ["Scored", "score_metrics"]
@@ -41,21 +40,26 @@ def score_metrics(groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
         for name, part in sample.rewards.items():
             parts[name].append(part)
     return {
-        "rft/reward": fmean(sample.reward for sample in samples),
-        "rft/reward_std": fmean(map(_std, rewards)),
-        "rft/group_reward_min": fmean(map(min, rewards)),
-        "rft/group_reward_max": fmean(map(max, rewards)),
-        "rft/groups_without_signal": fmean(min(group) == max(group) for group in rewards),
-        "rft/completion_length": fmean(lengths),
+        "rft/reward": _mean(sample.reward for sample in samples),
+        "rft/reward_std": _mean(map(_std, rewards)),
+        "rft/group_reward_min": _mean(map(min, rewards)),
+        "rft/group_reward_max": _mean(map(max, rewards)),
+        "rft/groups_without_signal": _mean(min(group) == max(group) for group in rewards),
+        "rft/completion_length": _mean(lengths),
         "rft/completion_length_min": float(min(lengths)),
         "rft/completion_length_max": float(max(lengths)),
-        "rft/truncated_share": fmean(sample.finish_reason == "length" for sample in samples),
-        **{f"rft/reward_{name}": fmean(values) for name, values in sorted(parts.items())},
+        "rft/truncated_share": _mean(sample.finish_reason == "length" for sample in samples),
+        **{f"rft/reward_{name}": _mean(values) for name, values in sorted(parts.items())},
     }
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)  # infinite where it overflows, at which fmean raises
 
 
 def _std(values: Sequence[float]) -> float:
     if min(values) == max(values):  # also of a single one; rounding would leave a trace
         return 0.0
-    mean = fmean(values)
-    return sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    mean = _mean(values)
+    return sqrt(sum((value - mean) * (value - mean) for value in values) / (len(values) - 1))

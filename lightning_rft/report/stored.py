@@ -6,6 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from math import isfinite
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Stored:
         for (run, step), groups in sorted(self._trained.items()):
             values = score_metrics(groups) | {"rft/staleness_max": float(step - self._oldest[run, step])}
             for name, value in values.items():
-                found[name][run].append((step, value))
+                if isfinite(value):
+                    found[name][run].append((step, value))
         return found
 
     def _take(self, rows: list[_Row]) -> None:

@@ -108,6 +108,12 @@ def test_spread_and_extremes_are_torchs(rewards: list[list[float]]) -> None:
     assert values["rft/group_reward_min"] <= values["rft/group_reward_max"]
 
 
+def test_rewards_beyond_all_bounds_raise_nothing() -> None:
+    huge = [Scored(1.7e308, {}, 1, "stop"), Scored(-1.7e308, {}, 1, "stop"), Scored(1.7e308, {"a": 1.7e308}, 1, "stop")]
+    values = score_metrics([huge, huge[::-1]])
+    assert values["rft/reward_std"] == math.inf and values["rft/completion_length"] == 1.0
+
+
 @pytest.mark.parametrize("name", ["std", "", "a/b", "a b", "pass@1", "ü", "x" * 65, "a\n"])
 def test_names_that_loggers_refuse_are_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match="a part of the reward is named"):
