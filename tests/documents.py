@@ -9,18 +9,22 @@ import inspect
 import io
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import yaml
 
 import lightning_rft as rft
 from lightning_rft.cli import RFTCLI
+from lightning_rft.report.command import main as report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -104,16 +108,31 @@ def check_command(words: list[str], stdin: str = "") -> str:
 def parse(arguments: list[str], stdin: str) -> str:
     """Has the command line parse its arguments, and returns what it prints."""
     before, status = (sys.stdin, sys.argv), 0
-    sys.stdin, sys.argv = io.StringIO(stdin), ["lightning-rft", *arguments]
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            Parsed()
+        with contextlib.redirect_stdout(io.StringIO()) as said, tempfile.TemporaryDirectory() as folder:
+            if arguments[0] in ("evaluate", "report"):
+                arguments = [arguments[0], made_up_run(Path(folder)), *arguments[2:]]
+            sys.stdin, sys.argv = io.StringIO(stdin), ["lightning-rft", *arguments]
+            if arguments[0] == "report":
+                with patch("lightning_rft.report.command.write_report"):
+                    report(arguments[1:])
+            else:
+                Parsed()
     except SystemExit as end:  # also once --help or --print_config has printed
         status = int(end.code or 0)
     finally:
         sys.stdin, sys.argv = before
     assert status == 0, f"lightning-rft {shlex.join(arguments)} is refused"
     return said.getvalue()
+
+
+def made_up_run(folder: Path) -> str:
+    """Fills a folder with what a run leaves, as far as commands look at it before they begin."""
+    (folder / "rft").mkdir()
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").touch()
+    shutil.copy(ROOT / "examples" / "synchronous.yaml", folder / "config.yaml")
+    return str(folder)
 
 
 def check_make(arguments: list[str]) -> None:

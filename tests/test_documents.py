@@ -88,6 +88,8 @@ def test_commands(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
         "lightning-rft fit --config examples/synchronous.yaml --data.task_per_step 2",
         "lightning-rft fit --config examples/synchronous.yaml --print_config | lightning-rft fit --config - --nope 1",
         "lightning-rft dance",
+        "lightning-rft evaluate lightning_logs/version_0 --data.val_answers 8",
+        "lightning-rft report lightning_logs/version_0 --pages 3",
         "curl example.org",
     ],
 )

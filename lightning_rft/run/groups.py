@@ -137,7 +137,7 @@ class Groups:
             self._ledger.ready(judged.group)
         else:
             self._ledger.filtered(key, step=version)
-            self._cursor.learn(judged.group)
+            self._learn(judged.group)
             self._cursor.replace(key)
         return judged.kept
 
@@ -170,7 +170,7 @@ class Groups:
         assert self.leased is not None
         self._ledger.trained(batch)
         for group in self.leased:
-            self._cursor.learn(group)
+            self._learn(group)
         self._done(group.key for group in self.leased)
         self._replay.trained(batch, self.leased)
         self.leased = None
@@ -198,6 +198,9 @@ class Groups:
         return run_state(progress, self._cursor, self._ledger, self.incarnation)
 
     # How a group ends
+
+    def _learn(self, group: Group) -> None:
+        self._cursor.learn(group.key, [experience.reward for experience in group.experiences])
 
     def _done(self, keys: Iterable[GroupKey]) -> None:
         for key in keys:

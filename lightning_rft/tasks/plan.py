@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from lightning_rft.errors import ConfigurationError, ScheduleError
-from lightning_rft.experience import Group, GroupKey, Task
+from lightning_rft.experience import GroupKey, Task
 from lightning_rft.tasks.chance import draw
 from lightning_rft.tasks.source import Lane, LeftOut, Source, lane_of
 from lightning_rft.tasks.task import NotATask
@@ -178,10 +178,9 @@ class TaskCursor:
         epoch, task = self._at(key)
         return draw("sample", self.plan.seed, epoch, task.id, sample) & 0x7FFFFFFF
 
-    def learn(self, group: Group) -> None:
-        """Takes in the rewards of a group, which a curriculum may follow."""
-        rewards = [experience.reward for experience in group.experiences]
-        self.plan.lane.learn(self.plan.place(self._positions[group.key]), rewards)
+    def learn(self, key: GroupKey, rewards: Sequence[float]) -> None:
+        """Takes in the rewards of a group's samples, which a curriculum may follow."""
+        self.plan.lane.learn(self.plan.place(self._positions[key]), rewards)
 
     def replace(self, key: GroupKey) -> None:
         """Gives a group the next task of the stream for good."""

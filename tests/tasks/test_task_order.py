@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lightning_rft as rft
-from lightning_rft.experience import Experience, Group, GroupKey
+from lightning_rft.experience import GroupKey
 from lightning_rft.tasks.chance import key_of, permute
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
-from lightning_rft.turn import Turn
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,11 +61,6 @@ def test_a_permutation_is_that_of_another_process() -> None:
 def planned(tasks: rft.TaskSet | rft.Mixture, tasks_per_step: int = 3, steps: int = 4, seed: int = 0) -> TaskPlan:
     goes_on = tasks.goes_on
     return TaskPlan(tasks.read(), tasks_per_step, steps, shuffle=tasks.shuffle, seed=seed, goes_on=goes_on)
-
-
-def answered(key: GroupKey, task_id: str, rewards: list[float]) -> Group:
-    turn = Turn((1,), (2,), (-0.5,), (0,), "stop")
-    return Group(key, task_id, tuple(Experience(task_id, i, (turn,), reward) for i, reward in enumerate(rewards)))
 
 
 def levels(plan: TaskPlan, count: int) -> list[Any]:
@@ -154,7 +148,7 @@ def passes_through(tasks: rft.TaskSet | rft.Mixture, seed: int, batches: int, si
         key = randomness.choice(running)
         assert issued[key] == (cursor.epoch(key), cursor.task(key).id)  # through every resume
         ended.append(issued[key])
-        cursor.learn(answered(key, issued[key][1], [float(randomness.random() < 0.5) for _ in range(4)]))
+        cursor.learn(key, [float(randomness.random() < 0.5) for _ in range(4)])
         if randomness.random() < 0.2:
             cursor.replace(key)
             issued[key] = (cursor.epoch(key), cursor.task(key).id)
@@ -190,7 +184,7 @@ def test_by_pass_rate_the_next_task_is_nearest_to_the_target() -> None:
         key = GroupKey(0, slot)
         task = cursor.task(key).id
         first.append(task)
-        cursor.learn(answered(key, task, [2.0] * passed[task] + [0.5] * (4 - passed[task])))
+        cursor.learn(key, [2.0] * passed[task] + [0.5] * (4 - passed[task]))
     assert sorted(first) == list("01234")
     second = [cursor.task(GroupKey(1, slot)).id for slot in range(5)]
     assert second[0] == "2" and set(second[1:3]) == {"3", "4"} and set(second[3:]) == {"0", "1"}
@@ -201,11 +195,11 @@ def test_by_pass_rate_a_late_result_counts_from_when_it_comes() -> None:
     cursor = TaskCursor(planned(tasks, 1, 2))
     keys = [GroupKey(batch, 0) for batch in range(5)]
     first, second = (cursor.task(key).id for key in keys[:2])
-    cursor.learn(answered(keys[0], first, [1.0, 1.0, 1.0, 0.0]))
+    cursor.learn(keys[0], [1.0, 1.0, 1.0, 0.0])
     assert cursor.task(keys[2]).id == second  # as it is not known yet, it counts as on target
     assert cursor.task(keys[3]).id == first
     for key in keys[1:3]:
-        cursor.learn(answered(key, second, [1.0, 1.0]))
+        cursor.learn(key, [1.0, 1.0])
     assert cursor.task(keys[4]).id == first  # which is nearer now
 
 
