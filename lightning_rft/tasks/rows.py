@@ -6,6 +6,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +33,57 @@ def rows_of(source: Any, setting: str, named: Mapping[str, str] | None = None) -
 
     ``named`` are columns by field. Raises :class:`ConfigurationError` for anything else.
     """
+    read, count = _reader(source, named or {})
+    if read is None:
+        raise ConfigurationError(
+            f"{setting} is a {type(source).__name__}: give a list of tasks, even for a single one"
+            + (", or columns that are equally long" if isinstance(source, Mapping) else "")
+        )
+    return Rows(count, read, partial("{}[{}]".format, setting))
 
-    def rows(read: Callable[[int, int], Iterable[Any]], count: int) -> Rows:
-        return Rows(count, lambda start, stop: list(read(start, stop)), lambda index: f"{setting}[{index}]")
 
-    def tidy(table: Iterable[Any]) -> list[Any]:
-        return [tidied(row) for row in table]
-
-    if hasattr(source, "to_pylist") and hasattr(source, "slice"):  # arrow
-        return rows(lambda start, stop: tidy(source.slice(start, stop - start).to_pylist()), len(source))
-    if hasattr(source, "to_dicts"):  # polars
-        return rows(lambda start, stop: tidy(source[start:stop].to_dicts()), len(source))
-    if hasattr(source, "iloc") and hasattr(source, "columns"):  # pandas
-        return rows(lambda start, stop: tidy(source.iloc[start:stop].to_dict("records")), len(source))
-    if hasattr(source, "column_names") and hasattr(source, "__getitem__"):  # datasets
-        return rows(lambda start, stop: tidy(_across(source[start:stop])), len(source))
+def _reader(source: Any, named: Mapping[str, str]) -> tuple[Callable[[int, int], list[Any]] | None, int]:
+    """What reads the rows of a source, which goes to another process with it, and their number."""
+    if hasattr(source, "to_pylist") and hasattr(source, "slice"):
+        return partial(_of_arrow, source), len(source)
+    if hasattr(source, "to_dicts"):
+        return partial(_of_polars, source), len(source)
+    if hasattr(source, "iloc") and hasattr(source, "columns"):
+        return partial(_of_pandas, source), len(source)
+    if hasattr(source, "column_names") and hasattr(source, "__getitem__"):
+        return partial(_of_datasets, source), len(source)
     if isinstance(source, Mapping):
-        columns = _columns(source, named or {})
+        columns = _columns(source, named)
         if columns:
-            count = len(next(iter(columns.values())))
-            return rows(lambda start, stop: _across({k: column[start:stop] for k, column in columns.items()}), count)
+            return partial(_of_columns, columns), len(next(iter(columns.values())))
     elif isinstance(source, Iterable) and not isinstance(source, str | bytes | Task):
-        if not isinstance(source, Sequence):
-            source = list(source)
-        return rows(lambda start, stop: source[start:stop], len(source))
-    raise ConfigurationError(
-        f"{setting} is a {type(source).__name__}: give a list of tasks, even for a single one"
-        + (", or columns that are equally long" if isinstance(source, Mapping) else "")
-    )
+        rows = source if isinstance(source, Sequence) else list(source)
+        return partial(_of_list, rows), len(rows)
+    return None, 0
+
+
+def _of_arrow(table: Any, start: int, stop: int) -> list[Any]:
+    return list(map(tidied, table.slice(start, stop - start).to_pylist()))
+
+
+def _of_polars(table: Any, start: int, stop: int) -> list[Any]:
+    return list(map(tidied, table[start:stop].to_dicts()))
+
+
+def _of_pandas(table: Any, start: int, stop: int) -> list[Any]:
+    return list(map(tidied, table.iloc[start:stop].to_dict("records")))
+
+
+def _of_datasets(table: Any, start: int, stop: int) -> list[Any]:
+    return list(map(tidied, _across(table[start:stop])))
+
+
+def _of_columns(columns: Mapping[str, Sequence[Any]], start: int, stop: int) -> list[Any]:
+    return _across({name: column[start:stop] for name, column in columns.items()})
+
+
+def _of_list(rows: Sequence[Any], start: int, stop: int) -> list[Any]:
+    return list(rows[start:stop])
 
 
 def lines_of(path: str | Path) -> Rows:
@@ -79,16 +103,18 @@ def lines_of(path: str | Path) -> Rows:
     if not begins:
         raise ConfigurationError(f"{path} has no tasks: give a file with at least one")
 
-    def where(index: int) -> object:
-        return _Line(path, begins[index])
+    return Rows(len(begins), partial(_of_lines, path, begins), partial(_line, path, begins))
 
-    def read(start: int, stop: int) -> list[Any]:
-        with open(path, "rb") as file:
-            file.seek(begins[start] if start < len(begins) else 0)
-            lines = (line for line in file if line.strip())
-            return [_parsed(next(lines, b""), where(index)) for index in range(start, min(stop, len(begins)))]
 
-    return Rows(len(begins), read, where)
+def _of_lines(path: str | Path, begins: Sequence[int], start: int, stop: int) -> list[Any]:
+    with open(path, "rb") as file:
+        file.seek(begins[start] if start < len(begins) else 0)
+        lines = (line for line in file if line.strip())
+        return [_parsed(next(lines, b""), _line(path, begins, i)) for i in range(start, min(stop, len(begins)))]
+
+
+def _line(path: str | Path, begins: Sequence[int], index: int) -> _Line:
+    return _Line(path, begins[index])
 
 
 @dataclass(frozen=True)

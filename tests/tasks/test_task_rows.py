@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def test_tables(table: Any) -> None:
     tasks = rft.TaskSet(table).read()
     assert list(tasks) == EXPECTED == read_tasks(table, "val_tasks")
     assert [tasks[1], tasks[-1], *tasks[:2]] == [EXPECTED[1], EXPECTED[2], *EXPECTED[:2]]  # type: ignore[index]
+    assert list(pickle.loads(pickle.dumps(tasks))) == EXPECTED  # as ddp_spawn sends them
 
 
 def test_a_table_of_polars() -> None:
@@ -104,7 +106,8 @@ def test_a_table_of_polars() -> None:
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "folder", "dataset", "splits"])
 def test_files_and_folders(kind: str, tmp_path: Path) -> None:
     path = saved(kind, tmp_path)
-    assert plain(rft.TaskSet(str(path)).read()) == plain(EXPECTED)
+    tasks = rft.TaskSet(str(path)).read()
+    assert plain(tasks) == plain(pickle.loads(pickle.dumps(tasks))) == plain(EXPECTED)
     assert plain(read_tasks(path, "val_tasks")) == plain(EXPECTED)
     if kind == "splits":
         assert [task.prompt for task in rft.TaskSet(path, split="test").read()] == ["2 + 2 ="]
