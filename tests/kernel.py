@@ -66,7 +66,7 @@ class Kernel:
 
     def wait_for(self, name: str) -> None:
         """Returns when a cell or an explorer has called ``touch(name)``."""
-        until(lambda: (self.folder / name).exists(), name)
+        until(lambda: (self.folder / name).exists(), name, timeout_s=200)  # importing vLLM included
 
     def interrupt(self) -> None:
         self._manager.interrupt_kernel()
