@@ -10,7 +10,7 @@ import torch
 import lightning_rft as rft
 
 MODEL = os.environ.get("MODEL", "runs/models/SmolLM2-135M-Instruct")  # a folder, or a hub name: owner/name
-STEPS = int(os.environ.get("STEPS", "30"))
+STEPS = int(os.environ.get("STEPS", "20"))
 
 sums = {f"What is {a}+{b}? Answer with a number.": a + b for a in range(21) for b in range(21)}
 tasks = [rft.Task([{"role": "user", "content": asked}], answer=sums[asked], id=asked) for asked in sums]
@@ -28,10 +28,10 @@ class Answers(L.Callback):
 
 
 module = rft.RFTModule(MODEL, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5))
-size = {"tasks_per_step": 4, "samples_per_task": 8, "max_new_tokens": 12}
-data = rft.RFTDataModule(tasks[32:], reward, rft.VLLMEngine(), val_tasks=tasks[:32], **size)
-settings = {"num_sanity_val_steps": 0, "enable_checkpointing": False, "default_root_dir": "runs/quickstart"}
-trainer = L.Trainer(max_steps=STEPS, callbacks=[rft.Synchronous(), Answers()], **settings)
+engine = rft.VLLMEngine(dtype="float32")  # bfloat16 would round most of such small updates away
+data = rft.RFTDataModule(tasks[32:], reward, engine, val_tasks=tasks[:32], tasks_per_step=4, max_new_tokens=12)
+quick = {"num_sanity_val_steps": 0, "enable_checkpointing": False, "log_every_n_steps": 1, "gradient_clip_val": 1.0}
+trainer = L.Trainer(max_steps=STEPS, callbacks=[rft.Synchronous(), Answers()], **quick)
 with data:  # the same explorers for all three
     trainer.validate(module, data)
     trainer.fit(module, data)

@@ -17,7 +17,7 @@ from tests.processes import MARK, MODEL, alive, until
 LIGHT = """
 import lightning_rft
 from tests.processes import LightEngine
-lightning_rft.VLLMEngine = lambda: LightEngine(mean_tokens=4)
+lightning_rft.VLLMEngine = lambda **_: LightEngine(mean_tokens=4)
 """
 
 

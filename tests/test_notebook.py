@@ -88,7 +88,7 @@ def test_the_script(start: Callable[[str], Script], tmp_path: Path, tiny_model_p
             import os, runpy
             import lightning_rft
             from tests.processes import MODEL, LightEngine
-            lightning_rft.VLLMEngine = lambda: LightEngine(mean_tokens=4)
+            lightning_rft.VLLMEngine = lambda **_: LightEngine(mean_tokens=4)
             os.environ |= {{"MODEL": os.environ[MODEL], "STEPS": "2"}}
             runpy.run_path({str(program)!r}, run_name="__main__")
         """)
