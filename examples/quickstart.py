@@ -14,7 +14,7 @@ STEPS = int(os.environ.get("STEPS", "20"))
 
 sums = {f"What is {a}+{b}? Answer with a number.": a + b for a in range(21) for b in range(21)}
 tasks = [rft.Task([{"role": "user", "content": asked}], answer=sums[asked], id=asked) for asked in sums]
-random.Random(0).shuffle(tasks)
+random.Random(1).shuffle(tasks)
 
 
 def reward(completion, task):  # 1 where the last number is right
