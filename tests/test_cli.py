@@ -140,7 +140,8 @@ def test_options_override_the_config(command: Command, config: dict[str, Any]) -
 
 def test_validate(command: Command, config: dict[str, Any]) -> None:
     cli = command("validate", config)
-    assert {"val/reward", "val/pass_at_1", "val/version"} <= set(cli.trainer.callback_metrics)
+    measured = ("reward", "pass_at_1", "pass@1", "completion_length", "truncated_share", "version")
+    assert set(cli.trainer.callback_metrics) == {f"val/{name}" for name in measured}
 
 
 def test_the_saved_config_repeats_the_run_in_the_same_folder(

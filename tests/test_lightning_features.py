@@ -266,7 +266,14 @@ def test_test_does_what_validate_does(tiny_model_path: Path, tmp_path: Path) -> 
         trainer, module = make_trainer(tmp_path), Noted(tiny_model_path)
         (validated,) = trainer.validate(module, data, verbose=False)
         (tested,) = trainer.test(module, data, verbose=False)
-        assert (tested["test/reward"], tested["test/pass@1"], tested["test/version"]) == (0.5, 0.5, 0.0)
+        assert tested == {
+            **{f"test/{name}": 0.5 for name in ("reward", "pass_at_1", "pass@1")},
+            **{
+                f"test/{name}": pytest.approx(validated[f"val/{name}"])
+                for name in ("completion_length", "truncated_share")
+            },
+            "test/version": 0.0,
+        }
         assert list(tested) == [name.replace("val/", "test/") for name in validated]
         assert list(tested.values()) == list(validated.values())
         trainer.fit(module, data)

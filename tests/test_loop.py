@@ -274,7 +274,9 @@ def test_fit_again_after_an_error_in_mid_epoch(data: rft.RFTDataModule, tiny_mod
 def test_validation_alone(precision: str, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_model_path, settings={"limit_val_batches": 1.0, "precision": precision})
     (metrics,) = run.trainer.validate(run.module, data, verbose=False)
-    assert [metrics[f"val/{name}"] for name in ("reward", "pass@1", "version")] == pytest.approx([0.9, 0.8, 0.0])
+    scores = {name: metrics.pop(f"val/{name}") for name in ("reward", "pass_at_1", "pass@1", "version")}
+    assert scores == pytest.approx({"reward": 0.9, "pass_at_1": 0.8, "pass@1": 0.8, "version": 0.0})
+    assert metrics.keys() == {"val/completion_length", "val/truncated_share"}
     assert run.events == [("loaded", 0)]
     assert run.sql("SELECT count(*) FROM groups") == [(0,)]
     limited = make_run(tmp_path, tiny_model_path, settings={"limit_val_batches": 1})

@@ -40,7 +40,7 @@ def explorers() -> Iterator[rft.RFTDataModule]:
         engine=LightEngine(mean_tokens=6),
         tasks_per_step=2,
         max_new_tokens=8,
-        sampling=rft.Sampling(seed=3),
+        sampling=rft.Sampling(seed=0),
     ) as data:
         yield data
 
@@ -113,7 +113,7 @@ def test_the_next_task_takes_the_place_of_a_filtered_one(
     assert max(outcome.values()) == 1  # eight that have signal are not more than an epoch has
     filtered = {task for task, state in outcome if state is State.FILTERED}
     assert filtered == EASY & {task for task, _ in outcome}
-    assert len(filtered) >= 2
+    assert len(filtered) >= 3
     assert module.trainer.callback_metrics["rft/filtered_groups"] == len(filtered)
     assert module.trainer.callback_metrics["rft/failed_groups"] == 0
 
