@@ -33,7 +33,8 @@ from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.tasks.held_out import HeldOut, read_sets
 from lightning_rft.tasks.mixture import Mixture
-from lightning_rft.tasks.source import epoch_batches, first, known
+from lightning_rft.tasks.plan import TaskPlan
+from lightning_rft.tasks.source import epoch_tasks, first, known
 from lightning_rft.tasks.sources import Tasks
 from lightning_rft.tasks.task_set import TaskSet
 from lightning_rft.trainer.limits import micro_batches, micro_batches_done
@@ -140,7 +141,7 @@ class RFTDataModule(L.LightningDataModule):
         self.steps_per_epoch = (
             self._stored.batches
             if self._stored is not None
-            else self.task_set.steps_per_epoch or epoch_batches(self.tasks, tasks_per_step)
+            else self.task_set.steps_per_epoch or TaskPlan.batches(epoch_tasks(self.tasks), tasks_per_step)
         )
         #: Called with every :class:`~lightning_rft.monitor.timeline.Span` of a run.
         self.observers: list[Callable[[Span], None]] = []

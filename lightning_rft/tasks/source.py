@@ -17,7 +17,7 @@ from lightning_rft.tasks.chance import key_of, permute
 from lightning_rft.tasks.task import NotATask
 
 __all__ = [
-    *("CHECKED", "Lane", "LeftOut", "Passes", "Source", "digest_of", "epoch_batches", "first", "ids_in_words", "known"),
+    *("CHECKED", "Lane", "LeftOut", "Passes", "Source", "digest_of", "epoch_tasks", "first", "ids_in_words", "known"),
     *("lane_of", "lists_of"),
 ]
 
@@ -129,11 +129,11 @@ def known(*many: Sequence[Task] | Source) -> list[Task]:
     return [] if endless or sum(map(len, lists)) > CHECKED else list(chain(*lists))
 
 
-def epoch_batches(tasks: Sequence[Task] | Source, tasks_per_step: int) -> int:
-    """Batches of an epoch, where nothing else is said."""
+def epoch_tasks(tasks: Sequence[Task] | Source) -> int:
+    """Tasks of an epoch, where nothing else is said."""
     count = len(tasks) if isinstance(tasks, Sequence) else tasks.epoch
     assert count is not None, "checked when it was read"
-    return -(-count // tasks_per_step)
+    return count
 
 
 def ids_in_words(tasks: Sequence[Task]) -> str:

@@ -1,4 +1,4 @@
-"""A list of tasks, each made from its row when it is asked for."""
+"""A list of tasks: the first are made at once, each later one from its row when it is asked for."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _AT_ONCE = 1_000  # rows
 class TaskList(Sequence[Task]):
     """Rows as tasks, with their indices as ids where they have none.
 
-    The first 10,000 are checked at once: all are tasks, and no two share an id. A later one that is no task raises
-    :class:`NotATask` when it is asked for.
+    The first 10,000 are made and checked at once: all are tasks, and no two share an id. A later one that is no task
+    raises :class:`NotATask` when it is asked for.
 
     Raises:
         ConfigurationError: There are no rows, one of the first is no task or has the id of another, or none of them
@@ -33,10 +33,12 @@ class TaskList(Sequence[Task]):
     def __init__(self, rows: Rows, setting: str, columns: Mapping[str, str] | None = None) -> None:
         self._rows = rows
         self._columns = columns or {}
+        self._made: list[Task] = []  # the first ones
         if not rows.count:
             raise ConfigurationError(f"{setting} is empty: give at least one task")
+        self._made = list(self._tasks(0, min(rows.count, CHECKED)))
         position_of: dict[str, int] = {}
-        for position, task in enumerate(self._tasks(0, min(rows.count, CHECKED))):
+        for position, task in enumerate(self._made):
             first = position_of.setdefault(task.id, position)
             if first != position:
                 raise ConfigurationError(
@@ -62,7 +64,7 @@ class TaskList(Sequence[Task]):
         places = range(len(self))[index]
         if isinstance(places, range):
             return list(self._tasks(places.start, places.stop)) if places.step == 1 else [self[at] for at in places]
-        return next(self._tasks(places, places + 1))
+        return self._made[places] if places < len(self._made) else next(self._tasks(places, places + 1))
 
     @override
     def __iter__(self) -> Iterator[Task]:
@@ -79,7 +81,8 @@ class TaskList(Sequence[Task]):
             yield task
 
     def _each(self, start: int, stop: int) -> Iterator[Task | NotATask]:
-        for begin in range(start, stop, _AT_ONCE):
+        yield from self._made[start:stop]
+        for begin in range(max(start, len(self._made)), stop, _AT_ONCE):
             for index, row in enumerate(self._rows.read(begin, min(begin + _AT_ONCE, stop)), begin):
                 try:
                     task = as_task(row, self._rows.where(index), self._columns)
