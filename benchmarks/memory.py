@@ -32,7 +32,7 @@ from benchmarks.activations import counted, predicted
 from benchmarks.packing import group
 from lightning_rft.experience import Turn
 from lightning_rft.trainer.linear_logprobs import LogitTransform
-from lightning_rft.trainer.logprobs import kept_logits, replaced_head, token_logprobs
+from lightning_rft.trainer.logprobs import kept_logits, replaced_forward, token_logprobs
 from lightning_rft.trainer.micro_batches import by_group, micro_batches
 from lightning_rft.trainer.packing import Packed, pack
 from lightning_rft.trainer.shortcuts import FastPath
@@ -64,7 +64,7 @@ def peak(loss: Callable[[], Tensor]) -> int:
 
 def constant(model: Any, packed: Packed) -> Tensor:
     """A loss that needs no head."""
-    with replaced_head(model.get_output_embeddings(), lambda hidden: hidden):
+    with replaced_forward(model.get_output_embeddings(), lambda hidden: hidden):
         return kept_logits(model, packed).sum()
 
 

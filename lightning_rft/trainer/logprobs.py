@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_rft.trainer.linear_logprobs import LogitTransform, chunk_tokens, linear_logprobs, outside
 from lightning_rft.trainer.packing import Packed
 
-__all__ = ["kept_logits", "replaced_head", "token_logprobs"]
+__all__ = ["kept_logits", "replaced_forward", "token_logprobs"]
 
 
 def token_logprobs(
@@ -56,16 +56,16 @@ def kept_logits(model: nn.Module, packed: Packed) -> Tensor:
 
 
 @contextmanager
-def replaced_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replaces a module's forward within this context; its hooks still run."""
-    before = head.__dict__.get("forward")
-    head.__dict__["forward"] = forward
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        del head.__dict__["forward"]
+        del module.__dict__["forward"]
         if before is not None:
-            head.__dict__["forward"] = before
+            module.__dict__["forward"] = before
 
 
 def _inside_head(
@@ -95,7 +95,7 @@ def _inside_head(
         )
         return (computed[0][0] * 0)[None, :, None]
 
-    with replaced_head(head, logprobs):
+    with replaced_forward(head, logprobs):
         zeros = kept_logits(model, packed)
     ((values, entropy),) = computed
     return values + zeros[0, :, 0], entropy

@@ -15,21 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.trainer.logprobs import replaced_head
+from lightning_rft.trainer.logprobs import replaced_forward
 from lightning_rft.trainer.sharding import whole
 
 __all__ = [
-    *(
-        "Base",
-        "adapted",
-        "adapter_settings",
-        "adapter_weights",
-        "add_adapter",
-        "as_pushed",
-        "base_state",
-        "lora_config",
-    ),
-    *("merged", "save_adapter_alone", "switched_off"),
+    *("Base", "adapted", "adapter_settings", "adapter_weights", "add_adapter", "as_pushed", "base_state"),
+    *("has_adapter", "lora_config", "merged", "save_adapter_alone", "switched_off"),
 ]
 
 _ADAPTERS_OWN = re.compile(r"\.(lora_\w+|modules_to_save)\.default\b")  # peft's name of the first adapter
@@ -215,7 +206,7 @@ def as_pushed(policy: Any, dtype: torch.dtype) -> Iterator[None]:
 
     with ExitStack() as stack:
         for layer in adapted(policy).values():
-            stack.enter_context(replaced_head(layer, partial(forward, layer)))
+            stack.enter_context(replaced_forward(layer, partial(forward, layer)))
         yield
 
 

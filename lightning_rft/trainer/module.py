@@ -134,6 +134,7 @@ class RFTModule(L.LightningModule):
         #: where both are of the same weights; ``None`` if no weights were pushed, or there was no such token.
         self.sampling_gap: float | None = None
         self._text_ids: tuple[int, ...] | None = None
+        self._base_scores: dict[str, tuple[float, ...]] = {}  # of an adapter's base model, by the engines' dtype
         self._fast_path: FastPath | None = None
         self._gathers: Gathering | None = None
         self._guard = StepGuard()
@@ -187,7 +188,9 @@ class RFTModule(L.LightningModule):
         if self._text_ids is None:
             self._text_ids = encoded_text(self.model)
         with self.trainer.precision_plugin.forward_context():
-            scores = score(self._policy, self._text_ids, self.device, dtype)
+            scores = score(self._policy, self._text_ids, self.device, dtype, self._base_scores.get(dtype))
+        if scores.pushed_and_base is not None:
+            self._base_scores[dtype] = scores.pushed_and_base[1]
         yield Announcement(self._gathering.manifest(dtype), self.device, scores, self._gathering.trained)
         yield from self._gathering.tensors(dtype)
 

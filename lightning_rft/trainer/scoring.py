@@ -50,8 +50,17 @@ def encoded_text(model: str) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def score(policy: Any, ids: tuple[int, ...], device: torch.device, engine_dtype: str = "float32") -> Scores:
-    """Scores ids as an engine would, without dropout, in the precision of the surrounding context."""
+def score(
+    policy: Any,
+    ids: tuple[int, ...],
+    device: torch.device,
+    engine_dtype: str = "float32",
+    base: tuple[float, ...] | None = None,
+) -> Scores:
+    """Scores ids as an engine would, without dropout, in the precision of the surrounding context.
+
+    ``base`` are the log-probs of an adapter's base model, once they are known: training does not change them.
+    """
     training = [module for module in policy.modules() if module.training]
     policy.eval()
     pushed_and_base = None
@@ -60,8 +69,10 @@ def score(policy: Any, ids: tuple[int, ...], device: torch.device, engine_dtype:
         if has_adapter(policy):
             with as_pushed(policy, getattr(torch, engine_dtype)):
                 pushed, _ = _logprobs(policy, ids, device)
-                with switched_off(policy):
-                    pushed_and_base = pushed, _logprobs(policy, ids, device)[0]
+                if base is None:
+                    with switched_off(policy):
+                        base, _ = _logprobs(policy, ids, device)
+                pushed_and_base = pushed, base
     finally:
         for module in training:
             module.training = True

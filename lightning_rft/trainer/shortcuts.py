@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_rft.experience import Turn
 from lightning_rft.trainer.linear_logprobs import LogitTransform
-from lightning_rft.trainer.logprobs import kept_logits, replaced_head, token_logprobs
+from lightning_rft.trainer.logprobs import kept_logits, replaced_forward, token_logprobs
 from lightning_rft.trainer.packing import Packed, columns, pack, shares_prompts
 
 __all__ = ["FastPath", "probe"]
@@ -127,7 +127,7 @@ def _logit_transform(model: Any) -> LogitTransform | str:
         return returned[-1]
 
     packed = pack(_made_up(model, *_SHORT), shared=False).to(model.device)
-    with replaced_head(head, known):
+    with replaced_forward(head, known):
         logits = kept_logits(model, packed)
     if len(returned) != 1 or logits.shape != returned[0].shape:
         return "the logits are not as many as the output head gives"

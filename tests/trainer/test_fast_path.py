@@ -8,7 +8,7 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCaus
 
 from lightning_rft.trainer import shortcuts as module
 from lightning_rft.trainer.linear_logprobs import LogitTransform
-from lightning_rft.trainer.logprobs import kept_logits, replaced_head, token_logprobs
+from lightning_rft.trainer.logprobs import kept_logits, replaced_forward, token_logprobs
 from lightning_rft.trainer.packing import pack
 from lightning_rft.trainer.shortcuts import probe
 from tests.trainer.test_logprobs import CONFIGS, SIZES, assert_same_gradients, build, gradients, plain, turn, warmed
@@ -180,18 +180,18 @@ def test_head_is_restored_when_the_model_raises(groups):
     def fail(hidden):
         raise KeyError("here")
 
-    with pytest.raises(KeyError, match="here"), replaced_head(head, fail):
+    with pytest.raises(KeyError, match="here"), replaced_forward(head, fail):
         kept_logits(model, pack(groups, shared=False))
     hidden = torch.zeros(1, SIZES["hidden_size"])
-    with replaced_head(head, lambda _: "outer"):
-        with replaced_head(head, lambda _: "inner"):
+    with replaced_forward(head, lambda _: "outer"):
+        with replaced_forward(head, lambda _: "inner"):
             assert head(hidden) == "inner"
         assert head(hidden) == "outer"
     assert "forward" not in vars(head)
     assert head(hidden).shape == (1, SIZES["vocab_size"])
 
 
-def test_replaced_head_keeps_its_hooks(groups):
+def test_replaced_forward_keeps_its_hooks(groups):
     model, seen = build(CONFIGS["llama"]), []
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda *_: seen.append("before"))

@@ -83,7 +83,7 @@ class TransformersEngine(Engine):
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        model = self.model or model
+        model = self._folder
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         if self.dtype == "auto":
