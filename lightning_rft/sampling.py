@@ -33,7 +33,8 @@ class Sampling:
 
     Args:
         max_new_tokens: Maximum tokens per answer; left out, 256, and in validation as in training.
-        temperature: Softmax temperature, 0 for greedy; left out, 1 in training and 0 in validation.
+        temperature: Softmax temperature, 0 for greedy; left out, 1 in training, and in validation 0 for a
+            single answer to a task and else as in training.
         seed: Seeds the order of the tasks and every sample; left out, that of ``seed_everything`` or else 0, and in
             validation as in training. A call has random numbers of its own, and takes no seed.
         top_k: Samples from this many of the most likely tokens; 0 for all.
