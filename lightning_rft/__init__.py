@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_rft.datamodule import RFTDataModule as RFTDataModule
     from lightning_rft.errors import AgreementError as AgreementError
     from lightning_rft.errors import ConfigurationError as ConfigurationError
+    from lightning_rft.errors import ContextFull as ContextFull
     from lightning_rft.errors import DeadlineError as DeadlineError
     from lightning_rft.errors import ExplorerError as ExplorerError
     from lightning_rft.errors import NonFiniteError as NonFiniteError
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from lightning_rft.explorer.engines.vllm import VLLMEngine as VLLMEngine
     from lightning_rft.explorer.pool import ExplorerPool as ExplorerPool
     from lightning_rft.explorer.workflows.policy import Policy as Policy
+    from lightning_rft.explorer.workflows.reply import Reply as Reply
     from lightning_rft.explorer.workflows.single_turn import SingleTurn as SingleTurn
     from lightning_rft.monitor.samples import SamplesCallback as SamplesCallback
     from lightning_rft.monitor.timeline import TimelineCallback as TimelineCallback
@@ -114,6 +116,7 @@ _MODULES = {
     "lightning_rft.errors": [
         "AgreementError",
         "ConfigurationError",
+        "ContextFull",
         "DeadlineError",
         "ExplorerError",
         "NonFiniteError",
@@ -129,6 +132,7 @@ _MODULES = {
     "lightning_rft.explorer.engines.transformers": ["TransformersEngine"],
     "lightning_rft.explorer.engines.vllm": ["VLLMEngine"],
     "lightning_rft.explorer.workflows.policy": ["Policy"],
+    "lightning_rft.explorer.workflows.reply": ["Reply"],
     "lightning_rft.explorer.workflows.single_turn": ["SingleTurn"],
     "lightning_rft.monitor.samples": ["SamplesCallback"],
     "lightning_rft.monitor.timeline": ["TimelineCallback"],

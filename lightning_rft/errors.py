@@ -3,6 +3,7 @@
 __all__ = [
     "AgreementError",
     "ConfigurationError",
+    "ContextFull",
     "DeadlineError",
     "ExplorerError",
     "LinkError",
@@ -21,6 +22,10 @@ class RFTError(Exception):
 
 class ConfigurationError(RFTError, ValueError):
     """A setting, or a combination of settings, cannot work; raised before any process starts if possible."""
+
+
+class ContextFull(ConfigurationError):
+    """The prompt of a call and ``max_new_tokens`` do not fit the engine's context; a workflow may go on without it."""
 
 
 class ScheduleError(RFTError, RuntimeError):

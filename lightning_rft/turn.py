@@ -170,6 +170,15 @@ class Turn(_Packed):
         if set(lengths.values()) != {self.num_tokens}:
             raise ConfigurationError(f"Turn has {self.num_tokens} token_ids but {lengths}: give one of each per token")
 
+    def placed(self, parent: int | None, reward: float | None) -> Turn:
+        """The same turn with another parent and reward."""
+        return type(self)(*self.packed()[:7], parent, reward, *self.packed()[9:])
+
+    def extends(self, earlier: Turn) -> bool:
+        """Whether the prompt begins with an earlier turn's prompt and answer, token for token."""
+        prompt = earlier._prompt_ids
+        return self._prompt_ids.startswith(prompt) and self._prompt_ids.startswith(earlier._token_ids, len(prompt))
+
     @property
     def prompt_ids(self) -> NDArray[np.int32]:
         """Token ids that the policy was given, int32."""

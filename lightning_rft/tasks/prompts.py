@@ -7,9 +7,23 @@ from typing import Any
 
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["Prompt", "encode_prompt", "encode_prompts", "ends_open", "is_rendered", "prompt_problem", "text_problem"]
+__all__ = [
+    "Prompt",
+    "check_prompt",
+    "encode_after",
+    "encode_later",
+    "encode_prompt",
+    "encode_prompts",
+    "ends_open",
+    "is_rendered",
+    "plain_message",
+    "prompt_problem",
+    "text_problem",
+]
 
 Prompt = str | Sequence[Mapping[str, Any]]
+
+_MARK = "<<the-answer-was-here>>"
 
 
 def prompt_problem(prompt: Any) -> str | None:
@@ -35,27 +49,41 @@ def text_problem(text: str, name: str) -> str | None:
     return None
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, template: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+def check_prompt(prompt: Any) -> None:
+    """Raises ConfigurationError for what is no prompt."""
+    problem = prompt_problem(prompt)
+    if problem:
+        raise ConfigurationError(f"{problem}; give text, or chat messages with `role` and `content`")
+
+
+def encode_prompt(
+    tokenizer: Any,
+    prompt: Prompt,
+    template: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[int, ...]:
     """Token ids of a prompt; see :func:`encode_prompts`."""
-    return encode_prompts(tokenizer, [prompt], template)[0]
+    return encode_prompts(tokenizer, [prompt], template, tools)[0]
 
 
 def encode_prompts(
-    tokenizer: Any, prompts: Sequence[Prompt], template: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    template: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[tuple[int, ...]]:
     """Token ids of prompts: plain text as it is, chat messages through the tokenizer's chat template.
 
-    ``template`` holds variables of the template. A last message of the assistant is the beginning of the answer. Text
-    that begins with the token for the beginning of a sequence is rendered already, and gets no second one.
+    ``template`` holds variables of the template, ``tools`` what it says of tools. A last message of the assistant is
+    the beginning of the answer. Text that begins with the token for the beginning of a sequence is rendered already,
+    and gets no second one.
 
     Raises:
         ConfigurationError: One is no prompt, or the template refuses it.
     """
     alike: dict[tuple[bool, bool], list[int]] = {}
     for index, prompt in enumerate(prompts):
-        problem = prompt_problem(prompt)
-        if problem:
-            raise ConfigurationError(f"{problem}; give text, or chat messages with `role` and `content`")
+        check_prompt(prompt)
         kind = isinstance(prompt, str), ends_open(prompt) or is_rendered(tokenizer, prompt)
         alike.setdefault(kind, []).append(index)
     ids: list[tuple[int, ...]] = [()] * len(prompts)
@@ -64,7 +92,10 @@ def encode_prompts(
         if plain:
             encoded = _encode_texts(tokenizer, alike_ones, special)
         else:
-            encoded = _encode_chats(tokenizer, alike_ones, special, template or {})
+            chats = [
+                [plain_message(message) for message in chat if not isinstance(message, str)] for chat in alike_ones
+            ]
+            encoded = _apply(tokenizer, chats, special, template, tools)
         for index, of_one in zip(indices, encoded, strict=True):
             ids[index] = tuple(of_one)
     return ids
@@ -76,11 +107,43 @@ def is_rendered(tokenizer: Any, prompt: Prompt) -> bool:
     return isinstance(prompt, str) and begin is not None and prompt.startswith(begin)
 
 
+def encode_after(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    index: int,
+    template: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int] | None:
+    """Token ids of what the chat template puts after the content of one message; None if it does not tell.
+
+    The message is rendered as a mark alone: its tokens are known, and calls of tools are among them.
+    """
+    marked = [plain_message(message) for message in messages]
+    marked[index] = {"role": marked[index]["role"], "content": _MARK}
+    try:
+        (text,) = _apply(tokenizer, [marked], ends_open(marked), template, tools, tokenize=False)
+    except ConfigurationError:
+        return None
+    _, *behind = text.split(_MARK)
+    return encode_later(tokenizer, behind[0]) if len(behind) == 1 else None
+
+
+def encode_later(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text that does not begin a sequence."""
+    # Behind a token, since some tokenizers put a space in front of the beginning of a text.
+    anchor: str = getattr(tokenizer, "eos_token", None) or ""
+    ids: list[int] = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
+    if not anchor or ids[0] == tokenizer.eos_token_id:
+        return ids[1:] if anchor else ids
+    plainly: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return plainly
+
+
 def ends_open(prompt: Prompt) -> bool:
     """Whether a prompt ends with the beginning of the answer."""
     if isinstance(prompt, str):
         return False
-    last = _plain(prompt[-1])
+    last = plain_message(prompt[-1])
     return last["role"] == "assistant" and bool(str(last["content"]).strip()) and not last.get("tool_calls")
 
 
@@ -89,29 +152,36 @@ def _encode_texts(tokenizer: Any, texts: Sequence[Prompt], rendered: bool) -> Se
     return ids
 
 
-def _encode_chats(
-    tokenizer: Any, chats: Sequence[Prompt], continues: bool, template: Mapping[str, Any]
-) -> Sequence[Sequence[int]]:
+def _apply(
+    tokenizer: Any,
+    chats: Sequence[Any],
+    continues: bool,
+    template: Mapping[str, Any] | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    tokenize: bool = True,
+) -> Any:
+    """What the chat template makes of conversations: lists of token ids, or texts."""
     if not tokenizer.chat_template:
         raise ConfigurationError(
             "the tokenizer has no chat template for chat messages: set tokenizer.chat_template and save it, or give "
             "plain text"
         )
-    messages = [[_plain(message) for message in chat if not isinstance(message, str)] for chat in chats]
     try:
-        ids: Sequence[Sequence[int]] = tokenizer.apply_chat_template(
-            messages,
+        return tokenizer.apply_chat_template(
+            chats,
+            tools=list(tools) if tools else None,
+            tokenize=tokenize,
             add_generation_prompt=not continues,
             continue_final_message=continues,
             return_dict=False,
-            **template,
+            **template or {},
         )
     except Exception as error:  # jinja's, or whatever a template's own code runs into
         raise ConfigurationError(
             f"the tokenizer's chat template refuses the messages ({type(error).__name__}: {error}): give it the roles "
             "that it takes, in the order that it wants"
         ) from error
-    return ids
 
 
 def _message_problem(message: Any, name: str) -> str | None:
@@ -131,9 +201,9 @@ def _message_problem(message: Any, name: str) -> str | None:
     return next((problem for part in parts if (problem := text_problem(part["text"], name))), None)
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as every template takes it: its content as text, and no key without a value."""
     plain = {key: value for key, value in message.items() if value is not None}
     content = plain.get("content", "")
-    plain["content"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    plain["content"] = str(content) if isinstance(content, str) else "".join(part["text"] for part in content)
     return plain
