@@ -1,8 +1,10 @@
-"""Token rows for the trainer's forward pass: the samples of a group share one copy of their prompt.
+"""Token rows for the trainer's forward pass: what the calls of a group have in common is computed once.
 
-A shared row is ``prompt | completion 1 | completion 2 | ...`` under a mask by which a completion sees the prompt and
-itself, with positions that continue from the prompt's end each time. What the model computes for every token is what
-it computes on a row of its own, for two to four times fewer tokens.
+A call whose prompt extends another call's prompt and answer lies in the same row, since a token of a causal model sees
+nothing that follows it. What the prompt adds, a tool's result for example, is read and not trained. Calls of a group
+that go different ways may share a row too: a tree of tokens, depth first (``prompt | completion 1 | completion 2``),
+under a mask by which a token sees its ancestors, with positions that continue from the fork each time. What the model
+computes for every token is what it computes on a row of its own.
 """
 
 from __future__ import annotations
@@ -10,24 +12,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Truncation, Turn
 from lightning_rft.sampling import MAX_SUPPORT
+from lightning_rft.trainer.layout import layout
+from lightning_rft.trainer.lines import find_lines
 
-__all__ = ["Packed", "columns", "pack", "shares_prompts"]
-
-_CAUSAL = 0.5  # time of causal attention, for which the kernels are made, over that of attention with a mask
-_WORTH = 0.95  # of the time of ordinary rows; for less gain they stay
-# Of a shared row's mask: one of 32k tokens in half precision. Rows that are computed sooner, as far as that, need less
-# memory too, the mask included; wider ones have not been thought through.
-_MASK_BYTES = 2**31
+__all__ = ["Packed", "pack", "shares_prompts"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def pack(
 ) -> Packed:
     """Lays groups of turns out in rows; trained tokens keep the order of the turns.
 
-    With ``shared``, turns of a group with the same prompt share a row where that is cheaper, which is exact only for
+    With ``shared``, turns of a group that begin alike share a row where that is cheaper, which is exact only for
     models that :func:`shares_prompts` accepts. ``mask_dtype`` is that of the attention queries, ``balance`` the length
     of a shared row, in tokens, at which attention takes as long as the rest of the model; the width of shared rows is a
     multiple of ``multiple``. Raises ``ValueError`` if no turn has a sampled token, or one that has was given an empty
@@ -80,42 +78,33 @@ def pack(
         >>> packed.keep, packed.column, packed.target
         (tensor([1, 2, 3]), tensor([0, 1, 0, 2]), tensor([7, 8, 9, 4]))
     """
-    sampled = _sampled(turns)
+    sampled = [[turn for turn in group if turn.num_tokens] for group in turns]
     flat = [turn for group in sampled for turn in group]
     if not flat:
         raise ValueError("nothing to pack: no turn has a sampled token")
     for turn in flat:
-        if not len(turn.prompt_ids):
-            raise ValueError("a turn has an empty prompt: there is no position to predict its first token from")
-        if not turn.temperature > 0:
-            raise ConfigurationError(
-                f"experience that was sampled at temperature={turn.temperature} cannot be trained with: "
-                "log-probabilities need a temperature above 0"
-            )
-        if turn.support is None and turn.sampling != Truncation():
-            raise ConfigurationError(
-                f"experience that was sampled with {turn.sampling}, but without the tokens to choose from, cannot be "
-                f"trained with: sample with top_k from 1 to {MAX_SUPPORT}"
-            )
-    row, width = _layout(sampled, shared, mask_dtype, balance, multiple)
-    shared = len(set(row)) < len(row)
-
-    rows = [_Row() for _ in set(row)]
-    column: list[np.ndarray] = []
-    for turn, r in zip(flat, row, strict=True):
-        column.append(rows[r].add(turn))
+        _check(turn)
+    lines = find_lines(sampled)
+    chosen = layout(lines, shared=shared, mask_dtype=mask_dtype, balance=balance, multiple=multiple)
+    rows = [_Row(chosen.width, pad_id) for _ in range(chosen.rows)]
+    places: dict[int, tuple[int, NDArray[np.int64]]] = {}  # row of each turn, and columns that predict its tokens
+    for members, r, common in zip(lines.turns, chosen.row, chosen.common, strict=True):
+        path = rows[r].add(flat[members[-1]], common)
+        for index in members:
+            first = len(flat[index].prompt_ids) - 1
+            places[index] = r, path[first : first + flat[index].num_tokens]
+    row, column = zip(*(places[index] for index in range(len(flat))), strict=True)
     lengths = torch.tensor([turn.num_tokens for turn in flat])
     keep, kept = torch.unique(torch.from_numpy(np.concatenate(column)), return_inverse=True)
-    input_ids = _rectangle([row.ids for row in rows], width, pad_id)
-    if shared:
-        position_ids = _rectangle([row.positions for row in rows], width, 0)
-        attention_mask = _additive_mask(_rectangle([row.segments for row in rows], width, -1), mask_dtype)
+    if chosen.shared:
+        position_ids = _stacked([one.positions for one in rows])
+        attention_mask = _additive_mask(_stacked([one.ends for one in rows]), mask_dtype)
     else:
-        position_ids = torch.arange(width).repeat(len(input_ids), 1)
+        position_ids = torch.arange(chosen.width).repeat(len(rows), 1)
         attention_mask = None
     target = np.concatenate([turn.token_ids for turn in flat])
     return Packed(
-        input_ids=input_ids,
+        input_ids=_stacked([one.ids for one in rows]),
         position_ids=position_ids,
         attention_mask=attention_mask,
         keep=keep,
@@ -129,101 +118,43 @@ def pack(
     )
 
 
-def columns(
-    turns: Sequence[Sequence[Turn]],
-    *,
-    shared: bool,
-    mask_dtype: torch.dtype = torch.float32,
-    balance: float = 3000.0,
-    multiple: int = 1,
-) -> int:
-    """Columns of all rows, padding included, that :func:`pack` lays groups of turns out in; 0 for no sampled token."""
-    sampled = _sampled(turns)
-    if not any(sampled):
-        return 0
-    row, width = _layout(sampled, shared, mask_dtype, balance, multiple)
-    return len(set(row)) * width
+def _check(turn: Turn) -> None:
+    if not len(turn.prompt_ids):
+        raise ValueError("a turn has an empty prompt: there is no position to predict its first token from")
+    if not turn.temperature > 0:
+        raise ConfigurationError(
+            f"experience that was sampled at temperature={turn.temperature} cannot be trained with: "
+            "log-probabilities need a temperature above 0"
+        )
+    if turn.support is None and turn.sampling != Truncation():
+        raise ConfigurationError(
+            f"experience that was sampled with {turn.sampling}, but without the tokens to choose from, cannot be "
+            f"trained with: sample with top_k from 1 to {MAX_SUPPORT}"
+        )
 
 
 class _Row:
-    """A row to which turns with the same prompt are added."""
+    """A row to which lines are added, depth first."""
 
-    def __init__(self) -> None:
-        self.ids: list[np.ndarray] = []
-        self.positions: list[np.ndarray] = []
-        self.segments: list[np.ndarray] = []  # 0: the prompt, s > 0: the row's s-th completion
-        self._width = 0
+    def __init__(self, width: int, pad_id: int) -> None:
+        self.ids = np.full(width, pad_id, dtype=np.int64)
+        self.positions = np.zeros(width, dtype=np.int64)
+        #: The first column behind those that see each one; padding is seen by itself, so that no softmax is empty: that
+        #: would be NaN, in the gradient too.
+        self.ends = np.arange(1, width + 1)
+        self._path = np.empty(0, dtype=np.int64)
+        self._used = 0
 
-    def add(self, turn: Turn) -> np.ndarray:
-        """Adds a turn; returns the columns that predict its tokens."""
-        prompt, read = len(turn.prompt_ids), turn.num_tokens - 1  # nothing is predicted from the last token
-        if not self.ids:
-            self._append(turn.prompt_ids, first=0)
-        start = self._width
-        self._append(turn.token_ids[:-1], first=prompt)
-        return np.concatenate([[prompt - 1], np.arange(start, start + read)])
-
-    def _append(self, ids: np.ndarray, first: int) -> None:
-        self.segments.append(np.full(len(ids), len(self.ids)))
-        self.positions.append(np.arange(first, first + len(ids)))
-        self.ids.append(ids)
-        self._width += len(ids)
-
-
-def _sampled(groups: Sequence[Sequence[Turn]]) -> list[list[Turn]]:
-    return [[turn for turn in group if turn.num_tokens] for group in groups]
-
-
-def _layout(
-    groups: Sequence[Sequence[Turn]], shared: bool, mask_dtype: torch.dtype, balance: float, multiple: int
-) -> tuple[list[int], int]:
-    """The row of each turn, of all groups in order, and the width of the rows, in the layout computed soonest."""
-    flat = [turn for group in groups for turn in group]
-    prompts = [len(turn.prompt_ids) for turn in flat]
-    lengths = [turn.num_tokens - 1 for turn in flat]  # nothing is predicted from the last token
-    widest = max(prompt + length for prompt, length in zip(prompts, lengths, strict=True))
-    best = list(range(len(flat))), widest
-    if not shared:
-        return best
-    members: dict[tuple[int, bytes], list[int]] = {}  # turns with the same prompt, group by group
-    group_of = [number for number, group in enumerate(groups) for _ in group]
-    for index, turn in enumerate(flat):
-        members.setdefault((group_of[index], turn.prompt_ids.tobytes()), []).append(index)
-    alike = list(members.values())
-    least = _WORTH * len(flat) * widest * (balance + _CAUSAL * widest)
-    # All rows are as wide as the widest, so what is chosen is that width: where some row is just full.
-    full = [prompts[some[0]] + columns for some in alike for columns in accumulate(lengths[index] for index in some)]
-    widths = np.unique(-(-np.maximum(full, widest) // multiple) * multiple)
-    widths = widths[widths**2 * mask_dtype.itemsize <= _MASK_BYTES]
-    # From the least number of rows at each width follows which are not worth filling.
-    room = widths[:, None] - [prompts[some[0]] for some in alike]
-    total = np.array([sum(lengths[index] for index in some) for some in alike])
-    fewest = np.maximum(1, -(-total // np.maximum(room, 1))).sum(1)
-    bounds = fewest * widths * (balance + widths)
-    for bound, width in sorted(zip(bounds.tolist(), widths.tolist(), strict=True)):
-        if bound >= least:
-            break
-        row = _fill(alike, prompts, lengths, width)
-        rows = max(row) + 1
-        cost = rows * width * (balance + width)
-        if cost < least:
-            best, least = (row, width), cost
-    return best
-
-
-def _fill(alike: Sequence[Sequence[int]], prompts: Sequence[int], lengths: Sequence[int], width: int) -> list[int]:
-    """The row of each turn, where a row takes what it can of turns with the same prompt within this width."""
-    row = [0] * len(prompts)
-    used: list[int] = []
-    for members in alike:
-        first = len(used)
-        for index in members:
-            r = next((r for r in range(first, len(used)) if used[r] + lengths[index] <= width), len(used))
-            if r == len(used):
-                used.append(prompts[index])
-            used[r] += lengths[index]
-            row[index] = r
-    return row
+    def add(self, turn: Turn, common: int) -> NDArray[np.int64]:
+        """Adds a turn's line, of which the first columns are those of the line before; returns all of its columns."""
+        line = np.concatenate([turn.prompt_ids, turn.token_ids[:-1]])
+        new = np.arange(self._used, self._used + len(line) - common)
+        self._path = np.concatenate([self._path[:common], new])
+        self._used += len(new)
+        self.ids[new] = line[common:]
+        self.positions[new] = np.arange(common, len(line))
+        self.ends[self._path] = self._used
+        return self._path
 
 
 def _supports(turns: Sequence[Turn], target: np.ndarray) -> Tensor:
@@ -242,23 +173,14 @@ def _choices(turn: Turn) -> tuple[np.ndarray, np.ndarray]:
     return np.ones(turn.num_tokens, np.int32), np.full(turn.num_tokens, -1, np.int32)
 
 
-def _rectangle(rows: Sequence[Sequence[np.ndarray]], width: int, fill: int) -> Tensor:
-    """Rows that are given in parts as one int64 tensor, filled up on the right."""
-    filled = np.full((len(rows), width), fill)
-    for target, parts in zip(filled, rows, strict=True):
-        values = np.concatenate(parts)
-        target[: len(values)] = values
-    return torch.from_numpy(filled)
+def _stacked(rows: Sequence[NDArray[np.int64]]) -> Tensor:
+    return torch.from_numpy(np.stack(rows))
 
 
-def _additive_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, L] segments (-1 in padding) to [R, 1, L, L]."""
-    length = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    # Padding sees itself, so that no row of the softmax is empty: that would be NaN, in the gradient too.
-    itself = torch.eye(length, dtype=torch.bool)
-    allowed = itself | (causal & (query >= 0) & ((key == 0) | (key == query)))
+def _additive_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R, L], the column before which the last that sees each one lies, to [R, 1, L, L]."""
+    query = torch.arange(ends.shape[1])[:, None]
+    allowed = (query >= query.T) & (query < ends[:, None])
     mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype)
     return mask.masked_fill_(allowed, 0.0)[:, None]
 

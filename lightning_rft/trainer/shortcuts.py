@@ -13,9 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_rft.experience import Turn
+from lightning_rft.trainer.layout import layout
 from lightning_rft.trainer.linear_logprobs import LogitTransform
+from lightning_rft.trainer.lines import Lines
 from lightning_rft.trainer.logprobs import kept_logits, replaced_forward, token_logprobs
-from lightning_rft.trainer.packing import Packed, columns, pack, shares_prompts
+from lightning_rft.trainer.packing import Packed, pack, shares_prompts
 
 __all__ = ["FastPath", "probe"]
 
@@ -51,9 +53,9 @@ class FastPath:
         """Packs turns into rows; see :func:`~lightning_rft.trainer.packing.pack`."""
         return pack(turns, shared=self.shared, **self._layout)
 
-    def columns(self, turns: Sequence[Sequence[Turn]]) -> int:
-        """Columns of all rows, padding included, that :meth:`pack` lays turns out in."""
-        return columns(turns, shared=self.shared, **self._layout)
+    def columns(self, lines: Lines) -> int:
+        """Columns of all rows, padding included, that :meth:`pack` lays the turns of these lines out in."""
+        return layout(lines, shared=self.shared, **self._layout).columns
 
     @property
     def _layout(self) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 import lightning_rft as rft
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
+from lightning_rft.trainer.lines import Lines, find_lines
 from lightning_rft.trainer.micro_batches import by_group, micro_batches, split_samples
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.passes import with_drift
-from lightning_rft.trainer.weighted import sampled_turns, token_batch, weighted_turns
+from lightning_rft.trainer.weighted import WeightedTurn, sampled_turns, token_batch, weighted_turns
+from tests.trainer.agents import agents, lines_of
 from tests.training_step import SteppedModule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,6 +66,29 @@ def make_batch(seed: int) -> list[Group]:
     return groups
 
 
+def make_agents(seed: int) -> list[Group]:
+    """Groups of samples whose calls make trees; calls of different samples are equal or go on from one another."""
+    draw = random.Random(seed)
+    groups = []
+    for slot in range(draw.randint(1, 3)):
+        turns = [
+            Turn(
+                turn.prompt_ids,
+                turn.token_ids,
+                [-draw.uniform(4.2, 5.2) for _ in range(turn.num_tokens)],
+                (0,) * turn.num_tokens,
+                draw.choice(["stop", "stop", "length"]),
+                reward=draw.choice([None, 1.0]),
+            )
+            for turn in agents(draw, ids=range(5, 9))
+        ]
+        cuts = sorted(draw.randint(0, len(turns)) for _ in range(2))
+        samples = [turns[: cuts[0]], turns[cuts[0] : cuts[1]], turns[cuts[1] :]]
+        made = [Experience(str(slot), i, tuple(some), float(draw.randint(0, 2))) for i, some in enumerate(samples)]
+        groups.append(Group(GroupKey(0, slot), str(slot), tuple(sample for sample in made if sample.turns)))
+    return groups
+
+
 def first_with(turn: Turn, prompt: Any) -> Turn:
     return Turn(tuple(prompt), turn.token_ids, turn.logprobs, turn.versions, turn.finish_reason, reward=turn.reward)
 
@@ -85,6 +110,7 @@ def modules(tiny_model_path: Path) -> dict[str, SteppedModule]:
 @settings(deadline=None, max_examples=12)
 @given(
     seed=st.integers(0, 10**6),
+    make=st.sampled_from([make_batch, make_agents]),
     kind=st.sampled_from(["shared", "ordinary"]),
     max_tokens=st.sampled_from([None, 1, 20, 60]),
     parts=st.sampled_from([1, 2, 4]),
@@ -94,12 +120,13 @@ def test_no_cut_changes_the_gradient(
     objective: Objective,
     modules: dict[str, SteppedModule],
     seed: int,
+    make: Callable[[int], list[Group]],
     kind: str,
     max_tokens: int | None,
     parts: int,
     order: random.Random,
 ) -> None:
-    groups = make_batch(seed)
+    groups = make(seed)
     whole, other = modules["shared"], modules[kind]
     whole.objective = other.objective = objective
     gradient = whole.step(groups)
@@ -121,38 +148,89 @@ def test_a_batch_is_cut_as_finely_as_its_tokens_ask_for(modules: dict[str, Stepp
     assert module.trainer.micro_batches == 1
     module.step(groups, max_tokens=1)
     turns = weighted_turns(groups, module.objective, max_new_tokens=16)
-    assert module.trainer.micro_batches >= len(turns) > 1
+    assert module.trainer.micro_batches == sum(len(lines_of(group)) for group in by_group(turns)) > 1
 
 
 # The pure parts
 
-COLUMNS: Callable[[list[list[Turn]]], int] = lambda groups: sum(  # noqa: E731
-    len(turn.prompt_ids) + turn.num_tokens for group in groups for turn in group
+COLUMNS: Callable[[Lines], int] = lambda lines: int(lines.lengths.sum())  # noqa: E731
+
+
+def begun(pieces: list[list[WeightedTurn]]) -> int:
+    """Columns of all lines, each in as many micro-batches as have turns that lie in it."""
+    return sum(len(line) for piece in pieces for group in by_group(piece) for line in lines_of(group))
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    make=st.sampled_from([make_batch, make_agents]),
+    shares=st.integers(1, 5),
+    max_tokens=st.sampled_from([None, 1, 12, 40]),
+    shared=st.booleans(),
 )
+def test_every_turn_is_in_one_micro_batch_and_shares_are_alike(
+    seed: int, make: Callable[[int], list[Group]], shares: int, max_tokens: int | None, shared: bool
+) -> None:
+    turns = sampled_turns(make(seed))
+    cuts = micro_batches(turns, shares, max_tokens=max_tokens, columns=COLUMNS, shared=shared)
+    assert len(cuts) == shares
+    assert len({len(cut) for cut in cuts}) == 1
+    assert len(cuts[0]) <= max(1, -(-len(turns) // shares)), "none is empty but to make shares alike"
+    pieces = [piece for cut in cuts for piece in cut]
+    dealt = [id(turn.turn) for piece in pieces for turn in piece]
+    assert sorted(dealt) == sorted(id(turn.turn) for turn in turns)
+    assert begun(pieces) == begun([turns]), "no line is cut"
+    if max_tokens is not None:
+        assert all(len(lines) < 2 or COLUMNS(lines) <= max_tokens for lines in map(find_lines, map(by_group, pieces)))
 
 
-@given(seed=st.integers(0, 10**6), shares=st.integers(1, 5), max_tokens=st.sampled_from([None, 1, 12, 40]))
-def test_every_turn_is_in_one_micro_batch_and_shares_are_alike(seed: int, shares: int, max_tokens: int | None) -> None:
-    turns = sampled_turns(make_batch(seed))
+def test_a_conversation_is_moved_whole_and_forks_are_not_held_together() -> None:
+    texts = [((1,), (2, 3)), ((1, 2, 3, 4), (5,)), ((1, 2, 3, 4, 5, 6), (7, 8)), ((1, 2, 9), (9, 9)), ((1,), (7, 7))]
+    turns = [Turn(prompt, tokens, (0,) * len(tokens), (0,) * len(tokens), "stop") for prompt, tokens in texts]
+    weighted = [WeightedTurn(turn, 0, sample, 1) for sample, turn in zip((0, 0, 0, 0, 1), turns, strict=True)]
     for shared in (False, True):
-        cuts = micro_batches(turns, shares, max_tokens=max_tokens, columns=COLUMNS, shared=shared)
-        assert len(cuts) == shares
-        assert len({len(cut) for cut in cuts}) == 1
-        assert len(cuts[0]) <= max(1, -(-len(turns) // shares)), "none is empty but to make shares alike"
-        dealt = [id(turn.turn) for cut in cuts for piece in cut for turn in piece]
-        assert sorted(dealt) == sorted(id(turn.turn) for turn in turns)
-        if max_tokens is not None:
-            pieces = [piece for cut in cuts for piece in cut]
-            assert all(len(piece) < 2 or COLUMNS(by_group(piece)) <= max_tokens for piece in pieces)
+        (pieces,) = micro_batches(weighted, 1, max_tokens=1, columns=COLUMNS, shared=shared)
+        assert [[turns.index(turn.turn) for turn in piece] for piece in pieces] == [[0, 1, 2], [3], [4]]
+        # one rank computes the conversation of 7 columns, the other the lines of 4 and 2
+        shares = micro_batches(weighted, 2, max_tokens=None, columns=COLUMNS, shared=shared)
+        assert [[turns.index(turn.turn) for turn in piece] for (piece,) in shares] == [[0, 1, 2], [3, 4]]
 
 
-@given(seed=st.integers(0, 10**6), shares=st.integers(2, 5))
-def test_shares_have_about_as_many_tokens(seed: int, shares: int) -> None:
-    turns = sampled_turns(make_batch(seed))
-    cuts = micro_batches(turns, shares, max_tokens=None, columns=COLUMNS, shared=True)
-    tokens = [sum(turn.turn.num_tokens for piece in cut for turn in piece) for cut in cuts]
-    longest = max((turn.turn.num_tokens for turn in turns), default=0)
-    assert max(tokens) - min(tokens) <= 2 * longest
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), shares=st.integers(2, 4), shared=st.booleans())
+def test_shares_have_about_as_many_columns(seed: int, shares: int, shared: bool) -> None:
+    draw = random.Random(seed)
+    turns = []
+    for group in range(16):
+        prompt, longest = range(draw.choice([5, 20])), draw.choice([5, 40])
+        for sample in range(8):
+            turn = make_turn(draw, longest)
+            turns.append(WeightedTurn(first_with(turn, prompt), group, 8 * group + sample, turn.num_tokens))
+    cuts = micro_batches(
+        [turn for turn in turns if turn.turn.num_tokens], shares, max_tokens=None, columns=COLUMNS, shared=shared
+    )
+    costs = [columns_of(piece, shared) for cut in cuts for piece in cut]
+    assert len(costs) == shares
+    # a line more or less on either side, and prompts of groups that are cut
+    assert max(costs) - min(costs) <= 2 * 60 + 2 * 20
+
+
+def test_a_long_prompt_is_divided_among_the_lines_that_begin_with_it() -> None:
+    turns = [
+        WeightedTurn(Turn(range(1000), range(token, token + 101), (0,) * 101, (0,) * 101, "stop"), 0, token, 101)
+        for token in range(8)
+    ]
+    (one,), (other,) = micro_batches(turns, 2, max_tokens=None, columns=COLUMNS, shared=True)
+    assert columns_of(one, shared=True) == columns_of(other, shared=True) == 1400
+
+
+def columns_of(piece: list[WeightedTurn], shared: bool) -> int:
+    """Columns of a micro-batch's lines, or of its trees."""
+    texts = [line for group in by_group(piece) for line in lines_of(group)]
+    if not shared:
+        return sum(map(len, texts))
+    trees = (lines_of(group) for group in by_group(piece))
+    return sum(len({line[:end] for line in tree for end in range(1, len(line) + 1)}) for tree in trees)
 
 
 @given(seed=st.integers(0, 10**6))

@@ -8,6 +8,7 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCaus
 
 from lightning_rft.trainer import shortcuts as module
 from lightning_rft.trainer.linear_logprobs import LogitTransform
+from lightning_rft.trainer.lines import find_lines
 from lightning_rft.trainer.logprobs import kept_logits, replaced_forward, token_logprobs
 from lightning_rft.trainer.packing import pack
 from lightning_rft.trainer.shortcuts import probe
@@ -144,7 +145,7 @@ def test_made_up_row_is_as_long_as_real_ones(groups):
     model.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    probe(model, [[turn(range(3, 43), 20)] * 3], attn_implementation="sdpa")
+    probe(model, [[turn(range(3, 43), 20) for _ in range(3)]], attn_implementation="sdpa")
     assert (1, 40 + 3 * 19) in widths
 
 
@@ -163,7 +164,7 @@ def test_first_step_under_autocast_has_a_gradient(groups):
 def test_columns_are_those_of_the_rows(name, groups):
     path = probe(build(EXACT_HEADS[name]), groups, attn_implementation="sdpa")
     for turns in (groups, groups[:1], groups[1:], [[]]):
-        assert path.columns(turns) == (path.pack(turns).input_ids.numel() if any(turns) else 0)
+        assert path.columns(find_lines(turns)) == (path.pack(turns).input_ids.numel() if any(turns) else 0)
 
 
 def test_mask_has_the_dtype_of_the_queries():

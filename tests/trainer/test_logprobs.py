@@ -2,9 +2,12 @@
 
 import contextlib
 import itertools
+import random
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import assume, given, settings
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -25,6 +28,7 @@ from lightning_rft.trainer import linear_logprobs as module
 from lightning_rft.trainer.linear_logprobs import LogitTransform
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.packing import pack, shares_prompts
+from tests.trainer.agents import agents
 
 SIZES = {
     "vocab_size": 97,
@@ -141,6 +145,22 @@ def test_packed_rows_are_exact(name, shared, attention, groups):
     assert shares_prompts(model.config, attention)
     groups = warmed(groups)
     logprobs, entropy = token_logprobs(model, pack(groups, shared=shared))
+    expected, expected_entropy = plain(model, groups)
+    torch.testing.assert_close(logprobs, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(entropy, expected_entropy, atol=2e-5, rtol=0)
+    assert_same_gradients(gradients(model, logprobs), gradients(model, expected))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "ordinary"])
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_trees_of_calls_are_exact(shared, seed):
+    draw = random.Random(seed)
+    trees = [agents(draw, ids=range(3, 9)) for _ in range(2)]
+    groups = warmed([[call for call in tree if call.num_tokens] for tree in trees])
+    assume(any(groups))
+    model = build(CONFIGS["llama"])
+    logprobs, entropy = token_logprobs(model, pack(groups, shared=shared, balance=1e9))
     expected, expected_entropy = plain(model, groups)
     torch.testing.assert_close(logprobs, expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(entropy, expected_entropy, atol=2e-5, rtol=0)
