@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import lightning_rft as rft
 from lightning_rft.model_folder import Pretrained
 from lightning_rft.report.gathered import _tokenizer
 from lightning_rft.testing import tiny_model
+from tests.hub import on_the_hub, with_own_code
 from tests.trainer_and_data import pool_of, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,45 +38,6 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules)
     monkeypatch.setattr(sys, "path", [*sys.path])
     return cache
-
-
-def with_own_code(folder: Path, scale: float, **settings: Any) -> Path:
-    """A tiny model whose own code multiplies a llama's logits."""
-    tiny_model(folder, **settings)
-    config = json.loads((folder / "config.json").read_text())
-    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": code}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "configuration_own.py").write_text(
-        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
-    )
-    (folder / "modeling_own.py").write_text(
-        f"""from transformers import LlamaForCausalLM
-from .configuration_own import OwnConfig
-
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-    scale = {scale}
-
-    def forward(self, *inputs, **settings):
-        output = super().forward(*inputs, **settings)
-        output.logits = output.logits * self.scale
-        return output
-"""
-    )
-    return folder
-
-
-def on_the_hub(cache: Path, revisions: dict[str, Path]) -> str:
-    """Puts folders into the hub's cache as the revisions of one model."""
-    repository = cache / "models--owner--name"
-    (repository / "refs").mkdir(parents=True)
-    for index, (revision, folder) in enumerate(revisions.items()):
-        commit = f"{index + 1:040x}"
-        (repository / "refs" / revision).write_text(commit)
-        shutil.copytree(folder, repository / "snapshots" / commit)
-    return "owner/name"
 
 
 def logprobs(policy: Any) -> list[float]:
@@ -138,31 +98,28 @@ def test_a_run_with_a_revision_and_a_token(tmp_path: Path, hub_cache: Path, monk
     name = on_the_hub(hub_cache, {"main": newest, "v1": before})
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     chat = [{"role": "user", "content": "1+1="}]
-    explored = data(
-        tasks=[{"prompt": chat}] * 2,
-        reward=lambda completion, task: len(completion) + 100.0 * ("HF_TOKEN" in os.environ),
-    )
+    explored = data(tasks=[{"prompt": chat}] * 2, reward=lambda completion, task: float("HF_TOKEN" in os.environ))
 
     def fit(revision: str | None, steps: int, resume: Path | None = None) -> rft.RFTModule:
         module = rft.RFTModule(name, revision=revision, trust_remote_code=True)
-        checkpoints = ModelCheckpoint(tmp_path / "run", every_n_train_steps=1, save_top_k=-1, filename="{step}")
-        logger = CSVLogger(tmp_path, "run", "")
+        checkpoints = ModelCheckpoint(every_n_train_steps=1, filename="{step}")
+        logger = CSVLogger(tmp_path, f"run-{revision}", "")
         trainer = quiet_trainer(tmp_path, rft.Synchronous(), checkpoints, logger=logger, max_steps=steps)
         trainer.fit(module, explored, ckpt_path=resume)
         return module
 
-    module = fit("v1", 1)
+    module, run = fit("v1", 1), tmp_path / "run-v1"
     assert module._policy.config.vocab_size == 128 and module._policy.scale == 2.0
-    (row, *_) = rft.read_buffer(tmp_path / "run" / "rft" / "buffer.sqlite")
+    (row, *_) = rft.read_buffer(run / "rft" / "buffer.sqlite")
     tokenizer = Pretrained(name, "v1").tokenizer()
-    assert row["prompt_ids"] == tokenizer("v1 1+1=")["input_ids"], row
-    assert row["reward"] >= 100, "explorers have the token"
-    assert _tokenizer(tmp_path / "run").chat_template == tokenizer.chat_template, "the report's"
+    assert row["prompt_ids"] == [tokenizer("v1 1+1=")["input_ids"]]
+    assert row["reward"] == 1.0, "explorers have the token"
+    assert _tokenizer(run).chat_template == tokenizer.chat_template, "the report's"
 
-    saved = tmp_path / "run" / "step=1.ckpt"
+    saved = run / "checkpoints" / "step=1.ckpt"
     settings = torch.load(saved, weights_only=True)["hyper_parameters"]
     assert settings["revision"] == "v1" and "trust_remote_code" not in settings
-    for file in filter(Path.is_file, (tmp_path / "run").rglob("*")):
+    for file in filter(Path.is_file, run.rglob("*")):
         assert TOKEN.encode() not in file.read_bytes(), file
 
     with pytest.raises(rft.ConfigurationError, match=r"revision=None, but the checkpoint is of 'owner/name' at .*'v1'"):
