@@ -20,7 +20,7 @@ from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.spec import ExplorerSpec, fitting_length
 from lightning_rft.explorer.workflows.policy import Workflow
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
-from lightning_rft.model_folder import check_model
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.renamed import refuses_old_names
@@ -179,13 +179,13 @@ class RFTDataModule(L.LightningDataModule):
             with StatusLine(self._trainer) as status:
                 several = "s" if self.explorers > 1 else ""
                 status.say(f"starting {self.explorers} explorer{several} ({type(self.engine).__name__})")
-                self._active.start(self._pool, self._spec(module.model))
+                self._active.start(self._pool, self._spec(module.pretrained))
 
-    def _spec(self, model: str) -> ExplorerSpec:
+    def _spec(self, model: Pretrained) -> ExplorerSpec:
         """What every explorer runs, once it is certain that it can."""
         assert self.reward is not None, "checked when it was set"
-        model = self.engine.model or model  # the trainer's, unless the engine names another
-        check_model(model)
+        model = model.other(self.engine.model)  # the trainer's, unless the engine names another
+        model.check()
         self.engine.check()
         sampled = [self.sampling, self.val_sampling] if self.val_tasks else [self.sampling]
         for sampling in sampled:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.spec import fitting_length
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.tasks.prompts import Prompt, encode_prompt, encode_prompts
 from lightning_rft.tasks.sources import as_tasks
 
@@ -91,7 +92,7 @@ def test_prompts_of_all_kinds_together_are_what_each_is_alone(tokenizer: Any) ->
 
 def length(model: Path, tasks: Sequence[Any], **changes: Any) -> int:
     settings: dict[str, Any] = {"max_new_tokens": 8, "max_model_len": None, "single_turn": True}
-    return fitting_length(str(model), as_tasks(tasks) if tasks else [], **settings | changes)
+    return fitting_length(Pretrained(str(model)), as_tasks(tasks) if tasks else [], **settings | changes)
 
 
 def test_a_template_that_refuses_a_role_names_the_task(tiny_model_path: Path, tmp_path: Path) -> None:

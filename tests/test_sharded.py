@@ -17,7 +17,7 @@ def test_a_shard_is_what_a_whole_policy_would_be(start_ranks: StartRanks, tmp_pa
         import torch.distributed as dist
         from pathlib import Path
         from torch.distributed.device_mesh import init_device_mesh
-        from lightning_rft.model_folder import checkpoint_weights
+        from lightning_rft.model_folder import Pretrained, checkpoint_weights
         from lightning_rft.trainer.gathering import Gathering
         from lightning_rft.trainer.loading import load_policy, load_sharded
         from tests.explorer.test_models import write
@@ -44,7 +44,8 @@ def test_a_shard_is_what_a_whole_policy_would_be(start_ranks: StartRanks, tmp_pa
                 folder.mkdir()
                 write(kind, folder, 0)
             dist.barrier()
-            plain, policy = load_policy(str(folder), None), load_sharded(str(folder), None, mesh, cpu)
+            model = Pretrained(str(folder))
+            plain, policy = load_policy(model, None), load_sharded(model, None, mesh, cpu)
             expected, found = computed(plain), computed(policy)
             assert torch.equal(found[0], expected[0]), kind
             assert all(torch.allclose(found[1][name], g, rtol=1e-5, atol=1e-6) for name, g in expected[1].items())
@@ -60,7 +61,7 @@ def test_a_shard_is_what_a_whole_policy_would_be(start_ranks: StartRanks, tmp_pa
             for info in gathering.manifest("bfloat16"):
                 assert torch.equal(arrived[info.same_as or info.name], named[info.name].bfloat16()), info
 
-            policy = load_sharded(str(folder), None, mesh, cpu, torch.bfloat16)
+            policy = load_sharded(model, None, mesh, cpu, torch.bfloat16)
             expected, found = computed(plain, half=True), computed(policy, half=True)
             assert (found[0] - expected[0]).abs().mean() < 0.02 * expected[0].std(), kind
             for name, gradient in expected[1].items():
@@ -79,6 +80,7 @@ def test_only_rank_0_holds_a_whole_copy_while_it_is_loaded(start_ranks: StartRan
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
         from transformers import AutoModelForCausalLM, LlamaConfig
+        from lightning_rft.model_folder import Pretrained
         from lightning_rft.trainer.loading import load_sharded
 
         def resident(name):
@@ -97,7 +99,7 @@ def test_only_rank_0_holds_a_whole_copy_while_it_is_loaded(start_ranks: StartRan
         dist.barrier()
         before = resident("VmRSS")
         open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-        policy = load_sharded(folder, None, mesh, torch.device("cpu"))
+        policy = load_sharded(Pretrained(folder), None, mesh, torch.device("cpu"))
         whole = sum(parameter.numel() * 4 for parameter in policy.parameters())
         print(whole, (resident("VmHWM") - before) / whole)
     """)

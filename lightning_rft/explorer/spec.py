@@ -11,7 +11,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.workflows.policy import Workflow
-from lightning_rft.model_folder import context_length
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.settings import Timeouts, Tolerance
 from lightning_rft.tasks.prompts import encode_prompt, encode_prompts, ends_open, is_rendered
 
@@ -29,7 +29,7 @@ class ExplorerSpec:
     """Everything that an explorer is told when it starts."""
 
     engine: Engine
-    model: str
+    model: Pretrained
     workflow: Workflow
     reward: Callable[..., Any]
     #: Maximum tokens of prompt and answer together.
@@ -40,7 +40,7 @@ class ExplorerSpec:
 
 
 def fitting_length(
-    model: str,
+    model: Pretrained,
     tasks: Sequence[Task],
     *,
     max_new_tokens: int,
@@ -54,7 +54,7 @@ def fitting_length(
     model's context. A prompt that does not fit is shown, and costs its task alone.
 
     Args:
-        model: Path of a folder, or hub name.
+        model: What will be loaded.
         tasks: All that will be asked; empty if they are not known.
         max_new_tokens: Maximum tokens per answer.
         max_model_len: What the engine's description says, which is then the result.
@@ -62,16 +62,12 @@ def fitting_length(
         template: Variables of the chat template.
 
     Raises:
-        ConfigurationError: There is no tokenizer, its chat template is missing or refuses a task's messages, or no
-            prompt fits.
+        ConfigurationError: There is no config or tokenizer, its chat template is missing or refuses a task's messages,
+            or no prompt fits.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"model={model!r} has no tokenizer that can be loaded: {error}") from error
-    context = max_model_len or context_length(model)
+    model.config()  # a model that cannot be loaded is to fail here, before any process starts
+    tokenizer = model.tokenizer()
+    context = max_model_len or model.context_length()
     lengths = _lengths(tokenizer, tasks, template) if len(tasks) <= _MOST_MEASURED else []
     fitting = [length for length in lengths if context is None or length + max_new_tokens <= context]
     if context is not None and len(fitting) < len(lengths):
@@ -80,7 +76,7 @@ def fitting_length(
         return max_model_len
     if context is None and not fitting:
         raise ConfigurationError(
-            f"model={model!r} does not say how long its context is: set the engine's max_model_len"
+            f"model={model.name!r} does not say how long its context is: set the engine's max_model_len"
         )
     if context is not None and not (fitting and single_turn):
         return context

@@ -76,9 +76,7 @@ class SamplesCallback(Callback):
         if not (batch.last and batch.batch % self.every_n_steps == 0 and trainer.is_global_zero):
             return
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(pl_module.model)
+            self._tokenizer = pl_module.pretrained.tokenizer()
         rows = [self._row(experience, batch.batch) for experience in _chosen(batch.groups, self.samples)]
         columns = list(dict.fromkeys(chain.from_iterable(rows)))
         files = set() if trainer.loggers else {self._folder}

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.monitor.drawing import KINDS
 from lightning_rft.monitor.layout import Block, last_batches
 from lightning_rft.monitor.trace import spans_of
@@ -130,12 +132,10 @@ def _tokenizer(folder: Path) -> Any:
         saved = yaml.load((folder / "hparams.yaml").read_text(encoding="utf-8"), Loader)
     except (OSError, yaml.YAMLError):
         return None
-    model = saved.get("model") if isinstance(saved, dict) else None
+    model, revision = (saved.get(name) if isinstance(saved, dict) else None for name in ("model", "revision"))
     if not isinstance(model, str):
         return None
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError):
+        return Pretrained(model, revision).tokenizer(local_files_only=True)  # runs no code that the run trusted
+    except ConfigurationError:
         return None

@@ -93,7 +93,7 @@ def check_together(
     check_unwrapped(module)
     _check_features(trainer, module, validates)
     if module.peft_config is not None and module.policy is None:
-        check_adapter(module.model, module.peft_config)
+        check_adapter(module.pretrained, module.peft_config)
     if trainer.precision == "16-true":
         raise ConfigurationError(
             "Trainer(precision='16-true') lets small gradients vanish, since nothing scales the loss: set '16-mixed', "

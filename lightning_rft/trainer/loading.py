@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.model_folder import right_attention
+from lightning_rft.model_folder import Pretrained, right_attention
 from lightning_rft.trainer.lora import add_adapter
 from lightning_rft.trainer.sharding import shard
 
@@ -25,7 +25,7 @@ _Adapter = Mapping[str, Any] | None  # the settings of one
 
 
 def load_policy(
-    model: str,
+    model: Pretrained,
     attn_implementation: str | None,
     sharding: L.Trainer | None = None,
     adapter: _Adapter = None,
@@ -48,7 +48,7 @@ def load_policy(
 
 
 def load_sharded(
-    model: str,
+    model: Pretrained,
     attn_implementation: str | None,
     mesh: DeviceMesh,
     device: torch.device,
@@ -76,40 +76,34 @@ def load_sharded(
     return policy
 
 
-def _load_whole(model: str, attn_implementation: str | None, adapter: _Adapter) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+def _load_whole(model: Pretrained, attn_implementation: str | None, adapter: _Adapter) -> PreTrainedModel:
     config, settings = _settings(model, attn_implementation, adapter)
-    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, config=config, **settings)
+    policy: PreTrainedModel = model.load(config=config, **settings)
     if adapter is not None:
         add_adapter(policy, adapter)
     return policy
 
 
-def check_adapter(model: str, adapter: Mapping[str, Any]) -> None:
+def check_adapter(model: Pretrained, adapter: Mapping[str, Any]) -> None:
     """Raises :class:`ConfigurationError` if an adapter does not fit a model, of which it loads no weights."""
     _without_memory(model, None, adapter)
 
 
-def _without_memory(model: str, attn_implementation: str | None, adapter: _Adapter) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+def _without_memory(model: Pretrained, attn_implementation: str | None, adapter: _Adapter) -> PreTrainedModel:
     config, settings = _settings(model, attn_implementation, adapter)
     with torch.device("meta"):
-        policy: PreTrainedModel = AutoModelForCausalLM.from_config(config, **settings)
+        policy: PreTrainedModel = model.made(config, **settings)
         if adapter is not None:
             add_adapter(policy, adapter)
     return policy
 
 
-def _settings(model: str, attn_implementation: str | None, adapter: _Adapter) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
+def _settings(model: Pretrained, attn_implementation: str | None, adapter: _Adapter) -> tuple[Any, dict[str, Any]]:
+    config = model.config()
     if adapter is not None and getattr(config, "quantization_config", None):
         raise ConfigurationError(
-            f"model={model!r} is quantised, so an adapter cannot be merged into its weights exactly: set model to the "
-            "one that was quantised, or leave peft_config out"
+            f"model={model.name!r} is quantised, so an adapter cannot be merged into its weights exactly: set model to "
+            "the one that was quantised, or leave peft_config out"
         )
     for name in vars(config):
         # With dropout the trainer would see other log-probs than the explorers on the very same weights.

@@ -8,22 +8,21 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Turn
-from lightning_rft.model_folder import check_model, check_policy
+from lightning_rft.model_folder import Pretrained, check_policy
 from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.rewards import last_number_or_text
 from lightning_rft.sync.transports.transport import under_all_names
 from lightning_rft.trainer.buffers import uncast_buffers
+from lightning_rft.trainer.checkpoints import check_settings, hyperparameters, note_settings
 from lightning_rft.trainer.evaluation import Evaluation
 from lightning_rft.trainer.gathering import Gathering
 from lightning_rft.trainer.loader import BatchPart
@@ -39,7 +38,7 @@ from lightning_rft.trainer.saving import write_policy
 from lightning_rft.trainer.scoring import Announcement, encoded_text, score
 from lightning_rft.trainer.shortcuts import FastPath, probe
 from lightning_rft.trainer.step_guard import StepGuard
-from lightning_rft.trainer.weighted import WeightedTurn, sampled_turns, token_batch
+from lightning_rft.trainer.weighted import WeightedTurn, sampled_turns, token_batch, versions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +59,7 @@ class RFTModule(L.LightningModule):
     ``accumulate_grad_batches`` work as anywhere. The loss is normalised over the whole batch, so neither it nor its
     gradient depends on the accumulation. A step whose loss or gradient is not finite is skipped; five in a row are a
     :class:`NonFiniteError`. ``load_from_checkpoint(path)`` restores all but ``objective``, ``final_answer``,
-    optimizer and scheduler.
+    ``trust_remote_code``, optimizer and scheduler.
 
     Args:
         model: Path of a folder, or hub name, of a causal language model of transformers.
@@ -82,10 +81,13 @@ class RFTModule(L.LightningModule):
             of being kept: less memory, for about a third more time.
         peft_config: A ``peft.LoraConfig``, or a dict of its settings, of an adapter that is trained in place of the
             model. Checkpoints hold it alone, explorers get it merged into the model, and the model is the reference.
+        revision: Branch, tag or commit of a model on the hub, for trainer and explorers; left out, its newest. For a
+            private or gated model, set ``HF_TOKEN`` in the environment.
+        trust_remote_code: Whether code that comes with model or reference may run, here and in explorers.
 
     Raises:
-        ConfigurationError: A model folder is missing or has no tokenizer, there is no room for a token, or
-            ``peft_config`` makes what cannot be merged.
+        ConfigurationError: A model folder is missing or has no tokenizer, or has a ``revision``; there is no room for a
+            token; or ``peft_config`` makes what cannot be merged.
 
     Example::
 
@@ -105,12 +107,17 @@ class RFTModule(L.LightningModule):
         gradient_checkpointing: bool = False,
         final_answer: Callable[[str], Hashable] | None = None,
         peft_config: dict[str, Any] | Any | None = None,  # not a type of peft, which the parser would import
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.model = os.fspath(model)
         self.reference = self.model if reference is None else os.fspath(reference)
-        check_model(self.model)
-        check_model(self.reference)
+        self.revision = revision
+        #: How trainer and explorers load the model.
+        self.pretrained = Pretrained(self.model, revision, trust_remote_code)
+        self.pretrained.check()
+        self.pretrained.other(self.reference).check()
         if max_tokens_per_micro_batch is not None and max_tokens_per_micro_batch < 1:
             raise ConfigurationError(f"max_tokens_per_micro_batch={max_tokens_per_micro_batch} must be at least 1")
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
@@ -124,9 +131,7 @@ class RFTModule(L.LightningModule):
         self.peft_config = None if peft_config is None else adapter_settings(peft_config)
         if self.peft_config is not None:
             save_adapter_alone(self)
-        given = "model reference attn_implementation max_tokens_per_micro_batch pass_threshold gradient_checkpointing "
-        # plain values only, which torch.load reads without running code
-        self.save_hyperparameters({name: getattr(self, name) for name in [*given.split(), "peft_config"]})
+        self.save_hyperparameters(hyperparameters(self))
         self.metrics = BatchMetrics()
         self.policy: PreTrainedModel | None = None
         self._references: list[PreTrainedModel | Base] = []  # one or none; a module of ours would be trained and saved
@@ -147,9 +152,9 @@ class RFTModule(L.LightningModule):
             return
         with StatusLine(self._trainer) as status:
             status.say("loading the model")
-            self.policy = self._load(self.model, self.peft_config)
+            self.policy = self._load(self.pretrained, self.peft_config)
 
-    def _load(self, model: str, adapter: dict[str, Any] | None = None) -> Any:
+    def _load(self, model: Pretrained, adapter: dict[str, Any] | None = None) -> Any:
         sharding = None if self.device_mesh is None else self.trainer
         return load_policy(model, self.attn_implementation, sharding, adapter, self.gradient_checkpointing)
 
@@ -160,13 +165,11 @@ class RFTModule(L.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["objective"] = repr(self.objective)
+        note_settings(checkpoint, self)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("objective", repr(self.objective))
-        if self._trainer is None and saved != repr(self.objective):
-            rank_zero_warn(f"the checkpoint was trained with {saved}: set objective=... to train on with that")
+        check_settings(checkpoint, self, resumes=self._trainer is not None)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -186,7 +189,7 @@ class RFTModule(L.LightningModule):
         Sharded weights are cast to ``dtype`` before they are gathered.
         """
         if self._text_ids is None:
-            self._text_ids = encoded_text(self.model)
+            self._text_ids = encoded_text(self.pretrained)
         with self.trainer.precision_plugin.forward_context():
             scores = score(self._policy, self._text_ids, self.device, dtype, self._base_scores.get(dtype))
         if scores.pushed_and_base is not None:
@@ -211,15 +214,14 @@ class RFTModule(L.LightningModule):
             merged: Whether a policy with an adapter is written as a whole model, not the adapter alone as peft does.
         """
         adapter = None if merged else self.peft_config
-        write_policy(self._policy, self.model, path, dtype, adapter, writes=self.global_rank == 0)
+        write_policy(self._policy, self.pretrained, path, dtype, adapter, writes=self.global_rank == 0)
 
     @override
     def on_train_start(self) -> None:
         if self.objective.needs_reference and not self._references:
             own = self.peft_config is not None and self.reference == self.model
-            self._references = [
-                Base(self._policy) if own else self._load(self.reference).to(self.device).requires_grad_(False)
-            ]
+            other = None if own else self._load(self.pretrained.other(self.reference)).to(self.device)
+            self._references = [Base(self._policy) if other is None else other.requires_grad_(False)]
         self.metrics.restart()
         self._guard = StepGuard()
         for optimizer in self.trainer.optimizers:
@@ -329,10 +331,9 @@ class RFTModule(L.LightningModule):
         losses, statistics = self._objective.token_loss(tokens)
         self.metrics.update_tokens(entropy.detach(), statistics, float(counts))
         if self._text_ids is not None and counts:  # else the tokens are of another run, or do not count
-            versions = torch.from_numpy(np.concatenate([turn.turn.versions for turn in turns])).to(self.device)
             scale = 1.0 if packed.temperature is None else packed.temperature  # as at temperature 1
             gap = (logprobs.detach() - tokens.sampling_logprobs).abs()
-            self.metrics.update_gap(gap * scale, versions == version)
+            self.metrics.update_gap(gap * scale, versions_of(turns, self.device) == version)
         return (losses * weights).sum()
 
     @override

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.trainer.lora import adapted, adapter_weights, base_state, lora_config, merged
 from lightning_rft.trainer.sharding import whole
 
@@ -22,7 +23,7 @@ __all__ = ["write_policy"]
 
 def write_policy(
     policy: PreTrainedModel,
-    origin: str,
+    origin: Pretrained,
     path: str | os.PathLike[str],
     dtype: torch.dtype | None,
     adapter: Mapping[str, Any] | None = None,
@@ -33,25 +34,21 @@ def write_policy(
 
     All ranks gather what is written; the one that ``writes`` holds it whole, in the CPU's memory.
     """
-    from transformers import AutoTokenizer
-
     if adapter is None:
         _write_model(policy, origin, path, dtype, writes)
     else:
         _write_adapter(policy, adapter, origin, path, dtype, writes)
     if writes:
-        AutoTokenizer.from_pretrained(origin).save_pretrained(path)
+        origin.tokenizer().save_pretrained(path)
 
 
 def _write_model(
-    policy: PreTrainedModel, origin: str, path: str | os.PathLike[str], dtype: torch.dtype | None, writes: bool
+    policy: PreTrainedModel, origin: Pretrained, path: str | os.PathLike[str], dtype: torch.dtype | None, writes: bool
 ) -> None:
     """Writes it with its configs, in ``dtype`` or that of its origin."""
-    from transformers import AutoConfig
-
     config, generation = policy.config, policy.generation_config
     before = config.dtype
-    dtype = dtype or AutoConfig.from_pretrained(origin).dtype or policy.dtype
+    dtype = dtype or origin.config().dtype or policy.dtype
     weights = {name: tensor.to("cpu") for name, tensor in _cast(policy, dtype) if writes}
     if not writes:
         return
@@ -69,7 +66,7 @@ def _write_model(
 def _write_adapter(
     policy: PreTrainedModel,
     settings: Mapping[str, Any],
-    origin: str,
+    origin: Pretrained,
     path: str | os.PathLike[str],
     dtype: torch.dtype | None,
     writes: bool,
@@ -80,11 +77,9 @@ def _write_adapter(
     weights = {name: whole(tensor, dtype).to("cpu").contiguous() for name, tensor in adapter_weights(policy).items()}
     if not writes:
         return
-    if Path(origin).is_dir():
-        origin = str(Path(origin).absolute())
-    lora_config(settings, task_type="CAUSAL_LM", base_model_name_or_path=origin, inference_mode=True).save_pretrained(
-        path
-    )
+    base = str(Path(origin.name).absolute()) if Path(origin.name).is_dir() else origin.name
+    about = {"base_model_name_or_path": base, "revision": origin.revision}
+    lora_config(settings, task_type="CAUSAL_LM", inference_mode=True, **about).save_pretrained(path)
     save_file(weights, Path(path) / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_rft.experience import TensorInfo
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.trainer.lora import as_pushed, has_adapter, switched_off
 
 __all__ = ["Announcement", "Scores", "encoded_text", "score"]
@@ -41,11 +42,9 @@ class Announcement(NamedTuple):
     trained: Set[str] | None = None  # names of the weights that training changes; None for all
 
 
-def encoded_text(model: str) -> tuple[int, ...]:
+def encoded_text(model: Pretrained) -> tuple[int, ...]:
     """The text in a model's own tokens; some ids where its tokenizer knows none of it."""
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(model).encode(_TEXT, add_special_tokens=False)[:_TOKENS]
+    ids = model.tokenizer().encode(_TEXT, add_special_tokens=False)[:_TOKENS]
     return tuple(ids if len(ids) > 1 else range(8))
 
 

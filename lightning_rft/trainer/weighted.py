@@ -15,7 +15,7 @@ from lightning_rft.trainer.objectives.normalisation import token_weights
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.objectives.tokens import TokenBatch
 
-__all__ = ["WeightedTurn", "sampled_turns", "token_batch", "weighted_turns"]
+__all__ = ["WeightedTurn", "sampled_turns", "token_batch", "versions_of", "weighted_turns"]
 
 
 class WeightedTurn(NamedTuple):
@@ -143,6 +143,11 @@ def token_batch(turns: Sequence[WeightedTurn], logprobs: Tensor, entropy: Tensor
     if any(turn.turn.support is not None for turn in turns):  # a token without an alternative counts for nothing
         weights = weights * joined([_free(turn.turn) for turn in turns])
     return tokens, weights
+
+
+def versions_of(turns: Sequence[WeightedTurn], device: torch.device) -> Tensor:
+    """The version of each token [N], in the order of the turns."""
+    return torch.from_numpy(np.concatenate([turn.turn.versions for turn in turns])).to(device)
 
 
 def _free(turn: Turn) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ from lightning_rft.explorer.messages import Explore, Explored
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.explorer import Explorer
 from lightning_rft.explorer.workflows.policy import Policy
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.settings import Sampling, Timeouts, Tolerance
 from lightning_rft.tasks.sources import as_tasks
@@ -81,7 +82,7 @@ class Rank0:
     async def serve(self, model: Path) -> None:
         spec = ExplorerSpec(
             engine=FakeEngine(),
-            model=str(model),
+            model=Pretrained(str(model)),
             workflow=self.workflow,
             reward=self.reward,
             max_model_len=40,

@@ -132,15 +132,15 @@ def test_transformers_engine_takes_a_checkpoints_names(kind: str, tmp_path: Path
 def test_all_ends_count(tmp_path: Path) -> None:
     import json
 
-    from lightning_rft.model_folder import end_ids
+    from lightning_rft.model_folder import Pretrained
     from lightning_rft.testing import tiny_model
 
     folder = tiny_model(tmp_path / "model")
-    assert end_ids(str(folder)) == {1}
+    assert Pretrained(str(folder)).end_ids() == {1}
     generation = folder / "generation_config.json"
     generation.write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert end_ids(str(folder)) == {1, 5, 6}
+    assert Pretrained(str(folder)).end_ids() == {1, 5, 6}
     generation.unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    assert end_ids(str(folder)) == {1}, "the tokenizer's"
+    assert Pretrained(str(folder)).end_ids() == {1}, "the tokenizer's"

@@ -19,6 +19,7 @@ from lightning_rft.explorer.messages import Explore, Explored, Started
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.settings import Sampling, Timeouts, Tolerance
 from tests.processes import MARK, LightEngine, alive, until
 
@@ -37,7 +38,7 @@ def make_pool(
 ) -> tuple[ExplorerPool, Callable[[], None]]:
     settings: dict[str, Any] = {
         "engine": LightEngine(),
-        "model": str(model),
+        "model": Pretrained(str(model)),
         "workflow": SingleTurn(),
         "reward": lambda completion, task: 1.0,
         "max_model_len": 50,

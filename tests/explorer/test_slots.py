@@ -21,6 +21,7 @@ from lightning_rft.explorer.messages import Ended, Explore, Explored, Several, S
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.explorer import Explorer
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.settings import Sampling, Timeouts, Tolerance
 from lightning_rft.sync.order import Order
 from lightning_rft.sync.schedule import Action, Issue, Lease, Schedule
@@ -122,7 +123,7 @@ def makespan(model: Path, lengths: dict[GroupKey, list[int]], delay: int) -> int
         engine.loop, engine.inbox = asyncio.get_running_loop(), asyncio.Queue()
         spec = ExplorerSpec(
             engine=engine,
-            model=str(model),
+            model=Pretrained(str(model)),
             workflow=SingleTurn(),
             reward=score,
             max_model_len=10_000,

@@ -10,9 +10,11 @@ import pytest
 
 from lightning_rft.explorer.engines.engine import Request
 from lightning_rft.explorer.engines.vllm import VLLMEngine
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.sampling import Sampling
 from tests.explorer.in_process import in_process
 from tests.explorer.links import MemoryLink
+from tests.hub import on_the_hub, with_own_code
 
 pytestmark = [pytest.mark.vllm]
 torch = pytest.importorskip("torch")
@@ -37,9 +39,9 @@ def drain(engine: VLLMEngine) -> dict[str, Any]:
     return done
 
 
-def started(folder: str) -> VLLMEngine:
+def started(model: str | Pretrained) -> VLLMEngine:
     engine = VLLMEngine(dtype="float32")
-    engine.start(folder, max_model_len=400, seed=0)
+    engine.start(model, max_model_len=400, seed=0)
     return engine
 
 
@@ -83,8 +85,8 @@ def after_a_push(old: str, new: str) -> dict[str, Any]:
     return seen
 
 
-def fresh(new: str, running: Sequence[int]) -> dict[str, Any]:
-    """The same of an engine that started with the new weights."""
+def fresh(new: Pretrained, running: Sequence[int]) -> dict[str, Any]:
+    """The same of an engine that started with the new weights, a revision on the hub whose config is code."""
     engine = started(new)
     seen: dict[str, Any] = {
         "short": engine.prompt_logprobs(SHORT),
@@ -105,7 +107,10 @@ def observed(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) ->
     new = tiny_model(folder / "new", seed=7)
     environment = VLLMEngine().environment(2)
     pushed = in_process(folder, after_a_push, str(tiny_model_path), str(new), environment=environment)
-    return pushed, in_process(folder, fresh, str(new), pushed["running"].token_ids, environment=environment)
+    revisions = {"main": tiny_model_path, "v1": with_own_code(folder / "own", seed=7)}
+    model = Pretrained(on_the_hub(folder / "hub", revisions), "v1", trust_remote_code=True)
+    environment |= {"HF_HUB_CACHE": str(folder / "hub"), "HF_MODULES_CACHE": str(folder / "modules")}
+    return pushed, in_process(folder, fresh, model, pushed["running"].token_ids, environment=environment)
 
 
 def close(a: Sequence[float], b: Sequence[float]) -> bool:

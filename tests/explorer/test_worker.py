@@ -25,6 +25,7 @@ from lightning_rft.explorer.worker.explorer import Explorer
 from lightning_rft.explorer.worker.users_code import note_programs
 from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.settings import Sampling, Timeouts, Tolerance
 
 SAMPLING = Sampling(max_new_tokens=8, temperature=1.0, seed=0)
@@ -57,7 +58,7 @@ def answers(
     told: list[Ended] = [] if ended is None else ended
     settings: dict[str, Any] = {
         "engine": FakeEngine(),
-        "model": str(model),
+        "model": Pretrained(str(model)),
         "workflow": SingleTurn(),
         "reward": lambda completion, task: 1.0,
         "max_model_len": 50,

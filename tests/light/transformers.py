@@ -15,7 +15,7 @@ class AutoTokenizer:
     chat_template = "yes"
 
     @classmethod
-    def from_pretrained(cls, model: str) -> AutoTokenizer:
+    def from_pretrained(cls, model: str, **_: Any) -> AutoTokenizer:
         return cls(Tokenizer.from_file(str(Path(model) / "tokenizer.json")))
 
     def __init__(self, backend: Tokenizer) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_rft.errors import AgreementError
 from lightning_rft.explorer.engines.transformers import TransformersEngine
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.run.agreement import Agreement
 from lightning_rft.trainer.scoring import Scores, encoded_text, score
 from tests.explorer.links import MemoryLink
@@ -32,7 +33,7 @@ class Pair:
     def __init__(self, path: Path, dtype: str) -> None:
         self.dtype = dtype
         self.policy: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        self.ids = encoded_text(str(path))
+        self.ids = encoded_text(Pretrained(str(path)))
         self.engine = TransformersEngine(dtype=dtype, device="cpu")
         self.engine.start(str(path), max_model_len=200, seed=0)
         self.link = MemoryLink()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import lightning_rft as rft
 from lightning_rft.errors import AgreementError, ConfigurationError
 from lightning_rft.explorer.engines.transformers import TransformersEngine
-from lightning_rft.model_folder import checkpoint_weights
+from lightning_rft.model_folder import Pretrained, checkpoint_weights
 from lightning_rft.run.agreement import Agreement, is_base
 from lightning_rft.testing import tiny_model
 from lightning_rft.trainer.gathering import Gathering
@@ -48,7 +48,7 @@ def fill(policy: Any, size: float = 0.05, seed: int = 0) -> None:
 
 
 def adapted_policy(model: Path, **config: Any) -> Any:
-    policy = load_policy(str(model), None, adapter=adapter_settings(ALL | config))
+    policy = load_policy(Pretrained(str(model)), None, adapter=adapter_settings(ALL | config))
     fill(policy)
     return policy
 
@@ -199,7 +199,7 @@ def test_small_steps_in_half_precision_are_kept(tiny_model_path: Path) -> None:
 def test_the_reference_is_the_model_with_its_adapter_off(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model", tie_word_embeddings=False)
     policy = adapted_policy(folder, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"])
-    plain = load_policy(str(folder), None)
+    plain = load_policy(Pretrained(str(folder)), None)
     ids = torch.arange(5, 40)[None]
     reference = Base(policy)
     assert torch.equal(reference(ids).logits, plain(ids).logits)
@@ -286,7 +286,7 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(
     config: dict[str, Any], message: str, tiny_model_path: Path
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        check_adapter(str(tiny_model_path), adapter_settings(ALL | config))
+        check_adapter(Pretrained(str(tiny_model_path)), adapter_settings(ALL | config))
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
@@ -294,7 +294,7 @@ def test_experts_that_are_one_tensor_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     folder = write("mixtral", tmp_path / "model", 0)
     with pytest.raises(ConfigurationError, match="cannot be merged: name only linear layers and embeddings"):
-        check_adapter(str(folder), adapter_settings(ALL | {"target_modules": ["q_proj", "w1", "w2", "w3"]}))
+        check_adapter(Pretrained(str(folder)), adapter_settings(ALL | {"target_modules": ["q_proj", "w1", "w2", "w3"]}))
 
 
 def test_a_quantised_model_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_quantised_model_is_refused(tiny_model_path: Path, tmp_path: Path) -> 
     config["quantization_config"] = {"quant_method": "fp8"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigurationError, match="is quantised"):
-        check_adapter(str(folder), adapter_settings(ALL))
+        check_adapter(Pretrained(str(folder)), adapter_settings(ALL))
 
 
 def test_a_missing_peft_is_named(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,11 +340,11 @@ def test_the_text_is_scored_with_the_weights_as_they_are_pushed(tiny_model_path:
     """In the engine's dtype a small adapter vanishes: only what is left of it can show that a push arrived."""
     policy = adapted_policy(tiny_model_path)
     fill(policy, 0.01)
-    ids, cpu = encoded_text(str(tiny_model_path)), torch.device("cpu")
+    ids, cpu = encoded_text(Pretrained(str(tiny_model_path))), torch.device("cpu")
     scores = score(policy, ids, cpu, "bfloat16")
     assert scores.pushed_and_base is not None
     arrived = dict(Gathering(policy).tensors("bfloat16"))
-    plain, base = (load_policy(str(tiny_model_path), None) for _ in range(2))
+    plain, base = (load_policy(Pretrained(str(tiny_model_path)), None) for _ in range(2))
     for found, whole in zip(scores.pushed_and_base, (arrived, base.state_dict()), strict=True):
         for name in Gathering(policy).trained:
             plain.get_parameter(name).data.copy_(whole[name].bfloat16())
@@ -357,8 +357,8 @@ class Pair:
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.dtype = dtype
-        self.policy = load_policy(str(path), None, adapter=adapter_settings(ALL))
-        self.ids = encoded_text(str(path))
+        self.policy = load_policy(Pretrained(str(path)), None, adapter=adapter_settings(ALL))
+        self.ids = encoded_text(Pretrained(str(path)))
         self.engine = TransformersEngine(dtype=dtype, device="cpu")
         self.engine.start(str(path), max_model_len=200, seed=0)
         self.link = MemoryLink()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
-from lightning_rft.model_folder import check_model, context_length
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.trainer.loader import BatchPart
 from lightning_rft.trainer.module import RFTModule
 from lightning_rft.trainer.objectives.grpo import GRPO
@@ -307,8 +307,8 @@ def test_optimizer_and_scheduler_are_those_given(tiny_model_path: Path) -> None:
 
 
 def test_model_folder_is_checked_by_name(tiny_model_path: Path, tmp_path: Path) -> None:
-    check_model(str(tiny_model_path))
-    check_model("owner/name")  # perhaps on the hub
+    Pretrained(str(tiny_model_path)).check()
+    Pretrained("owner/name").check()  # perhaps on the hub
     for missing in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
         with pytest.raises(ConfigurationError, match=r"is no folder"):
             RFTModule(missing)
@@ -320,7 +320,7 @@ def test_model_folder_is_checked_by_name(tiny_model_path: Path, tmp_path: Path) 
 
 
 def test_context_length_is_read_from_the_config(tiny_model_path: Path, tmp_path: Path) -> None:
-    assert context_length(str(tiny_model_path)) == 512
-    assert context_length("owner/name") is None
+    assert Pretrained(str(tiny_model_path)).context_length() == 512
+    assert Pretrained("owner/name").context_length() is None
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"n_positions": 7}}))
-    assert context_length(str(tmp_path)) == 7
+    assert Pretrained(str(tmp_path)).context_length() == 7

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import Support, TensorInfo
 from lightning_rft.explorer.engines.stops import reach, stop_at
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -169,16 +170,17 @@ class Engine(ABC):
     def prepare(self) -> None:
         """Imports what :meth:`start` needs; called in the explorer process as soon as it is there."""
 
-    def start(self, model: str, *, max_model_len: int, seed: int) -> None:
+    def start(self, model: str | Pretrained, *, max_model_len: int, seed: int) -> None:
         """Loads the model and gets ready; an engine calls this one first.
 
         Args:
-            model: Model path or hub name.
+            model: Model path or hub name, or what explorers are given: its ``name``, ``revision`` and
+                ``trust_remote_code``.
             max_model_len: Maximum tokens of prompt and completion together.
             seed: Seed of the run.
         """
         self.check()
-        self._folder = self.model or model
+        self._pretrained = Pretrained.of(model).other(self.model)
         self._longest = max_model_len
         self.version = -1
 
@@ -278,9 +280,7 @@ class Engine(ABC):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self._folder)
+        return self._pretrained.tokenizer()
 
     def _receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
         if self._receiver is None:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_rft.errors import ConfigurationError, RFTError, TransportError
 from lightning_rft.explorer.engines.engine import Completion, Engine, Request, Running, TensorInfo, listing
 from lightning_rft.hardware import fast_dtype
-from lightning_rft.model_folder import checkpoint_weights, end_ids, right_attention
+from lightning_rft.model_folder import Pretrained, checkpoint_weights, right_attention
 from lightning_rft.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -78,22 +78,18 @@ class TransformersEngine(Engine):
         from transformers import AutoModelForCausalLM  # noqa: F401
 
     @override
-    def start(self, model: str, *, max_model_len: int, seed: int) -> None:
+    def start(self, model: str | Pretrained, *, max_model_len: int, seed: int) -> None:
         super().start(model, max_model_len=max_model_len, seed=seed)
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
 
-        model = self._folder
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         if self.dtype == "auto":
             self.dtype = "float32" if self._device.type == "cpu" else fast_dtype(self._device.type)
-        attention = right_attention(AutoConfig.from_pretrained(model))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, self.dtype), attn_implementation=attention
-        )
+        attention = right_attention(self._pretrained.config())
+        loaded = self._pretrained.load(dtype=getattr(torch, self.dtype), attn_implementation=attention)
         self._lm = loaded.to(self._device).eval()
-        self._eos = end_ids(model)
+        self._eos = self._pretrained.end_ids()
         # Spares a prefill the logits of whole prompts, [rows, length, vocab], where the model can.
         takes = inspect.signature(self._lm.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}

@@ -16,7 +16,7 @@ from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Completion, Engine, Request, WeightLink
 from lightning_rft.explorer.engines.vllm_sampling import EQUALS, choices, sampling_params
 from lightning_rft.hardware import fast_dtype
-from lightning_rft.model_folder import end_ids
+from lightning_rft.model_folder import Pretrained
 from lightning_rft.sampling import MAX_SUPPORT
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ _EXACT = "leave it out: the version and log-prob of every token would no longer 
 _DRAFT = "leave it out: pushes bring weights to the model alone, and what drafts for it would stay as it was"
 _REFUSED = {
     "seed": "set Sampling(seed=...)",
+    **dict.fromkeys(("revision", "code_revision", "tokenizer_revision"), "set RFTModule(revision=...)"),
+    "trust_remote_code": "set RFTModule(trust_remote_code=...)",
+    "hf_token": "set HF_TOKEN in the environment, since settings are saved with a run",
     "pipeline_parallel_size": _STAGES,
     "prefill_context_parallel_size": "set tensor_parallel_size",
     **dict.fromkeys(("distributed_executor_backend", "nnodes", "node_rank"), _MACHINES),
@@ -148,7 +151,7 @@ class VLLMEngine(Engine):
         import lightning_rft.explorer.engines.vllm_weights  # noqa: F401
 
     @override
-    def start(self, model: str, *, max_model_len: int, seed: int) -> None:
+    def start(self, model: str | Pretrained, *, max_model_len: int, seed: int) -> None:
         super().start(model, max_model_len=max_model_len, seed=seed)
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
@@ -163,7 +166,10 @@ class VLLMEngine(Engine):
         if self.dtype == "auto":
             self.dtype = fast_dtype("cpu" if on_cpu else "cuda")
         settings: dict[str, Any] = {
-            "model": model,
+            "model": self._pretrained.name,
+            "revision": self._pretrained.revision,
+            "tokenizer_revision": self._pretrained.revision,
+            "trust_remote_code": self._pretrained.trust_remote_code,
             "dtype": self.dtype,
             "seed": seed,
             "max_model_len": max_model_len,
@@ -198,7 +204,7 @@ class VLLMEngine(Engine):
             named = self._engine.model_config.try_get_generation_config().get("eos_token_id")
             self._eos = frozenset(named if isinstance(named, list) else [] if named is None else [named])
         else:
-            self._eos = end_ids(model)
+            self._eos = self._pretrained.end_ids()
 
     @override
     def add(self, request: Request) -> None:

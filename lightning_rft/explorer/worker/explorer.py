@@ -92,7 +92,7 @@ class Explorer:
         await self._stepper.call(spec.engine.start, spec.model, max_model_len=spec.max_model_len, seed=spec.seed)
         self._max_model_len = min(spec.max_model_len, spec.engine.max_model_len or spec.max_model_len)
         # After the engine, not beside it: two threads that import transformers at once may each see half of it.
-        self._tokenizer = await asyncio.to_thread(_tokenizer, spec.model)
+        self._tokenizer = await asyncio.to_thread(spec.model.tokenizer)
         gc.freeze()  # what was imported and loaded stays: never to be searched again
         gc.enable()
         engine = spec.engine
@@ -255,12 +255,6 @@ class Explorer:
         return Experience(
             request.task.id, index, turns, reward, text, round(policy.seconds, 6), round(loop.time() - began, 6)
         )
-
-
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
 
 
 async def _call(workflow: Any, task: Task, policy: Policy) -> Any:
