@@ -75,7 +75,7 @@ format: install
 	$(VENV)/bin/ruff format .
 
 docs: install $(SPHINX)/complete
-	PYTHONPATH=$(SPHINX) $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs $(ARGS)
+	PYTHONPATH=$(SPHINX) $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --write-all docs build/docs $(ARGS)
 	@echo "Now open build/docs/index.html"
 
 $(SPHINX)/complete: CONSTRAINT := $(if $(filter tested,$(DEPS)),--constraint .ci/docs.txt)

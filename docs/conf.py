@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+from abc import ABC
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ project = "lightning-rft"
 version = release = rft.__version__
 html_title = f"{project} {version}"
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = html_show_sphinx = html_show_copyright = False
@@ -45,7 +47,7 @@ MEMBERS = {
     "ExplorerPool": "launch, stop",
     "Mixture": "",
     "Objective": "token_loss",
-    "Policy": "turns",
+    "Policy": "turns, __call__",
     "Priority": "",
     "RFTDataModule": "",
     "RFTModule": "save_pretrained, weights",
@@ -74,10 +76,12 @@ def _described(name: str) -> str:
     value = getattr(rft, name)
     if not inspect.isclass(value):
         return f".. autofunction:: {name}\n"
-    kind = "autoexception" if issubclass(value, Exception) else "autoclass"
-    members = MEMBERS.get(name, "")
-    shown = f"   :members: {members}\n" if members or name not in MEMBERS else ""
-    return f".. {kind}:: {name}\n   :show-inheritance:\n   :special-members: __call__\n{shown}"
+    lines = [f".. {'autoexception' if issubclass(value, Exception) else 'autoclass'}:: {name}"]
+    if not set(value.__bases__) <= {ABC, object}:
+        lines.append("   :show-inheritance:")
+    if MEMBERS.get(name) != "":
+        lines += [f"   :members: {MEMBERS.get(name, '')}", "   :special-members: __call__"]
+    return "\n".join([*lines, ""])
 
 
 def _read(app: Sphinx, name: str, source: list[str]) -> None:
