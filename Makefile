@@ -10,8 +10,10 @@ export DEPS VENV
 PARALLEL := -n 2 --dist loadfile
 MODEL := runs/models/SmolLM2-135M-Instruct
 CONFIG := examples/synchronous.yaml
+# what makes the pages, in a folder that goes before the packages of $(VENV): it wants another docutils
+SPHINX := build/sphinx-$(DEPS)
 BENCHMARKS := $(filter-out __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
-.PHONY: help install model demo train test test-quick chaos bench check format dist dist-check tested clean
+.PHONY: help install model demo train test test-quick chaos bench check format docs dist dist-check tested clean
 
 help:
 	@echo "make demo        train a small model with reinforcement, here and now (installs what it needs into .venv)"
@@ -22,6 +24,7 @@ help:
 	@echo "make bench       all benchmarks, for about five hours; BENCHMARKS='overhead rollout' chooses"
 	@echo "make check       lint, formatting, types and the examples in docstrings"
 	@echo "make format      rewrite the code in the project's style"
+	@echo "make docs        the pages of docs/ as a site, in build/docs"
 	@echo "make install     only make .venv complete; PYTHON=python3.12 chooses the interpreter"
 	@echo "make model       only make the demo's model, runs/models/SmolLM2-135M-Instruct"
 	@echo "make dist        wheel and sdist, in dist/"
@@ -70,6 +73,18 @@ check: install
 format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: install $(SPHINX)/complete
+	PYTHONPATH=$(SPHINX) $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --write-all docs build/docs $(ARGS)
+	@echo "Now open build/docs/index.html"
+
+$(SPHINX)/complete: CONSTRAINT := $(if $(filter tested,$(DEPS)),--constraint .ci/docs.txt)
+$(SPHINX)/complete: .ci/docs.txt $(VENV)/complete
+	rm -rf $(SPHINX)
+	$(VENV)/bin/python -m pip install -qq --no-warn-conflicts --target $(SPHINX) $(CONSTRAINT) furo myst-nb
+	touch $@
+
+$(VENV)/complete: | install ;
 
 dist: install
 	rm -rf dist

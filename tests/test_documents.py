@@ -101,10 +101,12 @@ def test_what_a_command_gets_wrong_is_found(
         check_shell(line)
 
 
-@pytest.mark.parametrize("block", blocks("yaml") or [None], ids=str)
-def test_configs(block: Block | None, tmp_path: Path) -> None:
-    if block is not None:
-        check_yaml(block.text, tmp_path)
+@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def test_configs(block: Block, tmp_path: Path) -> None:
+    check_yaml(block.text, tmp_path)
+
+
+def test_what_a_config_gets_wrong_is_found(tmp_path: Path) -> None:
     check_yaml("data: {tasks_per_step: 2}\ntrainer: {callbacks: [{class_path: Synchronous}]}", tmp_path)
     with pytest.raises(AssertionError):
         check_yaml("data: {task_per_step: 2}", tmp_path)
