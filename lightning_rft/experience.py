@@ -6,16 +6,27 @@ All are frozen and hold plain Python values and bytes, so they cross processes a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.turn import Support, Truncation, Turn
 
-__all__ = ["Experience", "Group", "GroupKey", "Progress", "Support", "Task", "TensorInfo", "Truncation", "Turn"]
+__all__ = [
+    "Experience",
+    "Group",
+    "GroupKey",
+    "Progress",
+    "Support",
+    "Task",
+    "TensorInfo",
+    "Truncation",
+    "Turn",
+    "check_names",
+]
 
-_PART = re.compile(r"(?!std\Z)[A-Za-z0-9_.-]{1,64}")  # rft/reward_std is the standard deviation of the whole
+_NAME = re.compile(r"(?!std\Z)[A-Za-z0-9_.-]{1,64}")  # rft/reward_std is the standard deviation of the whole
 
 
 @dataclass(frozen=True)
@@ -61,10 +72,11 @@ class Experience:
         reward_seconds: Wall-clock seconds that scoring took.
         rewards: Parts of the reward by name. Finite. They are logged as ``rft/reward_<name>``, in names of up to 64
             letters, digits and ``_.-``.
+        metrics: What the workflow measured, by names of the same kind. Finite. Logged as ``rft/workflow_<name>``.
 
     Raises:
         ConfigurationError: A turn's prompt does not go on from its parent's prompt and answer, token for token, or a
-            part of the reward has a name that loggers would refuse or that is taken (``std``).
+            part of the reward or a metric has a name that loggers would refuse or that is taken (``std``).
     """
 
     task_id: str
@@ -75,13 +87,11 @@ class Experience:
     generate_seconds: float = 0.0
     reward_seconds: float = 0.0
     rewards: Mapping[str, float] = field(default_factory=dict, hash=False)
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name in self.rewards:
-            if not _PART.fullmatch(name):
-                raise ConfigurationError(
-                    f"a part of the reward is named {name!r}: use letters, digits and _.- only, at most 64, and not std"
-                )
+        check_names("a part of the reward", self.rewards)
+        check_names("a metric", self.metrics)
         for index, turn in enumerate(self.turns):
             if turn.parent is None:
                 continue
@@ -107,6 +117,15 @@ class Experience:
     def newest_version(self) -> int:
         """The newest version that sampled any token."""
         return max(version for turn in self.turns for version, _ in turn.version_runs)
+
+
+def check_names(of: str, names: Iterable[object]) -> None:
+    """Raises :class:`ConfigurationError` for a name that not every logger takes, or that is taken."""
+    for name in names:
+        if not (isinstance(name, str) and _NAME.fullmatch(name)):
+            raise ConfigurationError(
+                f"{of} is named {name!r}: use letters, digits and _.- only, at most 64, and not std"
+            )
 
 
 @dataclass(frozen=True)

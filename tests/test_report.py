@@ -262,7 +262,14 @@ def rows(groups: int, samples: int) -> Iterator[dict[str, Any]]:
         for sample in range(samples):
             yield {
                 **{"run": 1, "batch": batch, "slot": 0, "round": 0, "task_id": "7", "state": "trained", "step": batch},
-                **{"sample": sample, "reward": 1.0, "rewards": "{}", "num_tokens": 3, "finish_reason": "stop"},
+                **{
+                    "sample": sample,
+                    "reward": 1.0,
+                    "rewards": "{}",
+                    "metrics": "{}",
+                    "num_tokens": 3,
+                    "finish_reason": "stop",
+                },
                 **{"text": "9" * 5000, "oldest_version": batch, "newest_version": batch, "error": None, "attempts": 1},
             }
 

@@ -6,7 +6,7 @@ import json
 import sqlite3
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ __all__ = ["COLUMNS", "from_row", "to_group", "to_row", "unpack"]
 
 COLUMNS = (
     "sample, reward, rewards, num_tokens, oldest_version, newest_version, finish_reason, generate_seconds,"
-    " reward_seconds, text, turns"
+    " reward_seconds, metrics, text, turns"
 )
 
 _Support = tuple[bytes, bytes, bytes] | None
@@ -26,12 +26,13 @@ _Packed = tuple[  # the arguments of Turn, in order
 ]  # fmt: skip
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(list[_Packed])
+_NUMBERS = msgspec.json.Decoder(dict[str, float])
 
 
 def to_row(experience: Experience) -> tuple[Any, ...]:
     """The values of :data:`COLUMNS`; ValueError if no token was sampled."""
     frame = _ENCODER.encode([_pack(turn) for turn in experience.turns])
-    rewards = json.dumps({name: float(part) for name, part in experience.rewards.items()})
+    rewards = _text(experience.rewards)
     return (
         experience.sample,
         experience.reward,
@@ -42,6 +43,7 @@ def to_row(experience: Experience) -> tuple[Any, ...]:
         experience.turns[-1].finish_reason,
         experience.generate_seconds,
         experience.reward_seconds,
+        _text(experience.metrics),
         experience.text,
         _checksum(frame, experience.sample, experience.reward, rewards) + frame,
     )
@@ -57,9 +59,11 @@ def to_group(key: GroupKey, task_id: str, rows: Iterable[Sequence[Any]], samples
 
 def from_row(task_id: str, row: Sequence[Any]) -> Experience:
     """The experience that :func:`to_row` was given."""
-    sample, reward, rewards, _, _, _, _, generate_seconds, reward_seconds, text, turns = row
+    sample, reward, rewards, _, _, _, _, generate_seconds, reward_seconds, metrics, text, turns = row
     whole = unpack(turns, sample, reward, rewards)
-    return Experience(task_id, sample, whole, reward, text, generate_seconds, reward_seconds, json.loads(rewards))
+    return Experience(
+        *(task_id, sample, whole, reward, text, generate_seconds, reward_seconds), _numbers(rewards), _numbers(metrics)
+    )
 
 
 def unpack(blob: bytes, sample: int, reward: float, rewards: str) -> tuple[Turn, ...]:
@@ -71,6 +75,17 @@ def unpack(blob: bytes, sample: int, reward: float, rewards: str) -> tuple[Turn,
     if _checksum(frame, sample, reward, rewards) != blob[:4]:
         raise sqlite3.DatabaseError("a stored sample is malformed: its checksum differs")
     return tuple(_unpack(*values) for values in _DECODER.decode(frame))
+
+
+def _text(numbers: Mapping[str, float]) -> str:
+    return json.dumps({name: float(number) for name, number in numbers.items()})
+
+
+def _numbers(text: str) -> dict[str, float]:
+    try:
+        return _NUMBERS.decode(text)
+    except msgspec.DecodeError as error:  # the checksum leaves out what makes no gradient
+        raise sqlite3.DatabaseError(f"a stored sample is malformed: {error}") from error
 
 
 def _checksum(frame: bytes | memoryview, sample: int, reward: float, rewards: str) -> bytes:

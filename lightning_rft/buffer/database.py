@@ -75,7 +75,7 @@ class File:
         return self.connection.execute(statement, values)
 
     def insert(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Inserts one or more whole rows, as part of a transaction."""
+        """Inserts one or more rows into a table, which may name its columns, as part of a transaction."""
         self.connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
 
     def ask(self, question: str, *values: Any) -> list[tuple[Any, ...]]:

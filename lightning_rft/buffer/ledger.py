@@ -160,7 +160,7 @@ class Ledger:
             if current.task[0] != task_id:
                 raise ScheduleError(f"group {tuple(key)} cannot be ready: issued for another task than {task_id!r}")
             at = (self._run, *key, current.round)
-            file.insert("experiences", [at + row for row in rows])
+            file.insert(f"experiences (run, batch, slot, round, {COLUMNS})", [at + row for row in rows])
             file.execute(
                 f"UPDATE groups SET state = 'ready', oldest_version = ?, newest_version = ?, samples = ? WHERE {ROUND}",
                 *(group.oldest_version, group.newest_version, len(rows), *at),

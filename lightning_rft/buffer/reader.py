@@ -14,7 +14,7 @@ from urllib.parse import quote
 from lightning_rft.buffer.codec import COLUMNS, to_group, unpack
 from lightning_rft.buffer.database import opening_error, storage_errors
 from lightning_rft.buffer.resume import ROUND
-from lightning_rft.buffer.schema import check_format
+from lightning_rft.buffer.schema import check_format, show_as_new
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, GroupKey
 
@@ -22,7 +22,17 @@ __all__ = ["StoredExperience", "read_buffer", "read_prompts", "stored_keys"]
 
 _COLUMNS = (
     *("run", "incarnation", "batch", "slot", "round", "epoch", "task_id", "state", "step", "attempts", "error"),
-    *("sample", "reward", "rewards", "num_tokens", "finish_reason", "text", "oldest_version", "newest_version"),
+    *(
+        "sample",
+        "reward",
+        "rewards",
+        "metrics",
+        "num_tokens",
+        "finish_reason",
+        "text",
+        "oldest_version",
+        "newest_version",
+    ),
 )
 _ARRAYS = ("prompt_ids", "token_ids", "logprobs", "versions")
 _KEYS = "run, batch, slot, round"
@@ -38,8 +48,8 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
     tasks of the slot), ``epoch`` (the pass through the tasks, or the position in a source without a length),
     ``task_id``, ``state``, ``step`` (the batch that trained it, or the version at which it failed or was filtered),
     ``attempts`` and ``error``. Columns of the sample: ``sample``, ``reward``, ``rewards`` (its parts by name, as JSON),
-    ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and ``newest_version``; a group without samples is
-    one row, with None for these.
+    ``metrics`` (of the workflow, by name, as JSON), ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and
+    ``newest_version``; a group without samples is one row, with None for these.
 
     Args:
         path: The file.
@@ -172,4 +182,5 @@ def _connected(path: Path) -> Iterator[sqlite3.Connection]:
         if not filled:
             raise ConfigurationError(f"buffer {str(path)!r} is empty: give the path of a run's buffer.sqlite")
         with storage_errors(path):
+            show_as_new(connection)
             yield connection

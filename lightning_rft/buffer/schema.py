@@ -9,9 +9,10 @@ from pathlib import Path
 
 from lightning_rft.errors import ConfigurationError, StorageError
 
-__all__ = ["DAMAGED", "State", "check_format", "prepare"]
+__all__ = ["DAMAGED", "State", "check_format", "prepare", "show_as_new"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+OLDEST_VERSION = 3  # that is brought up to date
 APPLICATION_ID = 0x52465442  # "RFTB": tells our files from those of other programs
 
 DAMAGED = (
@@ -88,6 +89,7 @@ CREATE TABLE experiences (
     finish_reason TEXT NOT NULL,
     generate_seconds REAL NOT NULL,
     reward_seconds REAL NOT NULL,
+    metrics TEXT NOT NULL DEFAULT '{{}}',
     text TEXT NOT NULL,
     turns BLOB NOT NULL,
     PRIMARY KEY (run, batch, slot, round, sample)
@@ -97,10 +99,18 @@ PRAGMA user_version = {FORMAT_VERSION};
 """
 
 
+_UPDATE = f"""
+BEGIN IMMEDIATE;
+ALTER TABLE experiences ADD COLUMN metrics TEXT NOT NULL DEFAULT '{{}}';
+PRAGMA user_version = {FORMAT_VERSION};
+COMMIT;
+"""
+
+
 def check_format(connection: sqlite3.Connection, path: str | Path) -> bool:
     """True if the file holds a buffer, False if it is empty; ConfigurationError if it holds anything else."""
     application: int = connection.execute("PRAGMA application_id").fetchone()[0]
-    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    version = _version(connection)
     if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
         return False
     if application != APPLICATION_ID:
@@ -108,12 +118,18 @@ def check_format(connection: sqlite3.Connection, path: str | Path) -> bool:
             f"buffer {str(path)!r} is a SQLite file of another program: set `buffer` to the path of a new file or of "
             "an earlier run's buffer"
         )
-    if version != FORMAT_VERSION:
+    if not OLDEST_VERSION <= version <= FORMAT_VERSION:
         raise ConfigurationError(
-            f"buffer {str(path)!r} has format version {version}, this lightning_rft reads {FORMAT_VERSION}: set "
-            "`buffer` to the path of a new file, or use the lightning_rft that wrote this one"
+            f"buffer {str(path)!r} has format version {version}, this lightning_rft reads {OLDEST_VERSION} to "
+            f"{FORMAT_VERSION}: set `buffer` to the path of a new file, or use the lightning_rft that wrote this one"
         )
     return True
+
+
+def show_as_new(connection: sqlite3.Connection) -> None:
+    """Has a reader, which must not change the file, see a file of an older format as one of today's."""
+    if _version(connection) < FORMAT_VERSION:
+        connection.execute("CREATE TEMP VIEW experiences AS SELECT *, '{}' AS metrics FROM main.experiences")
 
 
 def prepare(connection: sqlite3.Connection, path: str | Path) -> None:
@@ -123,6 +139,13 @@ def prepare(connection: sqlite3.Connection, path: str | Path) -> None:
     connection.execute("PRAGMA synchronous = NORMAL")
     # The log is merged into the file every 16 MB, as each merge waits for the disk twice.
     connection.execute("PRAGMA wal_autocheckpoint = 4000")
-    if not filled:
+    if filled and _version(connection) < FORMAT_VERSION:
+        connection.executescript(_UPDATE)
+    elif not filled:
         name = uuid.uuid4().hex
         connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} INSERT INTO identity VALUES ('{name}'); COMMIT;")
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    return version

@@ -97,7 +97,7 @@ class BatchMetrics(nn.Module):
 
 def _scored(experience: Experience) -> Scored:
     finish_reason = experience.turns[-1].finish_reason if experience.turns else ""
-    return Scored(experience.reward, experience.rewards, experience.num_tokens, finish_reason)
+    return Scored(experience.reward, experience.rewards, experience.num_tokens, finish_reason, experience.metrics)
 
 
 def _token_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:

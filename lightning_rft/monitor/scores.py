@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
+from types import MappingProxyType
 from typing import NamedTuple
 
 __all__ = ["Scored", "score_metrics"]
@@ -19,6 +20,8 @@ class Scored(NamedTuple):
     #: Sampled tokens.
     num_tokens: int
     finish_reason: str
+    #: Of the workflow, by name.
+    metrics: Mapping[str, float] = MappingProxyType({})
 
 
 def score_metrics(groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
@@ -35,10 +38,11 @@ def score_metrics(groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
         return {}
     rewards = [[sample.reward for sample in group] for group in groups if group]
     lengths = [sample.num_tokens for sample in samples]
-    parts: dict[str, list[float]] = defaultdict(list)
+    named: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
-        for name, part in sample.rewards.items():
-            parts[name].append(part)
+        for kind, numbers in {"reward": sample.rewards, "workflow": sample.metrics}.items():
+            for name, number in numbers.items():
+                named[f"rft/{kind}_{name}"].append(number)
     return {
         "rft/reward": _mean(sample.reward for sample in samples),
         "rft/reward_std": _mean(map(_std, rewards)),
@@ -49,7 +53,7 @@ def score_metrics(groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
         "rft/completion_length_min": float(min(lengths)),
         "rft/completion_length_max": float(max(lengths)),
         "rft/truncated_share": _mean(sample.finish_reason == "length" for sample in samples),
-        **{f"rft/reward_{name}": _mean(values) for name, values in sorted(parts.items())},
+        **{name: _mean(values) for name, values in sorted(named.items())},
     }
 
 

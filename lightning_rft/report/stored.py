@@ -98,21 +98,23 @@ def _keys(samples: Iterable[_Row]) -> Iterator[tuple[int, ...]]:
 
 
 def _scored(row: _Row) -> Scored:
-    return Scored(row["reward"], _parts(row), row["num_tokens"], row["finish_reason"])
+    return Scored(
+        row["reward"], _numbers(row["rewards"]), row["num_tokens"], row["finish_reason"], _numbers(row["metrics"])
+    )
 
 
 def _sample(row: _Row) -> dict[str, Any]:
     names = (*_KEY, "task_id", "state", "step", "sample", "reward", "num_tokens", "finish_reason")
     return {name: row[name] for name in names} | {
-        "rewards": _parts(row),
+        "rewards": _numbers(row["rewards"]),
         "oldest": row["oldest_version"],
         "newest": row["newest_version"],
         "text": _short(row["text"]),
     }
 
 
-def _parts(row: _Row) -> dict[str, float]:
-    return {} if row["rewards"] == "{}" else json.loads(row["rewards"])
+def _numbers(text: str) -> dict[str, float]:
+    return {} if text == "{}" else json.loads(text)
 
 
 def _short(text: str | None) -> str:

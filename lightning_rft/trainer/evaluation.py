@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from math import comb
 from statistics import fmean
@@ -13,7 +13,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience
 from lightning_rft.trainer.loader import BatchPart
 
-__all__ = ["Evaluation", "majority", "mean_over_tasks", "pass_at_k", "sizes", "task_scores"]
+__all__ = ["Evaluation", "majority", "mean_by_name", "pass_at_k", "sizes", "task_scores"]
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -75,13 +75,18 @@ def task_scores(
         "completion_length": fmean(experience.num_tokens for experience in experiences),
         "truncated_share": fmean(experience.turns[-1].finish_reason == "length" for experience in experiences),
         "version": fmean(experience.oldest_version for experience in experiences),
+        **mean_by_name({f"reward_{name}": part for name, part in one.rewards.items()} for one in experiences),
+        **mean_by_name({f"workflow_{name}": value for name, value in one.metrics.items()} for one in experiences),
     }
 
 
-def mean_over_tasks(tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of every score, over the tasks that have it."""
-    names = dict.fromkeys(name for scores in tasks for name in scores)
-    return {name: fmean(scores[name] for scores in tasks if name in scores) for name in names}
+def mean_by_name(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of every score, over those that have it."""
+    named: dict[str, list[float]] = defaultdict(list)
+    for one in scores:
+        for name, value in one.items():
+            named[name].append(value)
+    return {name: fmean(values) for name, values in named.items()}
 
 
 class Evaluation:
@@ -116,4 +121,4 @@ class Evaluation:
 
     @staticmethod
     def _metrics(prefix: str, tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        return {f"{prefix}/{name}": value for name, value in mean_over_tasks(tasks).items()}
+        return {f"{prefix}/{name}": value for name, value in mean_by_name(tasks).items()}

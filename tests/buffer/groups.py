@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ def make_group(key: GroupKey, task_id: str, version: int = 0, samples: int = 2) 
         Turn((1, 2, 3), (4, 5), (-0.125, float("-inf")), (version, version + 1), "length", temperature=0.5),
     )
     parts = {"format": 0.5}
-    experiences = (Experience(task_id, i, turns, i / 3, "text é", 1.5, 0.1, parts) for i in range(samples))
+    experiences = (
+        Experience(task_id, i, turns, i / 3, "text é", 1.5, 0.1, parts, {"calls": float(i)}) for i in range(samples)
+    )
     return Group(key, task_id, tuple(experiences))
 
 
@@ -49,3 +53,9 @@ def copy_as_killed(path: Path, copy: Path) -> None:
     """The files as a process that is killed now leaves them: the log not yet merged into the database."""
     for suffix in ("", "-wal"):
         shutil.copy(f"{path}{suffix}", f"{copy}{suffix}")
+
+
+def as_format_3(path: Path) -> None:
+    """Makes a closed file what the version before metrics wrote."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript("ALTER TABLE experiences DROP COLUMN metrics; PRAGMA user_version = 3;")

@@ -16,6 +16,7 @@ from lightning_rft.experience import Experience, Turn
 from tests.random_turns import turns
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
+NAMED = st.dictionaries(st.text("azAZ09_.-", min_size=1, max_size=5), FINITE, max_size=3)
 EXPERIENCES = st.builds(
     Experience,
     task_id=st.just("7"),
@@ -25,7 +26,8 @@ EXPERIENCES = st.builds(
     text=st.text(st.characters(codec="utf-8")),
     generate_seconds=st.floats(0, 1e6),
     reward_seconds=st.floats(0, 1e6),
-    rewards=st.dictionaries(st.text("azAZ09_.-", min_size=1, max_size=5), FINITE, max_size=3),
+    rewards=NAMED,
+    metrics=NAMED,
 ).filter(lambda experience: experience.num_tokens)
 
 
@@ -75,3 +77,10 @@ def test_a_changed_number_is_noticed(change: dict[int, Any]) -> None:
     row = dict(enumerate(to_row(Experience("t", 0, (Turn((1,), (2,), (-0.5,), (3,), "stop"),), 0.0))))
     with pytest.raises(sqlite3.DatabaseError, match="malformed"):
         from_row("t", tuple((row | change).values()))
+
+
+@pytest.mark.parametrize("metrics", ["", "{", "[1]", '{"a": "b"}', '{"a": nul}'])
+def test_damaged_metrics_are_noticed(metrics: str) -> None:
+    row = to_row(Experience("t", 0, (Turn((1,), (2,), (-0.5,), (3,), "stop"),), 0.0, metrics={"a": 1.0}))
+    with pytest.raises(sqlite3.DatabaseError, match="malformed"):
+        from_row("t", [metrics if value == '{"a": 1.0}' else value for value in row])

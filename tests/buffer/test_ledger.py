@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.errors import ConfigurationError, ScheduleError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
-from tests.buffer.groups import bring, dump, make_group, query
+from tests.buffer.groups import as_format_3, bring, dump, make_group, query
 
 ROOT = Path(__file__).parents[2]
 
@@ -320,3 +321,20 @@ def test_what_was_reported_ready_survives_sigkill(tmp_path: Path) -> None:
             # Of the group in flight there is nothing, or all of it.
             last = "SELECT count(*) FROM experiences WHERE run = ? AND batch = ?"
             assert query(ledger, last, incarnation, reported + 1)[0][0] in (0, 8)
+
+
+def test_a_file_from_before_metrics_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "buffer.sqlite"
+    with Ledger.open(path) as ledger:
+        ledger.begin()
+        for slot in range(2):
+            bring(ledger, GroupKey(0, slot), State.READY)
+        stored = make_group(GroupKey(0, 0), "task")
+    as_format_3(path)
+    for _ in range(2):  # once it is brought up to date, and once it is
+        with Ledger.open(path) as ledger:
+            (group,) = ledger.read([GroupKey(0, 0)])
+            assert group == replace(stored, experiences=tuple(replace(one, metrics={}) for one in stored.experiences))
+    with Ledger.open(path) as ledger:
+        bring(ledger, GroupKey(1, 0), State.READY)
+        assert list(ledger.read([GroupKey(1, 0)])) == [make_group(GroupKey(1, 0), "task")]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from lightning_rft.buffer.ledger import Ledger, State
-from lightning_rft.buffer.reader import read_buffer
+from lightning_rft.buffer.reader import StoredExperience, read_buffer
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey
-from tests.buffer.groups import bring, make_group
+from tests.buffer.groups import as_format_3, bring, make_group
 
 GROUP = {"run": 1, "incarnation": 1, "slot": 0, "round": 0, "epoch": 0, "attempts": 1, "error": None}
 
@@ -34,7 +34,7 @@ def test_one_row_per_sample(tmp_path: Path) -> None:
         (1, 1, None, "issued", None),
     ]
     sample = {"sample": 1, "reward": 1 / 3, "num_tokens": 3, "finish_reason": "length", "text": "text é"}
-    versions = {"rewards": '{"format": 0.5}', "oldest_version": 3, "newest_version": 4}
+    versions = {"rewards": '{"format": 0.5}', "metrics": '{"calls": 1.0}', "oldest_version": 3, "newest_version": 4}
     assert lean[1] == GROUP | {"batch": 0, "task_id": "a", "state": "trained", "step": 4} | sample | versions
     tokens = {
         "prompt_ids": [[1, 2], [1, 2, 3]],
@@ -99,3 +99,21 @@ def test_what_is_no_buffer_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=words):
             next(read_buffer(tmp_path / name))
     assert not (tmp_path / "none").exists() and not (tmp_path / "empty").read_bytes()
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_file_from_before_metrics_is_read_as_it_is(tmp_path: Path, writable: bool) -> None:
+    path = tmp_path / "buffer.sqlite"
+    with Ledger.open(path) as ledger:
+        ledger.begin()
+        bring(ledger, GroupKey(0, 0), State.READY)
+    expected = list(read_buffer(path))
+    as_format_3(path)
+    before = path.read_bytes()
+    if not writable:
+        path.chmod(0o400)
+    assert list(read_buffer(path)) == [row | {"metrics": "{}"} for row in expected]
+    stored = StoredExperience(path, tasks_per_step=1, shuffle=False, seed=0, version=lambda: 0)
+    (group,) = stored.wanted(0)
+    assert [one.metrics for one in group.experiences] == [{}, {}]
+    assert path.read_bytes() == before

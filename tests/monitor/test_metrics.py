@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ def sample(
     logprobs: tuple[float, ...],
     versions: tuple[int, ...],
     reason: str = "stop",
+    metrics: Mapping[str, float] | None = None,
     **parts: float,
 ) -> Experience:
     turn = Turn((1, 2), range(len(logprobs)), logprobs, versions, reason)
-    return Experience("7", index, (turn,), reward, rewards=parts)
+    return Experience("7", index, (turn,), reward, rewards=parts, metrics=metrics or {})
 
 
 def group(slot: int, *experiences: Experience) -> Group:
@@ -34,8 +36,8 @@ def group(slot: int, *experiences: Experience) -> Group:
 GROUPS = [
     group(
         0,
-        sample(0, 1.0, (-1.0, -2.0), (3, 3), right=1.0, form=0.5),
-        sample(1, 0.0, (-3.0,), (3,), reason="length", right=0.0),
+        sample(0, 1.0, (-1.0, -2.0), (3, 3), right=1.0, form=0.5, metrics={"calls": 2.0}),
+        sample(1, 0.0, (-3.0,), (3,), reason="length", right=0.0, metrics={"calls": 3.0, "reward": 7.0}),
     ),
     group(1, sample(0, 2.0, (0.0, 0.0, -4.0, -2.0), (2, 3, 4, 4)), sample(1, 2.0, (-1.0,), (4,), reason="length")),
 ]
@@ -44,6 +46,8 @@ EXPECTED = {
     "rft/reward_std": math.sqrt(0.5) / 2,
     "rft/reward_form": 0.5,
     "rft/reward_right": 0.5,
+    "rft/workflow_calls": 2.5,
+    "rft/workflow_reward": 7.0,  # beside that of the batch
     "rft/group_reward_min": 1.0,
     "rft/group_reward_max": 1.5,
     "rft/groups_without_signal": 0.5,
@@ -118,6 +122,8 @@ def test_rewards_beyond_all_bounds_raise_nothing() -> None:
 def test_names_that_loggers_refuse_are_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match="a part of the reward is named"):
         sample(0, 1.0, (-1.0,), (0,), **{name: 1.0})
+    with pytest.raises(ConfigurationError, match="a metric is named"):
+        sample(0, 1.0, (-1.0,), (0,), metrics={name: 1.0})
 
 
 @pytest.mark.parametrize("name", ["stdev", "min", "a.b-c_1", "std.x"])

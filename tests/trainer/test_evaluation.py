@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, product
 from statistics import fmean
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from lightning_rft.rewards import last_number_or_text
-from lightning_rft.trainer.evaluation import Evaluation, majority, mean_over_tasks, pass_at_k, sizes, task_scores
+from lightning_rft.trainer.evaluation import Evaluation, majority, mean_by_name, pass_at_k, sizes, task_scores
 from lightning_rft.trainer.loader import BatchPart
 
 
@@ -24,6 +25,17 @@ def sample(text: str, reward: float, *, tokens: int = 2, cut: bool = False, vers
 
 def scored(*experiences: Experience, samples: int) -> dict[str, float]:
     return task_scores(experiences, samples, pass_threshold=1.0, final_answer=last_number_or_text)
+
+
+def test_parts_and_metrics_are_means_over_what_has_them() -> None:
+    judged, silent = sample("4", 1.0), sample("5", 0.0)
+    judged = replace(judged, rewards={"right": 1.0, "form": 0.5}, metrics={"calls": 2.0})
+    silent = replace(silent, rewards={"right": 0.0})
+    scores = scored(judged, silent, samples=2)
+    expected = {"reward_right": 0.5, "reward_form": 0.5, "workflow_calls": 2.0}
+    assert {name: scores[name] for name in expected} == expected
+    assert mean_by_name([scores, scored(silent, samples=1)])["reward_right"] == 0.25  # each task counts alike
+    assert not {"reward_form", "workflow_calls"} & scored(silent, samples=1).keys()
 
 
 # Estimates
@@ -141,4 +153,4 @@ def test_sets_have_metrics_of_their_own_and_all_tasks_count_alike() -> None:
 
 
 def test_nothing_is_measured_where_all_samples_failed() -> None:
-    assert Evaluation("val", 1.0, last_number_or_text).add(part("easy", [], samples=4)) == mean_over_tasks([]) == {}
+    assert Evaluation("val", 1.0, last_number_or_text).add(part("easy", [], samples=4)) == mean_by_name([]) == {}
