@@ -19,6 +19,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.renamed import moved_in_config
 from lightning_rft.run.evaluate import evaluate, trainer_settings
 from lightning_rft.run.folder import check_checkpoints, check_run, config_of
+from lightning_rft.run.placement import devices_beside
 from lightning_rft.trainer.module import RFTModule
 
 __all__ = ["RFTCLI", "ExploringTrainer", "main"]
@@ -177,6 +178,9 @@ class RFTCLI(LightningCLI):
         if self.subcommand == "evaluate":
             self.save_config_callback = None  # it would replace the config of the run
             kwargs |= trainer_settings(self._get(self.config_init, "trainer"), Path(self._get(self.config_init, "run")))
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        if config.get("devices") == "auto" and config.get("accelerator") in ("auto", "gpu", "cuda"):
+            kwargs["devices"] = devices_beside(self.datamodule._pool)  # which Lightning itself does not know of
         return super().instantiate_trainer(**kwargs)
 
     @override

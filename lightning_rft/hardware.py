@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["available_cpus", "fast_dtype", "fast_precision", "gpus_for_explorers", "share_cores"]
+__all__ = ["available_cpus", "fast_dtype", "fast_precision", "share_cores"]
 
 _WORTH_SHARING = 4  # cores
 _OVERRULED = "LIGHTNING_RFT_BF16"
@@ -78,22 +77,3 @@ def _has_bf16_units(device: str) -> bool:
         return False
     first = next((line for line in flags.splitlines() if line.lower().startswith(("flags", "features"))), "")
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(first.split())
-
-
-def gpus_for_explorers(
-    visible: Sequence[str], trainer: Sequence[int], explorers: int, per_explorer: int
-) -> list[str] | None:
-    """``CUDA_VISIBLE_DEVICES`` of every explorer; None if there are too few GPUs for each to have its own.
-
-    ``visible`` has the names of this process's GPUs, ``trainer`` the indices among them that the trainer uses.
-
-    Example:
-        >>> gpus_for_explorers(["0", "1", "2", "3"], trainer=[0], explorers=3, per_explorer=1)
-        ['1', '2', '3']
-        >>> gpus_for_explorers(["0"], trainer=[0], explorers=1, per_explorer=1) is None
-        True
-    """
-    free = [name for index, name in enumerate(visible) if index not in trainer]
-    if len(free) < explorers * per_explorer:
-        return None
-    return [",".join(free[i * per_explorer : (i + 1) * per_explorer]) for i in range(explorers)]

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.local import GRACE_S, LocalProcess, end_all
 from lightning_rft.explorer.messages import Died, Explored, Failed, Prepare, Several, Started
+from lightning_rft.explorer.placement import Placement, Sharing
 from lightning_rft.explorer.restarts import Restarts
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.hardware import available_cpus, share_cores
@@ -57,7 +58,11 @@ class ExplorerPool:
         engine: What each runs; an engine of its own each.
         count: How many.
         devices: ``CUDA_VISIBLE_DEVICES`` of each, such as ``["1", "2"]``, or ``["2,3", "4,5"]`` with two GPUs for each;
-            left out, the data module hands out what the trainer does not use.
+            left out, the data module hands out GPUs by ``placement``. A pool that is launched by hand on several GPUs
+            must name them.
+        placement: ``"separate"`` for GPUs that the trainer does not use, ``"shared"`` for the trainer's own, or
+            ``"auto"`` for the first, but a single GPU is shared with a single explorer. What it comes to is printed
+            (``trainer: GPUs 0-1; explorers: 2, 3``); where GPUs do not suffice, nothing starts.
         log_dir: Folder that takes ``explorer-<i>.log``; left out, ``rft`` in the trainer's log folder.
         threads: CPU threads of each; left out, an equal share of the cores, or of half of them where the strategy has
             explorers and trainer work at the same time on CPUs.
@@ -65,7 +70,8 @@ class ExplorerPool:
         restart_window_s: Seconds after which a death is forgotten.
 
     Raises:
-        ConfigurationError: ``count`` is below 1, ``devices`` are not as many, or ``max_restarts`` is negative.
+        ConfigurationError: ``count`` is below 1, ``devices`` are not as many, ``placement`` is none of the three, or
+            ``max_restarts`` is negative.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class ExplorerPool:
         engine: Engine,
         count: int = 1,
         devices: Sequence[str] | None = None,
+        placement: Sharing = "auto",
         log_dir: str | os.PathLike[str] | None = None,
         threads: int | None = None,
         max_restarts: int = 5,
@@ -85,6 +92,8 @@ class ExplorerPool:
                 f"devices={list(devices)} names GPUs for {len(devices)} explorers, but there are {count}: give each "
                 "one entry, such as '0' or '0,1'"
             )
+        if placement not in get_args(Sharing):
+            raise ConfigurationError(f"placement={placement!r}: choose one of {', '.join(get_args(Sharing))}")
         if threads is not None and threads < 1:
             raise ConfigurationError(f"threads={threads} must be at least 1")
         if max_restarts < 0:
@@ -92,6 +101,7 @@ class ExplorerPool:
         self.engine = engine
         self.count = count
         self.devices = devices
+        self.placement = placement
         self.log_dir = log_dir
         self.threads = threads
         self.max_restarts = max_restarts
@@ -99,7 +109,8 @@ class ExplorerPool:
         self.assigned = False  # whether the processes know what to run
         self._spec: ExplorerSpec | None = None
         self._logs = Path()
-        self._placed: Sequence[str] | None = None
+        self._placed = Placement()
+        self._devices: Sequence[str] | None = None  # of each explorer
         self._threads = 1
         self._members: dict[int, _Member] = {}
         self._next_index = 0
@@ -132,7 +143,7 @@ class ExplorerPool:
         folder = self.log_dir or log_dir
         if folder is None:
             raise ConfigurationError("set ExplorerPool(log_dir=...) to launch explorers before a trainer is known")
-        self._logs, self._placed = Path(folder), self.devices or devices
+        self._logs, self._devices = Path(folder), self.devices or devices
         self._threads = self.threads or threads or share_cores(available_cpus(), self.count, overlap=False)[0]
         _check_travels(engine=self.engine)
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -145,18 +156,19 @@ class ExplorerPool:
         self,
         spec: ExplorerSpec,
         log_dir: Path | None = None,
-        devices: Sequence[str] | None = None,
+        placement: Placement | None = None,
         threads: int | None = None,
     ) -> None:
         """Has every process load its engine, launching it if need be, and returns at once; once is enough.
 
-        ``log_dir``, ``devices`` and ``threads`` (of each) count where the pool names none. Raises
-        :class:`ConfigurationError` if the reward or workflow cannot be sent to another process.
+        ``log_dir`` and ``threads`` (of each) count where the pool names none. Raises :class:`ConfigurationError` if the
+        reward or workflow cannot be sent to another process.
         """
         if self.assigned:
             return
         _check_travels(reward=spec.reward, workflow=spec.workflow)
-        self._launch(log_dir, devices, threads)
+        self._placed = placement or Placement()
+        self._launch(log_dir, self._placed.devices, threads)
         self._spec = spec
         self.assigned = True
         for index in self._members:
@@ -199,8 +211,8 @@ class ExplorerPool:
 
     @property
     def nccl(self) -> bool:
-        """Whether every engine takes an NCCL link: NCCL refuses two members on one GPU."""
-        return self._placed is not None and all(started.nccl for started in self._came_up.values())
+        """Whether every engine can be a member of an NCCL group with the trainer."""
+        return self._placed.nccl and all(started.nccl for started in self._came_up.values())
 
     @property
     def up(self) -> dict[int, Started]:
@@ -280,8 +292,8 @@ class ExplorerPool:
     def _spawn(self, slot: int) -> int:
         index, self._next_index = self._next_index, self._next_index + 1
         environment = self.engine.environment(self._threads)
-        if self._placed is not None:
-            environment = environment | {"CUDA_VISIBLE_DEVICES": self._placed[slot]}
+        if self._devices is not None:
+            environment = environment | {"CUDA_VISIBLE_DEVICES": self._devices[slot]}
         self._members[index] = _Member(slot, LocalProcess(environment, self._logs / f"explorer-{slot}.log"))
         self.send(index, Prepare(self.engine))
         return index

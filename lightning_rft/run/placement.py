@@ -6,22 +6,54 @@ import os
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_rft.hardware import available_cpus, gpus_for_explorers, share_cores
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.explorer.placement import Placement, place
+from lightning_rft.explorer.pool import ExplorerPool
+from lightning_rft.hardware import available_cpus, share_cores
 from lightning_rft.sync.strategy import SyncStrategy
 
-__all__ = ["cpu_threads", "explorer_gpus"]
+__all__ = ["cpu_threads", "devices_beside", "gpu_placement"]
+
+_MOST_SHARED = (
+    0.8  # of a GPU's memory, by all engines on it; the trainer holds several times the bytes of their weights
+)
 
 
-def explorer_gpus(trainer: L.Trainer, explorers: int, per_explorer: int) -> list[str] | None:
-    """``CUDA_VISIBLE_DEVICES`` of every explorer; None if there are too few GPUs beside the trainer's."""
-    count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = [str(index) for index in range(count)] if not named else named.split(",")[:count]
-    root = trainer.strategy.root_device
-    used = trainer.device_ids if root.type == "cuda" else []
-    return gpus_for_explorers(visible, used, explorers, per_explorer)
+def gpu_placement(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool) -> Placement:
+    """Plans the GPUs of trainer and explorers.
+
+    Raises:
+        ConfigurationError: They do not fit, the transport cannot work there, or the explorers were launched before
+            their GPUs could be known.
+    """
+    visible = _visible()
+    placed = place(visible, _trainers(trainer), pool.count, pool.engine.gpus, pool.placement, pool.devices)
+    sees_others = any(set(gpus) != set(visible) for gpus in placed.explorers)
+    if pool.running and pool.devices is None and sees_others:
+        raise ConfigurationError(
+            "ExplorerPool.launch() came before the trainer's GPUs were known, so that every explorer would take the "
+            f"first: set ExplorerPool(devices={placed.devices}), or leave launch() out"
+        )
+    engine = pool.engine
+    engine.tenants = placed.tenants if placed.explorers and engine.gpus else 1
+    share, engines = engine.memory_share, placed.beside_trainer
+    if share is not None and share * engines > _MOST_SHARED:
+        raise ConfigurationError(
+            f"{placed}: {share:g} of a GPU's memory for each engine leaves too little for the trainer, which shares "
+            f"it: leave gpu_memory_utilization out, or set it to at most {_MOST_SHARED / engines:.2g}"
+        )
+    strategy.transport.check(nccl=placed.nccl and not strategy.asynchronous)
+    return placed
+
+
+def devices_beside(pool: ExplorerPool) -> int | str:
+    """What ``Trainer(devices="auto")`` is to take, so that explorers have GPUs of their own where that is possible."""
+    needed = pool.count * pool.engine.gpus
+    left = len(_visible()) - needed
+    return left if needed and left > 0 and pool.devices is None and pool.placement != "shared" else "auto"
 
 
 def cpu_threads(trainer: L.Trainer, strategy: SyncStrategy, explorers: int) -> tuple[int, int]:
@@ -29,3 +61,21 @@ def cpu_threads(trainer: L.Trainer, strategy: SyncStrategy, explorers: int) -> t
     trains_on_cpu = trainer.strategy.root_device.type == "cpu"
     overlap = trains_on_cpu and trainer.state.fn == TrainerFn.FITTING and strategy.overlaps
     return share_cores(available_cpus(), explorers, overlap=overlap)
+
+
+def _visible() -> list[str]:
+    """Names of this process's GPUs, as ``CUDA_VISIBLE_DEVICES`` takes them."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None or not count:
+        return [str(index) for index in range(count)]
+    names = [name.strip() for name in named.split(",")]
+    # A process sees only the first part of a GPU (MIG) that is named, but explorers are processes of their own.
+    return names if names[0].startswith("MIG-") else names[:count]
+
+
+def _trainers(trainer: L.Trainer) -> list[int]:
+    """Indices of the trainer's GPUs on this machine."""
+    strategy = trainer.strategy
+    devices = strategy.parallel_devices if isinstance(strategy, ParallelStrategy) else [strategy.root_device]
+    return [device.index or 0 for device in devices or [] if device.type == "cuda"]

@@ -17,7 +17,7 @@ from lightning_rft.monitor.spans import Span
 from lightning_rft.run.checks import check_folder, sync_strategy
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.lifecycle import Run, RunSettings
-from lightning_rft.run.placement import cpu_threads, explorer_gpus
+from lightning_rft.run.placement import cpu_threads, gpu_placement
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.trainer.ranks import SIGTERM_STATUS, Ranks
 
@@ -57,10 +57,13 @@ class Session:
 
     def start(self, pool: ExplorerPool, spec: ExplorerSpec) -> None:
         """Starts the explorers, with the GPUs and cores that the trainer leaves them."""
-        gpus = explorer_gpus(self._trainer, pool.count, spec.engine.world_size)
-        threads, _ = cpu_threads(self._trainer, sync_strategy(self._trainer), pool.count)
+        strategy = sync_strategy(self._trainer)
+        placement = gpu_placement(self._trainer, strategy, pool)
+        threads, _ = cpu_threads(self._trainer, strategy, pool.count)
         check_folder(self.folder)
-        pool.start(spec, self.folder, gpus, threads)
+        if placement.trainer or placement.explorers:
+            rank_zero_info(placement.described(spec.engine.memory_share))
+        pool.start(spec, self.folder, placement, threads)
 
     def begin(
         self,

@@ -129,6 +129,8 @@ class Engine(ABC):
     computes: bool = True
     #: Weight-holding processes inside this engine.
     world_size: int = 1
+    #: Processes on each of its GPUs, itself included; set before it is started.
+    tenants: int = 1
     #: Settings that are whole numbers of at least 1, where they are set.
     counts: tuple[str, ...] = ("max_num_seqs", "max_model_len")
 
@@ -147,6 +149,16 @@ class Engine(ABC):
         self._eos: frozenset[int] = frozenset()  # ids that end an answer
         self._running: dict[str, Running] = {}  # by id, in order of arrival
         self._receiver: WeightReceiver | None = None
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs it takes where there are any."""
+        return self.world_size
+
+    @property
+    def memory_share(self) -> float | None:
+        """Share of each GPU's memory that it takes at its start; ``None`` if it takes as much as it needs."""
+        return None
 
     def check(self) -> None:
         """Raises :class:`~lightning_rft.errors.ConfigurationError` for what can be known before a process starts."""

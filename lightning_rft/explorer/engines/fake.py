@@ -49,6 +49,7 @@ class FakeEngine(Engine):
     counts = (*Engine.counts, "mean_tokens", "vocab_size")
 
     computes = False
+    gpus = 0
 
     def __init__(
         self,

@@ -65,6 +65,11 @@ class TransformersEngine(Engine):
         self._mask: torch.Tensor | None = None  # [rows, length] of what the cache holds; 0 is left padding
         self._torn = False
 
+    @property
+    @override
+    def gpus(self) -> int:
+        return int(self.device == "auto" or self.device.startswith("cuda"))
+
     @override
     def check_sampling(self, sampling: Sampling) -> None:
         if sampling.structured:

@@ -1,0 +1,319 @@
+"""Which GPUs trainer and explorers get, whatever torch and Lightning say there is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lightning_rft as rft
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.explorer.placement import Placement, place
+from lightning_rft.run.placement import devices_beside, gpu_placement
+
+Machine = Callable[..., None]
+
+UUIDS = ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-1f", "GPU-2e", "GPU-3d"]
+PARTS = ["MIG-aa", "MIG-bb", "MIG-cc"]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Has so many GPUs, as far as torch says, under the names of ``CUDA_VISIBLE_DEVICES``."""
+
+    def machine(count: int, names: str | None = None) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        if names is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+
+    return machine
+
+
+def pool(explorers: int = 1, size: int = 1, **settings: Any) -> rft.ExplorerPool:
+    return rft.ExplorerPool(rft.VLLMEngine(tensor_parallel_size=size), explorers, **settings)
+
+
+def planned(
+    of: rft.ExplorerPool, devices: Any = 1, accelerator: str = "gpu", strategy: rft.SyncStrategy | None = None
+) -> Placement:
+    return gpu_placement(trainer_on(devices, accelerator), strategy or rft.Synchronous(), of)
+
+
+def trainer_on(devices: Any, accelerator: str = "gpu") -> L.Trainer:
+    return L.Trainer(accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False)
+
+
+TABLE = [
+    (gpus, devices)
+    for gpus in (1, 2, 4, 8)
+    for devices in ("auto", 1, 2, 4, [gpus - 1])
+    if not isinstance(devices, int) or devices <= gpus
+]
+
+
+@pytest.mark.parametrize(("gpus", "devices"), TABLE)
+def test_a_plan_or_the_arithmetic(gpus: int, devices: Any, machine: Machine) -> None:
+    machine(gpus)
+    trainer, strategy = trainer_on(devices), rft.Synchronous()
+    used = devices if isinstance(devices, list) else list(range(gpus if devices == "auto" else devices))
+    for explorers, size in itertools.product([1, 2, 3, 4], [1, 2, 4]):
+        needed, shared = explorers * size, gpus == explorers * size == 1
+        if needed > gpus - len(used) and not shared:
+            with pytest.raises(ConfigurationError, match=rf"makes {needed} GPU.* has {len(used)} of {gpus} GPU"):
+                gpu_placement(trainer, strategy, pool(explorers, size))
+            continue
+        plan = gpu_placement(trainer, strategy, pool(explorers, size))
+        assert plan.trainer == tuple(map(str, used))
+        assert [len(each) for each in plan.explorers] == [size] * explorers
+        everyone = [*plan.trainer, *itertools.chain(*plan.explorers)]
+        assert set(everyone) <= set(map(str, range(gpus)))
+        assert len(set(everyone)) == len(everyone) - shared
+        assert plan.nccl is not shared
+        assert plan.devices == [",".join(each) for each in plan.explorers]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices", "explorers", "size", "text"),
+    [
+        (4, 2, 2, 1, "trainer: GPUs 0-1; explorers: 2, 3"),
+        (8, 4, 2, 2, "trainer: GPUs 0-3; explorers: 4-5, 6-7"),
+        (8, [0, 7], 1, 4, "trainer: GPUs 0, 7; explorers: 1-4"),
+        (2, [1], 1, 1, "trainer: GPU 1; explorers: 0"),
+        (2, [1, 0], 2, 1, None),
+    ],
+)
+def test_what_is_said(gpus: int, devices: Any, explorers: int, size: int, text: str | None, machine: Machine) -> None:
+    machine(gpus)
+    if text is None:  # in either order, the trainer has both
+        with pytest.raises(ConfigurationError, match="the trainer has 2 of 2 GPUs and leaves 0"):
+            planned(pool(explorers, size), devices)
+    else:
+        assert str(planned(pool(explorers, size), devices)) == text
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices", "explorers", "size", "advice"),
+    [
+        (4, "auto", 2, 1, r'\(devices="auto" takes all\): set Trainer\(devices=2\), or .*placement="shared"'),
+        (4, 2, 3, 1, r"set Trainer\(devices=1\)"),
+        (2, 1, 2, 1, r"2 explorers x 1 GPU makes 2 GPUs, .* leaves 1: set explorers=1, or"),
+        (2, "auto", 2, 1, r"set explorers=1 and Trainer\(devices=1\)"),
+        (2, 1, 1, 2, r"1 explorer x 2 GPUs makes 2 GPUs, .* leaves 1: use fewer explorers, or smaller ones"),
+        (1, 1, 2, 1, r'leaves 0 .*: ExplorerPool\(placement="shared"\)'),
+    ],
+)
+def test_the_arithmetic_says_what_to_set(
+    gpus: int, devices: Any, explorers: int, size: int, advice: str, machine: Machine
+) -> None:
+    machine(gpus)
+    with pytest.raises(ConfigurationError, match=advice):
+        planned(pool(explorers, size), devices)
+
+
+@given(
+    gpus=st.integers(1, 9), used=st.integers(1, 9), explorers=st.integers(1, 6), each=st.integers(1, 4),
+    sharing=st.sampled_from(["auto", "separate", "shared"]),
+)  # fmt: skip
+def test_no_one_shares_without_being_told(gpus: int, used: int, explorers: int, each: int, sharing: Any) -> None:
+    visible, trainer = [str(i) for i in range(gpus)], range(min(used, gpus))
+    try:
+        plan = place(visible, trainer, explorers, each, sharing)
+    except ConfigurationError:
+        free = gpus - len(trainer)
+        assert each > len(trainer) if sharing == "shared" else free < explorers * each
+        return
+    assert all(len(set(own)) == each for own in plan.explorers)
+    if sharing == "shared":
+        assert all(set(own) <= set(plan.trainer) for own in plan.explorers)
+        assert not plan.nccl
+    elif (gpus, explorers, each, sharing) != (1, 1, 1, "auto"):
+        assert plan.tenants == 1 and plan.nccl
+
+
+# One GPU for both sides
+
+
+def test_one_gpu_is_shared_and_both_have_room(machine: Machine) -> None:
+    machine(1)
+    shares = pool()
+    plan = planned(shares)
+    assert shares.engine.memory_share == 0.45
+    assert plan.described(shares.engine.memory_share) == (
+        "trainer: GPU 0; explorers: 0 (shared: weights go by Gloo or checkpoint, since NCCL refuses two processes on a "
+        "GPU, and each engine takes 0.45 of its GPU's memory)"
+    )
+    with pytest.raises(ConfigurationError, match=r"placement='separate'|makes 1 GPU, but the trainer has 1 of 1"):
+        planned(pool(placement="separate"))
+
+
+def test_several_gpus_are_shared_only_if_told_to(machine: Machine) -> None:
+    machine(4)
+    shares = pool(3, 2, placement="shared")
+    assert str(planned(shares, 4)) == "trainer: GPUs 0-3; explorers: 0-1, 2-3, 0-1"
+    assert shares.engine.memory_share == 0.3
+    with pytest.raises(ConfigurationError, match=r"4 GPUs cannot share the trainer's, which are 2: set .*devices=4"):
+        planned(pool(1, 4, placement="shared"), 2)
+
+
+def test_a_share_that_leaves_the_trainer_nothing_is_refused(machine: Machine) -> None:
+    machine(1)
+    takes = rft.ExplorerPool(rft.VLLMEngine(gpu_memory_utilization=0.9))
+    with pytest.raises(
+        ConfigurationError, match=r"0\.9 of a GPU's memory .* leave gpu_memory_utilization out, or .* 0.8"
+    ):
+        planned(takes)
+    machine(2)
+    planned(takes)
+    assert takes.engine.memory_share == 0.9
+
+
+def test_nccl_is_refused_where_a_gpu_is_shared_and_chosen_where_none_is(machine: Machine) -> None:
+    strategy = rft.Synchronous(transport=rft.CollectiveTransport("nccl"))
+    machine(2)
+    planned(pool(), strategy=strategy)
+    machine(1)
+    with pytest.raises(
+        ConfigurationError, match=r"backend='nccl'\) needs the trainer and vLLM engines on GPUs of their"
+    ):
+        planned(pool(), strategy=strategy)
+    machine(2)
+    asynchronous = rft.FullyAsynchronous(transport=rft.CollectiveTransport("nccl"))
+    with pytest.raises(ConfigurationError, match="a strategy that waits"):
+        planned(pool(), strategy=asynchronous)
+
+
+# Names
+
+
+def test_names_are_handed_on(machine: Machine) -> None:
+    machine(4, ",".join(UUIDS))
+    assert planned(pool(2)).devices == UUIDS[1:3]
+    machine(2, " 5, 3 ")
+    assert str(planned(pool())) == "trainer: GPU 5; explorers: 3"
+    machine(1, "2,-1,3")  # CUDA stops at the first that it does not know
+    assert str(planned(pool())) == "trainer: GPU 2; explorers: 2"
+
+
+def test_parts_of_a_gpu_go_to_explorers_though_a_process_sees_one(machine: Machine) -> None:
+    machine(1, ",".join(PARTS))
+    plan = planned(pool(2))
+    assert (plan.trainer, plan.devices) == (("MIG-aa",), ["MIG-bb", "MIG-cc"])
+    assert plan.tenants == 1 and not plan.nccl
+    with pytest.raises(ConfigurationError, match="2 GPUs cannot run on parts of a GPU"):
+        planned(pool(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+def test_without_gpus_nothing_is_placed(machine: Machine) -> None:
+    for names in (None, "", "-1"):
+        machine(0, names)
+        assert planned(pool(2, 2), accelerator="cpu") == Placement()
+    machine(2)
+    assert str(planned(pool(2), accelerator="cpu")) == "trainer: CPU; explorers: 0, 1"
+    with pytest.raises(ConfigurationError, match="3 explorers x 1 GPU makes 3 GPUs, but there are 2: set explorers=2"):
+        planned(pool(3), accelerator="cpu")
+
+
+def test_engines_that_need_no_gpu_take_none(machine: Machine) -> None:
+    machine(1)
+    for engine in (rft.FakeEngine(), rft.TransformersEngine(device="cpu")):
+        assert str(planned(rft.ExplorerPool(engine, 3))) == "trainer: GPU 0; explorers: CPU"
+    assert planned(rft.ExplorerPool(rft.TransformersEngine())).devices == ["0"]
+
+
+# GPUs that the user names
+
+
+@pytest.mark.parametrize(
+    ("names", "devices", "size", "text"),
+    [
+        (None, ["1", "0"], 1, r"both have GPU 0: choose others, lower Trainer\(devices=...\)"),
+        (None, ["1", "1"], 1, "several explorers have GPU 1: give each GPUs of its own"),
+        (None, ["1,2", "3"], 2, "'3' names 1 GPU, but each explorer takes 2"),
+        (None, ["GPU-1f"], 1, "named in two ways"),
+        (",".join(UUIDS), ["GPU-8932"], 1, "both have GPU GPU-8932"),
+    ],
+)
+def test_named_gpus_that_cannot_work_are_refused(
+    names: str | None, devices: list[str], size: int, text: str, machine: Machine
+) -> None:
+    machine(4, names)
+    with pytest.raises(ConfigurationError, match=text):
+        planned(pool(len(devices), size, devices=devices))
+
+
+def test_named_gpus(machine: Machine) -> None:
+    machine(4)
+    assert str(planned(pool(2, devices=["3", "2"]))) == "trainer: GPU 0; explorers: 3, 2"
+    assert str(planned(pool(1, 2, devices=["4, 5"]))) == "trainer: GPU 0; explorers: 4-5"  # hidden from the trainer
+    shares = pool(2, devices=["0", "0"], placement="shared")
+    assert planned(shares).tenants == 3
+    with pytest.raises(ConfigurationError, match="placement='both': choose one of auto, separate, shared"):
+        pool(placement="both")
+
+
+# Processes
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Any:
+    pools: list[rft.ExplorerPool] = []
+
+    def launch(**settings: Any) -> rft.ExplorerPool:
+        pools.append(rft.ExplorerPool(rft.VLLMEngine(), log_dir=tmp_path, **settings))
+        pools[-1]._spawn = lambda slot: slot  # type: ignore[method-assign]
+        pools[-1].launch()
+        return pools[-1]
+
+    yield launch
+    for one in pools:
+        one.stop()
+
+
+def test_a_pool_that_was_launched_by_hand_must_name_its_gpus(launched: Any, machine: Machine) -> None:
+    machine(2)
+    with pytest.raises(ConfigurationError, match=r"launch\(\) came before .*: set ExplorerPool\(devices=\['1'\]\)"):
+        planned(launched())
+    planned(launched(devices=["1"]))
+    machine(1)  # which each process sees anyway
+    planned(launched())
+    machine(0)
+    planned(launched(), accelerator="cpu")
+
+
+def test_each_process_gets_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[str | None] = []
+    monkeypatch.setattr(
+        "lightning_rft.explorer.pool.LocalProcess",
+        lambda environment, log: started.append(environment.get("CUDA_VISIBLE_DEVICES")),
+    )
+    for placed in (Placement(("0",), (("1", "2"), ("3", "4"))), Placement()):
+        explorers = rft.ExplorerPool(rft.VLLMEngine(), 2, log_dir=tmp_path)
+        monkeypatch.setattr(explorers, "send", lambda *_: None)
+        explorers._placed = placed
+        explorers._launch(None, placed.devices)
+        explorers._members.clear()
+        explorers.stop()
+    assert started == ["1,2", "3,4", None, None]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "explorers", "devices"), [(4, 1, 3), (4, 2, 2), (2, 2, "auto"), (1, 1, "auto"), (0, 1, "auto")]
+)
+def test_the_command_line_leaves_gpus_for_explorers(
+    gpus: int, explorers: int, devices: int | str, machine: Machine
+) -> None:
+    machine(gpus)
+    assert devices_beside(pool(explorers)) == devices
+    assert devices_beside(pool(explorers, placement="shared")) == "auto"
+    assert devices_beside(rft.ExplorerPool(rft.FakeEngine(), explorers)) == "auto"
