@@ -8,6 +8,8 @@ medians. ``ratio_45_20_8`` is that of 45 tokens of prompt, 20 of completion and 
 the least of all. Both have their logits made in chunks, of completion tokens alone; ``plain_ratio_45_20_8`` compares
 with ordinary rows and the logits of all tokens at once, which is what a trainer does that takes no care. Where sharing
 does not pay, the trainer keeps ordinary rows, and the ratio is 1 without being measured.
+``turns_4``, ``turns_10`` and ``turns_20`` are counts: the columns that are trained for an agent of so many turns, each
+of whose prompts extends the last, over those of the last turn alone. A row per turn would make them 4, 10 and 20.
 In bfloat16 where the machine multiplies that fast, in float32 elsewhere. Writes ``benchmarks/results/packing.json``.
 """
 
@@ -37,6 +39,7 @@ KEY = 45, 20, 8
 # Prompt, completion, samples: from all prompt to all completion.
 GRID = [KEY, (200, 20, 2), (200, 20, 8), (45, 20, 2), (45, 45, 4), (64, 128, 4), (20, 160, 8), (5, 320, 2), (5, 320, 4)]
 REPEATS = 3
+TURNS = 4, 10, 20
 
 
 def group(prompt: int, completion: int, samples: int, seed: int = 0) -> list[Turn]:
@@ -45,6 +48,31 @@ def group(prompt: int, completion: int, samples: int, seed: int = 0) -> list[Tur
     nothing = (0,) * completion
     completions = ids[prompt:].view(samples, completion).tolist()
     return [Turn(ids[:prompt].tolist(), tokens, nothing, nothing, "length") for tokens in completions]
+
+
+def conversation(turns: int, prompt: int = 200, sampled: int = 80, observed: int = 120) -> list[Turn]:
+    """Calls whose prompts each extend the last prompt and answer by what was observed, random tokens."""
+    random = torch.Generator().manual_seed(0)
+
+    def some(count: int) -> list[int]:
+        return torch.randint(100, 40_000, (count,), generator=random).tolist()
+
+    text, made, nothing = some(prompt), [], (0,) * sampled
+    for _ in range(turns):
+        made.append(Turn(text, some(sampled), nothing, nothing, "stop"))
+        text = [*text, *made[-1].token_ids.tolist(), *some(observed)]
+    return made
+
+
+def columns_of_turns() -> dict[str, float]:
+    """Columns trained for conversations over those of their last turns."""
+    ratios = {}
+    for turns in TURNS:
+        calls = conversation(turns)
+        whole, last = pack([calls], shared=False), pack([calls[-1:]], shared=False)
+        assert whole.target.tolist() == [token for call in calls for token in call.token_ids]
+        ratios[f"turns_{turns}"] = round(whole.input_ids.numel() / last.input_ids.numel(), 3)
+    return ratios
 
 
 def chunked(model: Any, packed: Packed) -> Tensor:
@@ -104,6 +132,7 @@ def main() -> None:
         rows = "x".join(map(str, shared.input_ids.shape))
         print("{:6} {:10} {:7}".format(*case), f"{rows:>7}", *(f"{median:6.2f}" for median in medians), flush=True)
     results |= {f"ratio_{name}": ratio for name, ratio in ratios.items()} | {"worst_ratio": min(ratios.values())}
+    results |= columns_of_turns()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "packing.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))

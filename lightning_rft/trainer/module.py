@@ -73,7 +73,7 @@ class RFTModule(L.LightningModule):
             (``val/maj_at_4``): a hashable value, equal for equal answers. Left out, the last number in the text, or the
             whole text if there is none.
         max_tokens_per_micro_batch: Maximum columns, padding included, that are computed at a time. A batch is trained
-            in as many micro-batches as that takes, which changes only memory and time; a turn that is longer is trained
+            in as many micro-batches as that takes, which changes only memory and time; a row that is longer is trained
             alone. Left out: the whole batch at a time.
         reference: Path or hub name of the model that a :class:`KL` penalty keeps the policy close to. Left out: the
             model itself, as it was.
