@@ -40,8 +40,8 @@ STRICT = (
     "{% set ns = namespace(called=false) %}{% for m in messages %}{% if m.role == 'tool' %}"
     "{% if not ns.called %}{{ raise_exception('No call') }}{% endif %}[RESULT]{{ m.content }}[/RESULT]"
     "{% else %}{% set ns.called = m.tool_calls is defined %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
-    "{% else %}{{ m.content }}{% for call in m.tool_calls or [] %}[CALL]{{ call.function }}{% endfor %}<|end|>{% endif %}"
-    "{% endif %}{% endfor %}"
+    "{% else %}{{ m.content }}{% for call in m.tool_calls or [] %}[CALL]{{ call.function }}{% endfor %}<|end|>"
+    "{% endif %}{% endif %}{% endfor %}"
 )
 
 

@@ -160,7 +160,7 @@ class Conversations:
             for earlier in passed[index].calls:
                 if earlier.reply is None:
                     continue
-                answer = said(earlier.reply.message)
+                answer = said(plain_message(earlier.reply.message))
                 if answer.key != call.said[index].key or answer.contradicts(call.said[index]):
                     continue
                 exact = _spelled_alike([*earlier.said, answer], call.said)
