@@ -113,15 +113,33 @@ def encode_after(
     index: int,
     template: Mapping[str, Any] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    end: int | None = None,
 ) -> list[int] | None:
-    """Token ids of what the chat template puts after the content of one message; None if it does not tell.
+    """Token ids of what the chat template puts after one message, an answer; None if it does not tell.
 
-    The message is rendered as a mark alone: its tokens are known, and calls of tools are among them.
+    ``end`` is the id that the answer ended with, if it did not break off.
     """
-    marked = [plain_message(message) for message in messages]
-    marked[index] = {"role": marked[index]["role"], "content": _MARK}
+    before, message, after = messages[:index], messages[index], messages[index + 1 :]
+    mark = {"role": message["role"], "content": _MARK}
+    behind = _behind_mark(tokenizer, [*before, mark, *after], template, tools)
+    if behind is not None or end is None:
+        return behind
+    # The answer's tokens are known, tool calls among them; but some templates look back from a result to its call.
+    behind = _behind_mark(tokenizer, [*before, {**message, "content": _MARK}, *after], template, tools)
+    return None if behind is None or end not in behind else behind[behind.index(end) :]
+
+
+def _behind_mark(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    template: Mapping[str, Any] | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> list[int] | None:
+    chat = [plain_message(message) for message in messages]
+    continues = ends_open(chat) and chat[-1]["content"] != _MARK
     try:
-        (text,) = _apply(tokenizer, [marked], ends_open(marked), template, tools, tokenize=False)
+        (text,) = _apply(tokenizer, [chat], continues, template, tools, tokenize=False)
     except ConfigurationError:
         return None
     _, *behind = text.split(_MARK)
@@ -166,6 +184,11 @@ def _apply(
         raise ConfigurationError(
             "the tokenizer has no chat template for chat messages: set tokenizer.chat_template and save it, or give "
             "plain text"
+        )
+    if tools and "tools" not in str(tokenizer.chat_template):
+        raise ConfigurationError(
+            "the tokenizer's chat template has no place for tools, so that the model would not know of them: set "
+            "tokenizer.chat_template to one that renders `tools`, or describe them in a message"
         )
     try:
         return tokenizer.apply_chat_template(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_rft.errors import ConfigurationError, ContextFull
 from lightning_rft.experience import Experience
 from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.fake import FakeEngine
 from lightning_rft.explorer.workflows.policy import Policy, Reply
 from lightning_rft.settings import Sampling
 from lightning_rft.tasks.prompts import encode_prompt
@@ -29,12 +30,6 @@ def user(content: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_path: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model_path)
-
-
-@pytest.fixture
-def own(tiny_model_path: Path) -> Any:
-    """A tokenizer whose chat template a test may change."""
     return AutoTokenizer.from_pretrained(tiny_model_path)
 
 
@@ -109,26 +104,46 @@ def test_an_answer_that_was_cut_is_ended(tokenizer: Any) -> None:
     assert tokenizer.decode(rest) == "<|end|><|user|>1+1<|end|><|assistant|>"
 
 
+def pairs(tokenizer: Any) -> Any:
+    """A tokenizer that has merged letters: a text has one encoding, and many ways to be sampled."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([(Path(__file__).parent / "test_workflow.py").read_text()], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=tokenizer.chat_template)
+
+
 def test_ids_that_do_not_survive_decoding_are_kept_for_ten_turns(tokenizer: Any) -> None:
-    """Tokens drawn from a whole vocabulary: their text is not encoded to the same ids."""
-    rng = random.Random(0)
-    answers = [(*(rng.randrange(len(tokenizer)) for _ in range(7)), tokenizer.unk_token_id) for _ in range(10)]
-    text = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-    assert all(tuple(tokenizer(one)["input_ids"]) != answer for one, answer in zip(text, answers, strict=True))
-    sampler = Sampler(tokenizer, *answers, finish_reason="length")
-    policy = make_policy(sampler, tokenizer)
+    tokenizer = pairs(tokenizer)
+    engine = FakeEngine(vocab_size=len(tokenizer), mean_tokens=20)
+    engine.start("", max_model_len=5_000, seed=0)
+    requests: list[Request] = []
+
+    async def sample(request: Request) -> Completion:
+        requests.append(request)
+        engine.add(request)
+        while not (done := engine.step()):
+            pass
+        return done[0]
+
+    policy = make_policy(sample, tokenizer, sampling=Sampling(30, 1.0, min_new_tokens=10), trained=False)
 
     async def turns() -> None:
         messages = [QUESTION]
         for _ in range(10):
             answer = await policy(json.loads(json.dumps(messages)))  # as a client sends it: text alone
+            again = tokenizer(answer.raw_text, add_special_tokens=False)["input_ids"]
+            assert tuple(again) != answer.token_ids
             messages += [{"role": "assistant", "content": str(answer)}, QUESTION]
 
     asyncio.run(turns())
     assert parents(policy) == [None, *range(9)] and policy.drift == 0
-    for turn, answer in zip(policy.turns, answers, strict=True):
-        assert tuple(turn.token_ids.tolist()) == answer
-    for request, turn in zip(sampler.requests[1:], policy.turns, strict=False):
+    for request, turn in zip(requests[1:], policy.turns, strict=False):
         assert tokenizer.decode(kept(request, turn)) == "<|end|><|user|>1+1<|end|><|assistant|>"
 
 

@@ -34,26 +34,27 @@ class Call:
     """One call of the policy."""
 
     messages: list[dict[str, Any]] | None = None  # without a beginning of the answer; None for text and token ids
+    said: list[Said] = field(default_factory=list)  # the messages as they are compared
     opening: str = ""  # the beginning of the answer; of a prompt that is text, all of it
-    said: tuple[Said, ...] = ()
-    prompt_ids: tuple[int, ...] = ()
-    packed_ids: bytes = b""
+    packed_ids: bytes = b""  # of the prompt
     reply: Reply | None = None
 
 
 @dataclass
 class _Place:
-    """A point that conversations pass through."""
+    """A point that conversations pass through: after a message, which later calls share if they spell it alike."""
 
-    calls: list[Call] = field(default_factory=list)  # those whose answer comes next
+    message: dict[str, Any] = field(default_factory=dict)
+    said: Said | None = None
     after: dict[Hashable, _Place] = field(default_factory=dict)  # by the next message's key
+    calls: list[Call] = field(default_factory=list)  # whose answer comes next
 
 
 class _Found(NamedTuple):
-    """An earlier call that a prompt goes on from."""
+    """What a prompt takes from an earlier call."""
 
     ids: Sequence[int] | None  # of the prompt; None: the chat template does not tell those that come after the answer
-    exact: bool  # whether the prompt extends the call's prompt and answer, as they were spelled
+    exact: bool  # whether it extends the call's prompt and answer, spelled as they were
 
 
 class Conversations:
@@ -64,24 +65,25 @@ class Conversations:
 
     def __init__(self, tokenizer: Any, encoded: Encoded) -> None:
         self.calls: list[Call] = []
-        self.drift = 0  # prompts that only nearly extend an earlier call
+        self.drift = 0  # prompts that have an earlier answer in them, but do not extend it exactly
         self._tokenizer = tokenizer
         self._encoded = encoded
         self._begin: dict[str, _Place] = {}  # by tools and variables of the template; all texts have one
 
-    def ask(self, prompt: Any, template: _Template, tools: _Tools) -> Call:
-        """A new call, with the ids of its prompt."""
+    def ask(self, prompt: Any, template: _Template, tools: _Tools) -> tuple[Call, tuple[int, ...]]:
+        """A new call, and the ids of its prompt."""
+        call = Call()
         prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Integral):
             ids = self._checked(prompt)
-            call = Call(prompt_ids=ids, packed_ids=array("i", ids).tobytes())
+            call.packed_ids = array("i", ids).tobytes()
         else:
             check_prompt(prompt)
-            call = self._of_words(prompt, template, tools)
+            ids = self._of_words(call, prompt, template, tools)
         if tools and call.messages is None:
             raise ConfigurationError("tools are for chat messages: the chat template tells the model of them")
         self.calls.append(call)
-        return call
+        return call, ids
 
     def _checked(self, prompt: Sequence[int]) -> tuple[int, ...]:
         try:
@@ -97,51 +99,56 @@ class Conversations:
                 raise ConfigurationError(f"the prompt has token id {unknown[0]}, but the tokenizer has {known} tokens")
         return ids
 
-    def _of_words(self, prompt: Any, template: _Template, tools: _Tools) -> Call:
-        call = Call()
+    def _of_words(self, call: Call, prompt: Any, template: _Template, tools: _Tools) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            call.opening, variant = str(prompt), ""
+            call.opening, passed = str(prompt), [self._begin.setdefault("", _Place())]
         else:
-            whole = [plain_message(message) for message in prompt]
-            call.messages = whole[:-1] if ends_open(whole) else whole
-            call.opening = whole[-1]["content"] if ends_open(whole) else ""
-            call.said, variant = tuple(map(said, call.messages)), by_value([template, tools])
-        passed = [self._begin.setdefault(variant, _Place())]
-        for one in call.said:
-            passed.append(passed[-1].after.setdefault(one.key, _Place()))
+            passed = self._walk(call, [plain_message(message) for message in prompt], by_value([template, tools]))
         found = self._continued(call, passed[-1]) or self._followed(call, passed, prompt, template, tools)
-        if found is not None and not (found.exact and found.ids is not None):
-            self.drift += 1
-        if found is not None and found.ids is not None:
-            call.prompt_ids = tuple(found.ids)
-            call.packed_ids = array("i", call.prompt_ids).tobytes()
-        else:
-            key = by_value([call.messages, call.opening, template, tools])
-            if key not in self._encoded:
-                ids = encode_prompt(self._tokenizer, prompt, template, tools)
-                self._encoded[key] = ids, array("i", ids).tobytes()
-            call.prompt_ids, call.packed_ids = self._encoded[key]
         passed[-1].calls.append(call)
-        return call
+        self.drift += found is not None and not found.exact
+        if found is not None and found.ids is not None:
+            ids = tuple(found.ids)
+            call.packed_ids = array("i", ids).tobytes()
+            return ids
+        key = by_value([call.messages, call.opening, template, tools])
+        if key not in self._encoded:
+            ids = encode_prompt(self._tokenizer, prompt, template, tools)
+            self._encoded[key] = ids, array("i", ids).tobytes()
+        ids, call.packed_ids = self._encoded[key]
+        return ids
+
+    def _walk(self, call: Call, messages: list[dict[str, Any]], variant: str) -> list[_Place]:
+        """The places before each message, and after the last one."""
+        if ends_open(messages):
+            call.opening = messages.pop()["content"]
+        call.messages = []
+        passed = [self._begin.setdefault(variant, _Place())]
+        for message in messages:
+            one = said(message)
+            place = passed[-1].after.setdefault(one.key, _Place(message, one))
+            alike = place.said == one and place.message == message
+            call.messages.append(place.message if alike else message)
+            call.said.append(place.said if alike and place.said is not None else one)
+            passed.append(place)
+        return passed
 
     def _continued(self, call: Call, place: _Place) -> _Found | None:
-        """The longest answer that a prompt goes on with in mid-answer."""
+        """The longest answer that a prompt goes on with in the middle of it."""
         longest, found = 0, None
         for earlier in place.calls:
-            if earlier.reply is None or not call.opening.startswith(earlier.opening) or _contradict(earlier, call):
+            reply, begun = earlier.reply, len(earlier.opening)
+            if reply is None or not call.opening.startswith(earlier.opening) or _contradict(earlier, call):
                 continue
-            token_ids = earlier.reply.token_ids
-            for plainly in (False, True):
-                answer = self._tokenizer.decode(token_ids, skip_special_tokens=plainly)
-                length = len(earlier.opening) + len(answer)
-                if not answer or length <= longest or not call.opening.startswith(answer, len(earlier.opening)):
+            for answer in (reply.raw_text, reply.whole_text):
+                if not answer or begun + len(answer) <= longest or not call.opening.startswith(answer, begun):
                     continue
-                longest = length
-                # A token that ended the answer, and that the prompt leaves out, is no part of what goes on.
-                ended = plainly and earlier.reply.finish_reason == "stop" and self._says_nothing(token_ids[-1])
-                rest = encode_later(self._tokenizer, call.opening[length:])
-                ids = (*earlier.prompt_ids, *(token_ids[:-1] if ended else token_ids), *rest)
-                found = _Found(ids, not ended and _same(earlier.said, call.said))
+                longest = begun + len(answer)
+                # A token that ended the answer, and that the prompt leaves out, is not in the middle of anything.
+                ended = answer != reply.raw_text and reply.finish_reason == "stop" and self._is_special(reply.token_ids)
+                rest = encode_later(self._tokenizer, call.opening[longest:])
+                ids = (*_ids(earlier), *(reply.token_ids[:-1] if ended else reply.token_ids), *rest)
+                found = _Found(ids, not ended and _spelled_alike(earlier.said, call.said))
         return found
 
     def _followed(
@@ -149,32 +156,30 @@ class Conversations:
     ) -> _Found | None:
         """The longest conversation that a prompt adds messages to."""
         for index in reversed(range(len(call.said))):
-            closest: Call | None = None
-            exact = False
+            likest: tuple[Call, Reply, bool] | None = None
             for earlier in passed[index].calls:
-                if earlier.reply is None or exact:
+                if earlier.reply is None:
                     continue
-                answer = said(earlier.reply.message)
+                answer = said(plain_message(earlier.reply.message))
                 if answer.key != call.said[index].key or answer.contradicts(call.said[index]):
                     continue
-                if _contradict(earlier, call):
-                    continue
-                exact = _same((*earlier.said, answer), call.said)
-                if exact or closest is None:
-                    closest = earlier
-            if closest is not None and closest.reply is not None:
-                rest = encode_after(self._tokenizer, prompt, index, template, tools)
-                if rest is None:
-                    return _Found(None, False)
-                rest = self._unsaid(rest, closest.reply)
-                return _Found((*closest.prompt_ids, *closest.reply.token_ids, *rest), exact)
+                exact = _spelled_alike([*earlier.said, answer], call.said)
+                if not _contradict(earlier, call) and (likest is None or (exact and not likest[2])):
+                    likest = earlier, earlier.reply, exact
+            if likest is None:
+                continue
+            earlier, reply, exact = likest
+            end = reply.token_ids[-1] if reply.token_ids and reply.finish_reason == "stop" else None
+            rest = encode_after(self._tokenizer, prompt, index, template, tools, end=end)
+            if rest is None:
+                return _Found(None, exact=False)
+            if end in rest:
+                rest = self._unsaid(rest, reply.token_ids)
+            return _Found((*_ids(earlier), *reply.token_ids, *rest), exact)
         return None
 
-    def _unsaid(self, rest: Sequence[int], reply: Reply) -> Sequence[int]:
-        """What comes after an answer, without what the answer ended with itself."""
-        token_ids = reply.token_ids
-        if reply.finish_reason != "stop" or token_ids[-1] not in rest:
-            return rest
+    def _unsaid(self, rest: list[int], token_ids: tuple[int, ...]) -> list[int]:
+        """What comes after an answer, without the end of a turn that the answer has itself."""
         for overlap in range(min(len(token_ids), len(rest)), 0, -1):
             if rest[overlap - 1] == token_ids[-1] and tuple(rest[:overlap]) == token_ids[-overlap:]:
                 return rest[overlap:]
@@ -183,14 +188,21 @@ class Conversations:
         blank = not self._tokenizer.decode(rest[:end], skip_special_tokens=False).strip()
         return rest[end + 1 :] if blank else rest
 
-    def _says_nothing(self, token_id: int) -> bool:
-        return not self._tokenizer.decode([token_id], skip_special_tokens=True)
+    def _is_special(self, token_ids: tuple[int, ...]) -> bool:
+        """Whether the last token has no text."""
+        return not self._tokenizer.decode(token_ids[-1:], skip_special_tokens=True)
+
+
+def _ids(call: Call) -> array[int]:
+    ids = array("i")
+    ids.frombytes(call.packed_ids)
+    return ids
 
 
 def _contradict(earlier: Call, call: Call) -> bool:
     return any(one.contradicts(other) for one, other in zip(earlier.said, call.said, strict=False))
 
 
-def _same(some: Sequence[Said], others: Sequence[Said]) -> bool:
-    """Whether messages are spelled alike, as far as there are some."""
+def _spelled_alike(some: Sequence[Said], others: Sequence[Said]) -> bool:
+    """Whether the messages of two conversations, as far as both have some, are spelled alike."""
     return all(one.spelling == other.spelling for one, other in zip(some, others, strict=False))

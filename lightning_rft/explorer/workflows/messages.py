@@ -7,8 +7,6 @@ import pickle
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
-from lightning_rft.tasks.prompts import plain_message
-
 __all__ = ["Said", "by_value", "said"]
 
 _COMPARED = {"role", "content", "tool_calls"}
@@ -28,8 +26,7 @@ class Said(NamedTuple):
 
 
 def said(message: Mapping[str, Any]) -> Said:
-    """What tells a message from others: role, content, and the names and arguments of its tool calls."""
-    message = plain_message(message)
+    """What tells a plain message from others: role, content, and the names and arguments of its tool calls."""
     content, calls = message["content"], [_call(call) for call in message.get("tool_calls") or ()]
     key = message["role"], content.strip(), tuple((name, _canonical(arguments)) for name, arguments in calls)
     spelling = content, tuple(_text(arguments) for _, arguments in calls)

@@ -99,10 +99,10 @@ class Policy:
     def turns(self) -> tuple[Turn, ...]:
         """The calls that were answered, in the order in which they were made, with parents and rewards."""
         turns: list[Turn] = []
-        longest: list[tuple[int, int]] = []  # minus the length, and the index, of each of them
+        longest: list[tuple[int, int]] = []  # minus the length in bytes, and the index, of each of them
         for call, reply in self._answered:
             parent = next((index for _, index in longest if reply.turn.extends(turns[index])), None)
-            insort(longest, (-len(call.prompt_ids) - len(reply.token_ids), len(turns)))
+            insort(longest, (-len(call.packed_ids) - 4 * len(reply.token_ids), len(turns)))
             turns.append(reply.turn.placed(parent, reply.reward))
         return tuple(turns)
 
@@ -140,16 +140,16 @@ class Policy:
         if self._closed:
             raise ConfigurationError("the policy was called after the end of its sample: await every call")
         settings = self._sampled(sampling)
-        call = self._conversations.ask(prompt, settings.chat_template_kwargs, tools)
-        context_left = self.max_model_len - len(call.prompt_ids)
+        call, prompt_ids = self._conversations.ask(prompt, settings.chat_template_kwargs, tools)
+        context_left = self.max_model_len - len(prompt_ids)
         if (settings.max_new_tokens or 0) > context_left:
             raise ContextFull(
-                f"a prompt of {len(call.prompt_ids)} tokens and max_new_tokens={settings.max_new_tokens} do not fit a "
+                f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={settings.max_new_tokens} do not fit a "
                 f"context of {self.max_model_len} tokens: shorten the prompt or lower max_new_tokens"
             )
         name, seed = self._own(call.packed_ids)
         settings = replace(settings, seed=seed)
-        done = await self._ask(Request(f"{self._name}/{name}", call.prompt_ids, settings))
+        done = await self._ask(Request(f"{self._name}/{name}", prompt_ids, settings))
         turn = Turn(
             call.packed_ids,  # the same object in all samples of a group, so that it travels once
             done.token_ids,

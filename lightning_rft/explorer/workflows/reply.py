@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from lightning_rft.turn import Turn
@@ -54,10 +55,16 @@ class Reply(str):
         """``"stop"`` or ``"length"``, if ``max_new_tokens`` was reached."""
         return self.turn.finish_reason
 
-    @property
+    @cached_property
     def raw_text(self) -> str:
-        """All that was sampled as text: special tokens, and what of it belongs to a text of ``stop``."""
+        """All that was sampled as text: special tokens, and a text of ``stop``."""
         text: str = self._tokenizer.decode(self.token_ids, skip_special_tokens=False)
+        return text
+
+    @cached_property
+    def whole_text(self) -> str:
+        """What was sampled as text, a text of ``stop`` included, special tokens left out."""
+        text: str = self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
         return text
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
