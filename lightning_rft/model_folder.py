@@ -84,9 +84,8 @@ class Pretrained:
 
         code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
         if code and self.trust_remote_code:  # from_config would take the newest code, whatever the revision
-            return get_class_from_dynamic_module(code, self.name, revision=self.revision)._from_config(
-                config, **settings
-            )
+            kind: Any = get_class_from_dynamic_module(code, self.name, revision=self.revision)
+            return kind._from_config(config, **settings)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
 
     def context_length(self) -> int | None:
@@ -107,7 +106,7 @@ class Pretrained:
 
         named = [self.config().get_text_config().eos_token_id]
         with contextlib.suppress(OSError):  # there need not be one
-            named.append(GenerationConfig.from_pretrained(self.name, revision=self.revision).eos_token_id)
+            named.append(GenerationConfig.from_pretrained(self.name, revision=self.revision or "main").eos_token_id)
         with contextlib.suppress(ConfigurationError):  # nor a tokenizer, for an engine alone
             named.append(self.tokenizer().eos_token_id)
         ids: set[int] = set()

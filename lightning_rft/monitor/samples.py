@@ -76,7 +76,8 @@ class SamplesCallback(Callback):
         if not (batch.last and batch.batch % self.every_n_steps == 0 and trainer.is_global_zero):
             return
         if self._tokenizer is None:
-            self._tokenizer = pl_module.pretrained.tokenizer()
+            model: Any = pl_module.pretrained
+            self._tokenizer = model.tokenizer()
         rows = [self._row(experience, batch.batch) for experience in _chosen(batch.groups, self.samples)]
         columns = list(dict.fromkeys(chain.from_iterable(rows)))
         files = set() if trainer.loggers else {self._folder}
