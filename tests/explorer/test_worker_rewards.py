@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from lightning_rft.errors import ConfigurationError
+from lightning_rft.errors import ConfigurationError, ContextFull
 from lightning_rft.experience import GroupKey, Task
 from lightning_rft.explorer.engines.fake import FakeEngine
 from lightning_rft.explorer.messages import Cancel, Explore, Explored
 from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.reward_calls import RewardSum
-from lightning_rft.scores import Answer, Score
+from lightning_rft.scores import Answer, Sample, Score
 from lightning_rft.settings import Timeouts, Tolerance
 from tests.explorer.test_worker import GROUP, SAMPLING, answers, fails_with
 
@@ -246,3 +246,86 @@ def test_a_cancelled_group_is_forgotten_and_others_are_scored(tiny_model_path: P
     (answer,) = answers(tiny_model_path, *messages, reward=reward, workflow=workflow, engine=FakeEngine(mean_tokens=1))
     assert answer.run == 6 and [one.reward for one in answer.experiences] == [1.0, 1.0]
     assert called == Counter({"u": 1} | ({"t": 1} if during == "scoring" else {}))
+
+
+# What an agent did
+
+
+async def outgrows(task: Task, policy: Policy) -> str:
+    text = str(task.prompt)
+    while True:
+        text += await policy(text)
+        text += "x" * 10
+
+
+def test_a_conversation_that_fills_the_context_ends_with_its_last_answer(tiny_model_path: Path) -> None:
+    (answer,) = answers(tiny_model_path, GROUP, workflow=outgrows, reward=lambda completion, task: len(completion))
+    assert len(answer.experiences) == 2 and answer.failures == ()
+    for one in answer.experiences:
+        last = one.turns[-1]
+        assert len(one.turns) > 1 and len(last.prompt_ids) + last.num_tokens + 10 + 8 > 50
+        assert one.reward == len(one.text) > 0 and one.num_tokens == sum(turn.num_tokens for turn in one.turns)
+
+
+def test_a_first_prompt_that_does_not_fit_is_a_failure(tiny_model_path: Path) -> None:
+    asked: list[int] = []
+
+    async def workflow(task: Task, policy: Policy) -> str:
+        asked.append(policy.max_model_len)
+        return await policy("x" * 50)
+
+    assert isinstance(fails_with(tiny_model_path, workflow=workflow), ContextFull)
+    assert asked == [50, 50]  # it would not fit the next time either
+
+
+def test_a_workflow_may_go_on_when_the_context_is_full(tiny_model_path: Path) -> None:
+    async def workflow(task: Task, policy: Policy) -> Answer:
+        try:
+            return Answer(await outgrows(task, policy))
+        except ContextFull:
+            return Answer(await policy("summary"), reward=float(len(policy.turns)))
+
+    (answer,) = answers(tiny_model_path, GROUP, workflow=workflow, reward=None)
+    assert [one.reward for one in answer.experiences] == [float(len(one.turns)) for one in answer.experiences]
+
+
+def test_a_reward_sees_the_conversation(tiny_model_path: Path) -> None:
+    seen: list[Sample] = []
+
+    async def workflow(task: Task, policy: Policy) -> str:
+        messages = [{"role": "user", "content": "1"}]
+        messages += [(await policy(messages)).message, {"role": "user", "content": "2"}]
+        return await policy(messages)
+
+    async def reward(completion: str, task: Task, sample: Sample) -> float:
+        seen.append(sample)
+        assert sample.messages is not None and sample.messages[-1]["content"] == completion
+        return float(len(sample.messages))
+
+    (answer,) = answers(tiny_model_path, GROUP, workflow=workflow, reward=reward)
+    assert [(one.reward, one.metrics) for one in answer.experiences] == [(4.0, {"drift": 0.0})] * 2
+    for sample in seen:
+        assert [turn.parent for turn in sample.turns] == [None, 0] and len(sample.raw_texts) == 2
+    (answer,) = answers(tiny_model_path, GROUP, reward=lambda completion, task, sample: sample.messages is None)
+    assert [(one.reward, one.metrics) for one in answer.experiences] == [(1.0, {})] * 2
+
+
+def test_rewards_of_turns_are_kept_with_them(tiny_model_path: Path) -> None:
+    async def workflow(task: Task, policy: Policy) -> str:
+        first = await policy("1")
+        first.reward = True
+        return await policy("2")
+
+    (answer,) = answers(tiny_model_path, GROUP, workflow=workflow)
+    assert [[turn.reward for turn in one.turns] for one in answer.experiences] == [[1.0, None]] * 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), "1", 1e39])
+def test_a_reward_of_a_turn_that_is_no_number(tiny_model_path: Path, value: Any) -> None:
+    async def workflow(task: Task, policy: Policy) -> str:
+        reply = await policy("1")
+        reply.reward = value
+        return reply
+
+    error = fails_with(tiny_model_path, workflow=workflow)
+    assert isinstance(error, ConfigurationError) and "set the reward of a turn of task 't' to" in str(error)

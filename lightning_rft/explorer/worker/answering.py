@@ -6,7 +6,7 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-from lightning_rft.errors import ConfigurationError
+from lightning_rft.errors import ConfigurationError, ContextFull
 from lightning_rft.experience import Task
 from lightning_rft.explorer.worker.users_code import in_time
 from lightning_rft.explorer.workflows.policy import Policy
@@ -17,7 +17,7 @@ __all__ = ["ask"]
 
 
 async def ask(workflow: Any, task: Task, policy: Policy, limit_s: float) -> Answer:
-    """What a workflow answers a task with.
+    """What a workflow answers a task with; the policy's last answer if it then came to the end of the context.
 
     Raises :class:`DeadlineError` if it took too long, :class:`ConfigurationError` if it returned no answer or has not
     called the policy, or what it raised.
@@ -26,15 +26,19 @@ async def ask(workflow: Any, task: Task, policy: Policy, limit_s: float) -> Answ
     late = f"took longer than Timeouts(sample_s={limit_s:g}): make the workflow faster or raise the setting"
     try:
         returned = await in_time(_call(workflow, task, policy), limit_s, f"a sample of task {task_id!r} {late}")
+    except ContextFull:
+        if not policy.replies:
+            raise
+        returned = policy.replies[-1]
     finally:
         policy.close()
     answer = _answer(returned, task_id)
-    turns = policy.turns
-    if not turns:
+    if not policy.replies:
         raise ConfigurationError(f"the workflow answered task {task_id!r} without calling the policy: nothing to train")
-    for turn in turns:
-        if turn.reward is not None:
-            finite(turn.reward, f"the reward of a turn of task {task_id!r} is", ": set it to a finite number")
+    for reply in policy.replies:
+        if reply.reward is not None:
+            what = f"the workflow set the reward of a turn of task {task_id!r} to"
+            reply.reward = finite(reply.reward, what, ": set a finite number")
     return answer
 
 

@@ -239,14 +239,14 @@ class Explorer:
         score = answer.score
         if score is None:
             wanted = self._scorer.reward.wants_sample
-            sample = Sample(turns, tuple(map(policy.raw_text, turns))) if wanted else None
+            sample = Sample(turns, tuple(map(policy.raw_text, turns)), policy.messages) if wanted else None
             score = await self._score_answer(group, index, Answered(answer.text, task, sample))
         return Experience(
             *(request.task.id, index, turns, score.reward, answer.text),
             generate_seconds=round(policy.seconds, 6),
             reward_seconds=round(loop.time() - max(began, group.together.began), 6),
             rewards=score.parts,
-            metrics=answer.metrics,
+            metrics=answer.metrics if len(turns) == 1 else {"drift": float(policy.drift), **answer.metrics},
         )
 
     async def _score_answer(self, group: _Group, index: int, answered: Answered) -> Score:
