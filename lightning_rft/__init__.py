@@ -59,6 +59,10 @@ if TYPE_CHECKING:
     from lightning_rft.monitor.samples import SamplesCallback as SamplesCallback
     from lightning_rft.monitor.timeline import TimelineCallback as TimelineCallback
     from lightning_rft.report.page import write_report as write_report
+    from lightning_rft.reward_calls import RewardSum as RewardSum
+    from lightning_rft.scores import Answer as Answer
+    from lightning_rft.scores import Sample as Sample
+    from lightning_rft.scores import Score as Score
     from lightning_rft.settings import Buffer as Buffer
     from lightning_rft.settings import Sampling as Sampling
     from lightning_rft.settings import Timeouts as Timeouts
@@ -137,6 +141,8 @@ _MODULES = {
     "lightning_rft.monitor.samples": ["SamplesCallback"],
     "lightning_rft.monitor.timeline": ["TimelineCallback"],
     "lightning_rft.report.page": ["write_report"],
+    "lightning_rft.reward_calls": ["RewardSum"],
+    "lightning_rft.scores": ["Answer", "Sample", "Score"],
     "lightning_rft.settings": ["Buffer", "Sampling", "Timeouts", "Tolerance"],
     "lightning_rft.sync.transports.checkpoint": ["CheckpointTransport"],
     "lightning_rft.sync.transports.collective": ["CollectiveTransport"],

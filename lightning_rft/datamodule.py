@@ -24,6 +24,7 @@ from lightning_rft.model_folder import Pretrained
 from lightning_rft.monitor.spans import Span
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.renamed import refuses_old_names
+from lightning_rft.reward_calls import RewardSum
 from lightning_rft.rewards import check_answers
 from lightning_rft.run.checks import check_counts, check_source, check_together, check_unwrapped
 from lightning_rft.run.lifecycle import RunSettings
@@ -63,11 +64,14 @@ class RFTDataModule(L.LightningDataModule):
     Args:
         tasks: Tasks to train on: :class:`Task` objects, dictionaries, plain prompts, a table, a file, a folder, a name
             on the hub, a :class:`TaskSet` of any of these, or a :class:`Mixture`.
-        reward: ``reward(completion, task)``, any callable, plain or ``async``, that returns a finite number.
+        reward: ``reward(completion, task)``, any callable, plain or ``async``, that returns a finite number, or several
+            by name, whose sum it is; a :class:`RewardSum`; or ``reward(completions, tasks)`` for all samples of a task
+            together. None: the workflow's :class:`Answer` says what a sample earned.
         engine: What samples; left out, :class:`VLLMEngine`.
         explorers: Number of explorer processes, each with an engine of its own; 0 trains from ``buffer`` alone; or an
             :class:`ExplorerPool`, which is then this data module's to end.
-        workflow: How a task is answered; left out, :class:`SingleTurn`.
+        workflow: ``workflow(task, policy)``, ``async``, that returns the text to score or an :class:`Answer`; left out,
+            :class:`SingleTurn`.
         tasks_per_step: Groups of one batch, which is one optimizer step.
         samples_per_task: Samples of one group.
         max_new_tokens: Maximum tokens per answer, short for ``sampling=Sampling(max_new_tokens=...)``; left out, 256.
@@ -89,7 +93,7 @@ class RFTDataModule(L.LightningDataModule):
     def __init__(
         self,
         tasks: TaskSet | Mixture | Tasks = (),
-        reward: Callable[..., Any] | None = None,
+        reward: RewardSum | Callable[..., Any] | None = None,  # the class by name, for its short one in a config
         engine: Engine | None = None,
         explorers: int | ExplorerPool = 1,
         workflow: Workflow | None = None,
@@ -119,7 +123,7 @@ class RFTDataModule(L.LightningDataModule):
             tolerance=self.tolerance,
             buffer=self.buffer,
         )
-        check_source(explores=explorers != 0, reward=reward, buffer=self.buffer, validates=val_tasks is not None)
+        check_source(reward, workflow, self.buffer, explores=explorers != 0, validates=val_tasks is not None)
         self.tasks_per_step = tasks_per_step
         self.samples_per_task = samples_per_task
         self.tasks = [] if explorers == 0 else self.task_set.read()
@@ -183,7 +187,6 @@ class RFTDataModule(L.LightningDataModule):
 
     def _spec(self, model: Pretrained) -> ExplorerSpec:
         """What every explorer runs, once it is certain that it can."""
-        assert self.reward is not None, "checked when it was set"
         model = model.other(self.engine.model)  # the trainer's, unless the engine names another
         model.check()
         self.engine.check()

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task
-from lightning_rft.rewards import as_reward, check_answers, check_reward, contains_answer, exact_match, last_number
+from lightning_rft.reward_calls import check_reward
+from lightning_rft.rewards import check_answers, contains_answer, exact_match, last_number
+from lightning_rft.scores import as_reward
 
 
 def task(answer: Any) -> Task:

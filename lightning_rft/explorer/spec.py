@@ -31,7 +31,8 @@ class ExplorerSpec:
     engine: Engine
     model: Pretrained
     workflow: Workflow
-    reward: Callable[..., Any]
+    #: None: the workflow says what a sample earned.
+    reward: Callable[..., Any] | None
     #: Maximum tokens of prompt and answer together.
     max_model_len: int
     seed: int

@@ -19,8 +19,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_rft.errors import ConfigurationError
+from lightning_rft.explorer.workflows.policy import Workflow
+from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.model_folder import check_policy
-from lightning_rft.rewards import check_reward
+from lightning_rft.reward_calls import check_reward
 from lightning_rft.settings import Buffer, Sampling, Tolerance
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.trainer.loading import check_adapter
@@ -53,12 +55,18 @@ def check_counts(
         )
 
 
-def check_source(*, explores: bool, reward: Callable[..., Any] | None, buffer: Buffer, validates: bool) -> None:
+def check_source(
+    reward: Callable[..., Any] | None, workflow: Workflow | None, buffer: Buffer, *, explores: bool, validates: bool
+) -> None:
     """Raises ConfigurationError if explorers, or else the stored buffer, lack or ignore a setting."""
     if explores:
-        if reward is None:
-            raise ConfigurationError("reward is missing: give a callable, or explorers=0 to train from a buffer")
-        check_reward(reward)
+        if reward is not None:
+            check_reward(reward)
+        elif workflow is None or isinstance(workflow, SingleTurn):
+            raise ConfigurationError(
+                "reward is missing: give a callable, a workflow that returns Answer(text, reward=...), or explorers=0 "
+                "to train from a buffer"
+            )
         if not buffer.shuffle:
             raise ConfigurationError(
                 "Buffer(shuffle=False) is for stored experience (explorers=0): set tasks=TaskSet(tasks, shuffle=False)"

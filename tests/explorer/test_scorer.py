@@ -19,7 +19,8 @@ import pytest
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.worker.scorer import Scorer
-from lightning_rft.rewards import Sample
+from lightning_rft.reward_calls import Answered, RewardSum
+from lightning_rft.scores import Sample, Score
 from tests.processes import until
 
 T = TypeVar("T")
@@ -27,9 +28,23 @@ T = TypeVar("T")
 TASK = Task("prompt", answer=2.0, id="t1")
 
 
-def scored(reward: Callable[..., Any], use: Callable[[Scorer], Awaitable[T]], timeout_s: float = 30.0) -> T:
+class Rewards(Scorer):
+    """A scorer whose answers are plain numbers."""
+
+    async def __call__(self, completion: str, task: Task, sample: Sample | None = None) -> float:  # type: ignore[override]
+        score = await super().__call__(completion, task, sample)
+        assert not score.parts
+        return score.reward
+
+
+def scored(
+    reward: Callable[..., Any],
+    use: Callable[[Any], Awaitable[T]],
+    timeout_s: float = 30.0,
+    kind: type[Scorer] = Rewards,
+) -> T:
     async def run() -> T:
-        scorer = Scorer(reward, timeout_s)
+        scorer = kind(reward, timeout_s)
         try:
             return await use(scorer)
         finally:
@@ -143,7 +158,7 @@ def test_exceptions_carry_their_traceback() -> None:
     assert "the line that is to blame" in str(cause)
 
 
-@pytest.mark.parametrize("value", [float("nan"), 1e39, {"reward": 1.0}, None, "1.0"])
+@pytest.mark.parametrize("value", [float("nan"), 1e39, [1.0], None, "1.0"])
 @pytest.mark.parametrize("kind", ["plain", "async"])
 def test_what_is_no_number(value: Any, kind: str) -> None:
     async def later(completion: str, task: Task) -> Any:
@@ -320,17 +335,20 @@ def test_quick_rewards_take_one_process() -> None:
     assert scored(lambda completion, task: 1.0, use) == 1
 
 
-@pytest.mark.parametrize("kind", ["plain", "async"])
+@pytest.mark.parametrize("kind", ["plain", "async", "sum"])
 def test_a_reward_that_would_end_the_interpreter(kind: str) -> None:
     async def later(completion: str, task: Task) -> float:
         sys.exit(3)
+
+    rewards: dict[str, Callable[..., Any]] = {"plain": lambda completion, task: sys.exit(3), "async": later}
+    rewards["sum"] = RewardSum({"later": later, "coroutine": coroutine})
 
     async def use(scorer: Scorer) -> None:
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"raised SystemExit\('3'\)"):
                 await scorer("", TASK)
 
-    scored(later if kind == "async" else lambda completion, task: sys.exit(3), use)
+    scored(rewards[kind], use)
 
 
 def test_a_timeout_of_a_rewards_own_is_its_own() -> None:
@@ -403,7 +421,92 @@ def test_a_reward_that_asks_for_it_gets_the_sample(kind: str) -> None:
         return plain(completion, task, sample)
 
     async def use(scorer: Scorer) -> float:
-        assert scorer.wants_sample
+        assert scorer.reward.wants_sample
         return await scorer("", TASK, Sample((turn,), ("<think>",)))
 
     assert scored(plain if kind == "plain" else later, use) == 10.0
+
+
+# Sums, and rewards of all samples
+
+
+def test_of_a_sum_plain_parts_run_in_a_process_and_async_ones_here() -> None:
+    async def here(completion: str, task: Task) -> int:
+        return os.getpid()
+
+    reward = RewardSum({"here": here, "there": lambda completion, task: os.getpid()}, {"here": 0})
+
+    async def use(scorer: Scorer) -> Score:
+        return await scorer("", TASK)
+
+    score = scored(reward, use, kind=Scorer)
+    assert score.parts["here"] == os.getpid() != score.parts["there"] == score.reward
+
+
+def test_a_plain_part_that_hangs_is_killed_and_async_ones_are_not_asked() -> None:
+    asked = []
+
+    async def here(completion: str, task: Task) -> float:
+        asked.append(completion)
+        return 1.0
+
+    def there(completion: str, task: Task) -> float:
+        if completion == "hang":
+            time.sleep(3600)
+        return 1.0
+
+    async def use(scorer: Scorer) -> Score:
+        with pytest.raises(DeadlineError, match="reward_s=1"):
+            await scorer("hang", TASK)
+        return await scorer("a", TASK)
+
+    assert scored(RewardSum({"here": here, "there": there}), use, timeout_s=1.0, kind=Scorer).reward == 2.0
+    assert asked == ["a"]
+
+
+GROUP = [Answered(text, Task("prompt", answer=index, id="t1")) for index, text in enumerate(("a", "bb", "ccc"))]
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_a_reward_of_all_samples_is_called_once(kind: str) -> None:
+    def plain(completions: list[str], tasks: list[Task]) -> list[float]:
+        assert len(completions) == len(tasks)
+        return [len(completions) * 100 + len(completions[task.answer]) * 10 + task.answer for task in tasks]
+
+    async def later(completions: list[str], tasks: list[Task]) -> list[float]:
+        return plain(completions, tasks)
+
+    async def use(scorer: Scorer) -> list[Score]:
+        scoring = asyncio.ensure_future(scorer.scores(GROUP))
+        await asyncio.sleep(0)
+        assert (scorer.scoring, scorer.scored) == (3, 0)
+        scores = await scoring
+        assert (scorer.scoring, scorer.scored) == (0, 3)
+        return scores
+
+    scores = scored(plain if kind == "plain" else later, use, kind=Scorer)
+    assert scores == [Score(310.0), Score(321.0), Score(332.0)]
+
+
+def test_a_reward_of_all_samples_that_raises_hangs_or_dies_and_the_next_call_works() -> None:
+    def reward(completions: list[str], tasks: list[Task], samples: list[Any]) -> list[float]:
+        what = tasks[0].metadata.get("what")
+        if what == "raises":
+            raise LookupError("judge")
+        if what == "hangs":
+            time.sleep(3600)
+        if what == "dies":
+            os._exit(3)
+        return [1.0] * (2 if what == "short" else 3)
+
+    async def use(scorer: Scorer) -> list[Score]:
+        assert scorer.reward.batched and scorer.reward.wants_sample
+        kinds = {"raises": LookupError, "hangs": DeadlineError, "dies": RuntimeError, "short": ConfigurationError}
+        for what, error in kinds.items():
+            task = Task("prompt", id="t1", metadata={"what": what})
+            with pytest.raises(error):
+                await scorer.scores([Answered("", task)] * 3)
+            assert scorer.scoring == scorer.scored == 0
+        return await scorer.scores(GROUP)
+
+    assert scored(reward, use, timeout_s=1.0, kind=Scorer) == [Score(1.0)] * 3

@@ -54,7 +54,7 @@ def heard(channel: Channel, ended: list[Ended]) -> Any:
 def answers(
     model: Path, *messages: Any, replies: int = 1, ended: list[Ended] | None = None, **changes: Any
 ) -> list[Any]:
-    """What an explorer sends after its start when it is sent these messages."""
+    """What an explorer sends after its start when it is sent these messages, each event once it has happened."""
     told: list[Ended] = [] if ended is None else ended
     settings: dict[str, Any] = {
         "engine": FakeEngine(),
@@ -77,7 +77,10 @@ def answers(
             try:
                 assert await asyncio.to_thread(ours.receive, 30) == Started("float32", 1, False, engine.max_num_seqs)
                 for message in messages:
-                    inbox.put_nowait(message)
+                    if isinstance(message, asyncio.Event):
+                        await asyncio.wait_for(message.wait(), 30)
+                    else:
+                        inbox.put_nowait(message)
                 received = [await asyncio.to_thread(heard, ours, told) for _ in range(replies)]
                 if not replies:  # it is to end by itself
                     await asyncio.wait_for(serving, 30)
@@ -330,7 +333,7 @@ def test_a_workflow_that_is_no_coroutine(tiny_model_path: Path) -> None:
     assert "define it as `async def workflow(task, policy)`" in str(error)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, {"reward": 1.0}, "1", None])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, [1.0], "1", None])
 def test_one_reward_that_is_none(tiny_model_path: Path, value: Any) -> None:
     values = [value, 1.0]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import inspect
 import pickle
 from collections import Counter
 from collections.abc import Coroutine
@@ -30,13 +29,15 @@ from lightning_rft.explorer.messages import (
     Started,
 )
 from lightning_rft.explorer.spec import ExplorerSpec
+from lightning_rft.explorer.worker.answering import ask
 from lightning_rft.explorer.worker.scorer import Scorer
 from lightning_rft.explorer.worker.stepper import Stepper
-from lightning_rft.explorer.worker.users_code import as_exception, in_time, note_tasks
+from lightning_rft.explorer.worker.together import Together
+from lightning_rft.explorer.worker.users_code import as_exception, note_tasks
 from lightning_rft.explorer.workflows.policy import Encoded, Policy
 from lightning_rft.pickling import dumps
-from lightning_rft.rewards import Sample
-from lightning_rft.tasks.prompts import text_problem
+from lightning_rft.reward_calls import Answered
+from lightning_rft.scores import Sample, Score
 
 __all__ = ["Explorer", "next_message"]
 
@@ -52,6 +53,7 @@ class _Group:
     """A group that runs."""
 
     asked: Explore
+    together: Together
     encoded: Encoded = field(default_factory=dict)  # prompts, which its samples share
     ended: set[int] = field(default_factory=set)  # samples that rank 0 is told of, or about to be
     retried: int = 0
@@ -77,9 +79,7 @@ class Explorer:
         self._spec = spec
         self._max_model_len = spec.max_model_len
         self._stepper = Stepper(spec.engine, loop)
-        self._scorer = Scorer(spec.reward, spec.timeouts.reward_s)
-        self._scored = 0
-        self._scoring = 0
+        self._scorer = Scorer(spec.reward or _no_reward, spec.timeouts.reward_s)
         self._ended: dict[int, Counter[tuple[GroupKey, int]]] = {}  # of each run; rank 0 is about to be told
         self._work: dict[asyncio.Task[None], Explore] = {}  # running groups
         self._inbox: asyncio.Queue[Any]
@@ -116,7 +116,7 @@ class Explorer:
         before = (0, 0)
         while True:
             await asyncio.sleep(_REPORT_S)
-            now = (self._stepper.steps, self._scored)
+            now = (self._stepper.steps, self._scorer.scored)
             if now != before:
                 self._outbox.send(Advanced())
             before = now
@@ -163,13 +163,16 @@ class Explorer:
         return tuple(await self._stepper.call(engine.prompt_logprobs, ids))
 
     async def _explore(self, request: Explore) -> None:
-        group = _Group(request)
+        group = _Group(request, Together(len(request.seeds), self._scorer.scores))
         samples = [asyncio.ensure_future(self._sample(group, index)) for index in range(len(request.seeds))]
+        for sample in samples:
+            sample.add_done_callback(lambda _: group.together.ended())
         try:
             results = await asyncio.gather(*samples, return_exceptions=True)
         finally:
             for sample in samples:
                 sample.cancel()
+            group.together.stop()
         engine_error = self._stepper.error
         if engine_error is not None:  # no sample's fault: this process is of no use any more
             raise engine_error
@@ -227,51 +230,36 @@ class Explorer:
             encoded=group.encoded,
             trained=request.key.batch >= 0,  # validation's groups are of no batch
         )
-        loop = asyncio.get_running_loop()
-        limit = spec.timeouts.sample_s
-        late = f"took longer than Timeouts(sample_s={limit:g}): make the workflow faster or raise the setting"
-        try:
-            async with self._room:  # validation asks for all at once, and a sample's clock starts when its turn comes
-                answering = _call(spec.workflow, task, policy)
-                answer = await in_time(answering, limit, f"a sample of task {request.task.id!r} {late}")
-        finally:
-            policy.close()
-        text = _text(answer, request.task.id)
-        turns = policy.turns
-        if not turns:
-            raise ConfigurationError(
-                f"the workflow answered task {request.task.id!r} without calling the policy: nothing to train"
-            )
-        sample = Sample(turns, tuple(map(policy.raw_text, turns))) if self._scorer.wants_sample else None
+        async with self._room:  # validation asks for all at once, and a sample's clock starts when its turn comes
+            answer = await ask(spec.workflow, task, policy, spec.timeouts.sample_s)
+        loop, turns = asyncio.get_running_loop(), policy.turns
         began = loop.time()
-        if self._scoring < spec.engine.max_num_seqs:  # else rewards are what is slow: sampling more helps nobody
+        if self._scorer.scoring < spec.engine.max_num_seqs:  # else rewards are what is slow: sampling more helps nobody
             self._end(group, index)
-        self._scoring += 1
-        try:
-            reward = await self._scorer(text, task, sample)
-        finally:
-            self._scoring -= 1
-        self._scored += 1
+        score = answer.score
+        if score is None:
+            wanted = self._scorer.reward.wants_sample
+            sample = Sample(turns, tuple(map(policy.raw_text, turns)), policy.messages) if wanted else None
+            score = await self._score_answer(group, index, Answered(answer.text, task, sample))
         return Experience(
-            request.task.id, index, turns, reward, text, round(policy.seconds, 6), round(loop.time() - began, 6)
+            *(request.task.id, index, turns, score.reward, answer.text),
+            generate_seconds=round(policy.seconds, 6),
+            reward_seconds=round(loop.time() - max(began, group.together.began), 6),
+            rewards=score.parts,
+            metrics=answer.metrics if len(turns) == 1 else {"drift": float(policy.drift), **answer.metrics},
         )
 
-
-async def _call(workflow: Any, task: Task, policy: Policy) -> Any:
-    answer = workflow(task, policy)
-    if not inspect.isawaitable(answer):
-        raise ConfigurationError("the workflow is no coroutine: define it as `async def workflow(task, policy)`")
-    return await answer
+    async def _score_answer(self, group: _Group, index: int, answered: Answered) -> Score:
+        if self._scorer.reward.batched:
+            return await group.together.score(index, answered)
+        return await self._scorer(*answered)
 
 
-def _text(answer: Any, task_id: str) -> str:
-    """What a workflow returned, as exactly a ``str``, if that is what it is."""
-    problem = text_problem(answer, "a text that") if isinstance(answer, str) else f"a {type(answer).__name__}"
-    if problem:
-        raise ConfigurationError(
-            f"the workflow returned {problem} for task {task_id!r}: return the text that the reward shall score"
-        )
-    return str.encode(answer).decode()
+async def _no_reward(completion: str, task: Task) -> float:
+    raise ConfigurationError(
+        f"the workflow answered task {task.id!r} without a reward, and there is none to ask: return "
+        "Answer(text, reward=...), or set RFTDataModule(reward=...)"
+    )
 
 
 async def next_message(inbox: asyncio.Queue[Any]) -> Any:

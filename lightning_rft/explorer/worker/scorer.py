@@ -1,5 +1,7 @@
 """The scorer, which computes rewards: coroutines on the event loop, plain functions in processes that can be killed.
 
+Of a sum with parts of both kinds each half runs where it belongs.
+
 A plain function may hang, or hold the interpreter lock while it computes; in a process of its own neither stops the
 engine. ``python -m lightning_rft.explorer.worker.scorer FD`` is that process. There is one, and more while rewards are
 slow, so that they run at the same time; the clock of each starts when its turn comes.
@@ -8,12 +10,11 @@ slow, so that they run at the same time; the clock of each starts when its turn 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ from lightning_rft.explorer.worker.stepper import settle
 from lightning_rft.explorer.worker.users_code import as_exception, in_time, kill_tree, not_rebuilt
 from lightning_rft.hardware import available_cpus
 from lightning_rft.pickling import dumps
-from lightning_rft.rewards import Sample, as_reward, wants_sample
+from lightning_rft.reward_calls import Answered, RewardFunction, RewardSum, reward_of, total
+from lightning_rft.scores import Sample, Score
 
 __all__ = ["Scorer"]
 
@@ -40,44 +42,57 @@ class _Call:
     task_id: str
     packed: bytes
     since: float
-    answer: asyncio.Future[float]
+    answer: asyncio.Future[list[Score]]
 
 
 class Scorer:
     """Calls a user's reward, plain or ``async``, and ends a call that takes longer than ``timeout_s``."""
 
     def __init__(self, reward: Callable[..., Any], timeout_s: float) -> None:
-        #: Whether :meth:`__call__` is to be given the sample.
-        self.wants_sample = wants_sample(reward)
-        self._reward = reward
+        #: How the reward is called.
+        self.reward = reward_of(reward)
+        #: Samples that are being scored, and that were.
+        self.scoring = self.scored = 0
+        self._plain, self._async = self.reward.half(is_async=False), self.reward.half(is_async=True)
         self._timeout_s = timeout_s
-        self._async = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
         self._most = min(_MOST_PROCESSES, available_cpus())
         self._processes: list[_Process] = []
         self._idle: list[_Process] = []
         self._waiting: deque[_Call] = deque()
-        self._answers: set[asyncio.Future[float]] = set()  # that have not come yet
+        self._answers: set[asyncio.Future[list[Score]]] = set()  # that have not come yet
         self._help: asyncio.TimerHandle | None = None
         self._each_s = _TOGETHER_S  # that rewards take
         self._stopped = False
         self._threads = ThreadPoolExecutor(self._most, thread_name_prefix="scorer")
         self._work: set[asyncio.Task[None]] = set()
 
-    async def __call__(self, completion: str, task: Task, sample: Sample | None = None) -> float:
-        """The reward of a completion, or what the reward function raised.
+    async def __call__(self, completion: str, task: Task, sample: Sample | None = None) -> Score:
+        """The score of a completion; raises as :meth:`scores` does."""
+        return (await self.scores([Answered(completion, task, sample)]))[0]
+
+    async def scores(self, answered: Sequence[Answered]) -> list[Score]:
+        """The scores of samples of a task.
 
         Raises :class:`DeadlineError` if the call took too long, :class:`ConfigurationError` if the result is not a
-        finite number, and ``CancelledError`` if the scorer was stopped.
+        finite number for each, ``CancelledError`` if the scorer was stopped, or what the reward function raised.
         """
-        if self._async:
-            late = _late(task.id, self._timeout_s)
-            return as_reward(
-                await in_time(_score(self._reward, completion, task, sample), self._timeout_s, late), task.id
-            )
+        self.scoring += len(answered)
+        try:
+            halves = [] if self._plain is None else [await self._in_process(answered)]
+            if self._async is not None:
+                late = _late(answered[0].task.id, self._timeout_s)
+                halves.append(await in_time(self._async.awaited_scores(answered), self._timeout_s, late))
+        finally:
+            self.scoring -= len(answered)
+        self.scored += len(answered)
+        return halves[0] if len(halves) == 1 else list(map(total, *halves))
+
+    async def _in_process(self, answered: Sequence[Answered]) -> list[Score]:
         if self._stopped:
             raise asyncio.CancelledError
+        task = answered[0].task
         try:
-            packed = dumps((completion, task, sample))
+            packed = dumps(list(answered))
         except Exception as error:  # pickling runs any object's own code
             raise ConfigurationError(
                 f"task {task.id!r}, as the workflow left it, cannot be sent to the process of the reward ({error}): "
@@ -107,7 +122,7 @@ class Scorer:
     def _begin(self) -> None:
         """Has a process that is idle, or a new one, answer what waits."""
         if not self._idle:
-            self._idle.append(_Process(self._reward, self._timeout_s))
+            self._idle.append(_Process(self._plain, self._timeout_s))
             self._processes += self._idle
         work = asyncio.create_task(self._serve(self._idle.pop()))
         self._work.add(work)
@@ -138,7 +153,7 @@ class Scorer:
 class _Process:
     """A process that computes rewards one after another; started with the first, and again after it was killed."""
 
-    def __init__(self, reward: Callable[..., Any], timeout_s: float) -> None:
+    def __init__(self, reward: RewardFunction | RewardSum | None, timeout_s: float) -> None:
         self._reward = reward
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -152,7 +167,7 @@ class _Process:
         for index, call in enumerate(calls):
             if self._stopped:
                 break
-            answer: float | BaseException
+            answer: list[Score] | BaseException
             try:
                 answer = self._first_answer(calls[index:])
             except Exception as error:  # raised where the reward was asked for
@@ -169,8 +184,8 @@ class _Process:
             kill_tree(process.pid)
             process.wait(timeout=10)
 
-    def _first_answer(self, calls: list[_Call]) -> float:
-        """The reward of the first of these calls; sends them all if the process does not have them."""
+    def _first_answer(self, calls: list[_Call]) -> list[Score]:
+        """The answer to the first of these calls; sends them all if the process does not have them."""
         task_id = calls[0].task_id
         try:
             channel = self._channel or self._start()
@@ -186,7 +201,8 @@ class _Process:
             raise RuntimeError(f"the reward function ended its process at task {task_id!r} ({status})") from error
         if isinstance(answer, Failure):
             raise as_exception(answer.unpack("the reward function"), "the reward function")
-        return float(answer)
+        scores: list[Score] = answer
+        return scores
 
     def _start(self) -> Channel:
         self._process, channel = spawn(__name__)
@@ -224,10 +240,6 @@ def _late(task_id: str, limit_s: float) -> str:
     )
 
 
-async def _score(reward: Callable[..., Any], completion: str, task: Task, sample: Sample | None) -> Any:
-    return await (reward(completion, task) if sample is None else reward(completion, task, sample=sample))
-
-
 def main(fd: int) -> None:
     """Answers calls until the other side is gone."""
     channel = Channel(fd, patient=True)
@@ -245,11 +257,9 @@ def main(fd: int) -> None:
         pass  # the explorer is gone and needs no more rewards
 
 
-def _answer(reward: Callable[..., Any], packed: bytes) -> float | Failure:
+def _answer(reward: RewardFunction | RewardSum, packed: bytes) -> list[Score] | Failure:
     try:
-        completion, task, sample = pickle.loads(packed)
-        value = reward(completion, task) if sample is None else reward(completion, task, sample=sample)
-        return as_reward(value, task.id)
+        return reward.scores(pickle.loads(packed))
     except BaseException as error:  # raised again where the call was made
         return Failure.of(as_exception(error, "the reward function"))
 

@@ -18,6 +18,7 @@ from lightning_rft.explorer.engines.stops import stop_at
 from lightning_rft.explorer.workflows.conversation import Call, Conversations, Encoded
 from lightning_rft.explorer.workflows.reply import Reply
 from lightning_rft.sampling import Sampling
+from lightning_rft.scores import Answer
 from lightning_rft.tasks.prompts import Prompt
 
 __all__ = ["Encoded", "Policy", "Reply", "Workflow"]
@@ -245,7 +246,7 @@ class Policy:
 
 
 class Workflow(Protocol):
-    r"""Any ``async`` callable of a task and a policy that returns the text to be scored.
+    r"""Any ``async`` callable of a task and a policy that returns the text to be scored, or an :class:`Answer`.
 
     The task is the sample's own copy.
 
@@ -256,6 +257,6 @@ class Workflow(Protocol):
             return await policy(f"{task.prompt}\nDraft: {draft}\nBetter:")
     """
 
-    async def __call__(self, task: Task, policy: Policy) -> str:
+    async def __call__(self, task: Task, policy: Policy) -> str | Answer:
         """Answers a task."""
         ...
