@@ -1,50 +1,486 @@
-"""What NCCL can be asked of without a GPU: how a group is invited."""
+"""The NCCL transport from end to end, trainer's half and vLLM's own, with Gloo for NCCL and a CPU for GPUs."""
 
 from __future__ import annotations
 
-import ctypes
+import gc
+import queue
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_rft.errors import TransportError
+import lightning_rft as rft
+from lightning_rft.errors import ConfigurationError, LinkError, TransportError
+from lightning_rft.experience import TensorInfo
 from lightning_rft.sync.transports.nccl import NCCLLink, NCCLSender
+from lightning_rft.sync.transports.transport import Named, Weights, announce
+from tests.sync.cuda_on_cpu import CUDA, Stream
 
-UNIQUE_ID = bytes(range(128))
+pytestmark = pytest.mark.vllm
+pytest.importorskip("vllm")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of torch's own modules, which vLLM imports
+    from lightning_rft.explorer.engines.vllm_weights import (
+        LinkInitInfo,
+        LinkWeightTransferEngine,
+        ManifestUpdateInfo,
+    )
+
+DEVICE = torch.device("cuda:1")  # not the one that a thread begins with
+LIMIT_S = 20.0
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> CUDA:
+    return CUDA.put_in_place(monkeypatch)
+
+
+class Policy(torch.nn.Module):
+    """A model as vLLM's are, of which a tensor-parallel worker has its rows alone; a tied head is a copy here."""
+
+    NAMES = ("embedding", "norm", "layer", "head")
+
+    def __init__(self, member: int, size: int) -> None:
+        super().__init__()
+        self.member, self.size = member, size
+        self.held: dict[str, torch.Tensor] = {}
+        self.times: dict[str, int] = {}
+
+    def load_weights(self, weights: Iterable[Named]) -> None:
+        for name, tensor in weights:
+            if name not in self.NAMES:
+                raise KeyError(name)
+            rows = tensor.tensor_split(self.size)[self.member] if tensor.ndim else tensor
+            self.held[name] = rows.clone()
+            self.times[name] = self.times.get(name, 0) + 1
+
+
+class Worker(threading.Thread):
+    """A weight-holding process of an engine: vLLM's worker with its weight-transfer engine, on a thread."""
+
+    def __init__(self, explorer: int, member: int, size: int) -> None:
+        super().__init__(name=f"explorer-{explorer}-{member}", daemon=True)
+        self.model = Policy(member, size)
+        parallel = SimpleNamespace(rank=member, data_parallel_index=0, world_size=size)
+        config: Any = SimpleNamespace(parallel_config=parallel, model_config=None)
+        self.engine = LinkWeightTransferEngine(None, config, torch.device("cpu:0"), self.model)  # type: ignore[arg-type]
+        self.asked: queue.Queue[tuple[Callable[..., Any], Any, Future[Any]] | None] = queue.Queue()
+        self.version = -1
+        self.start()
+
+    def run(self) -> None:
+        while (asked := self.asked.get()) is not None:
+            function, argument, done = asked
+            try:
+                done.set_result(function(argument))
+            except BaseException as error:
+                error.__traceback__ = None
+                done.set_exception(error)
+
+    def ask(self, function: Callable[..., Any], argument: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        self.asked.put((function, argument, done))
+        return done
+
+    def die(self) -> None:
+        """Its connections close."""
+        group = getattr(self.engine._nccl, "model_update_group", None)
+        if group is not None:
+            group.destroy()
 
 
 class Explorers:
-    def __init__(self) -> None:
-        self.links: dict[int, NCCLLink] = {}
+    """Explorers in this process, as a transport sees them."""
+
+    dtype = "bfloat16"
+    nccl = True
+    folder = Path()
+
+    def __init__(self, sizes: dict[int, int]) -> None:
+        self.workers: dict[int, list[Worker]] = {}
+        self.absent: set[int] = set()  # never come
+        self.ended: dict[int, str] = {}
+        self.loading: dict[int, list[Future[Any]]] = {}
+        self.links: list[NCCLLink] = []
+        for explorer, size in sizes.items():
+            self.add(explorer, size)
+
+    def add(self, explorer: int, size: int = 1) -> None:
+        self.workers[explorer] = [Worker(explorer, member, size) for member in range(size)]
+
+    def members(self) -> dict[int, int]:
+        return {explorer: len(workers) for explorer, workers in self.workers.items()}
 
     def connect(self, explorer: int, link: NCCLLink) -> None:
-        self.links[explorer] = link
+        self.links.append(link)
+        if explorer not in self.absent:
+            for worker in self.workers[explorer]:
+                worker.ask(worker.engine.init_transfer_engine, LinkInitInfo(link))
+
+    def load(self, explorer: int, manifest: Sequence[TensorInfo], version: int) -> None:
+        update = ManifestUpdateInfo(manifest)
+        self.loading[explorer] = [
+            worker.ask(worker.engine.receive_weights, update) for worker in self.workers[explorer]
+        ]
+
+    def raise_failures(self) -> None:
+        for futures in list(self.loading.values()):
+            for future in futures:
+                error = future.exception() if future.done() else None
+                if error is not None and not isinstance(error, LinkError):
+                    raise error
+
+    def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float, setting: str) -> None:
+        for explorer in explorers:
+            for future in self.loading[explorer]:
+                future.result(LIMIT_S)
+
+    def end(self, explorers: Sequence[int], blame: str) -> None:
+        for explorer in explorers:
+            self.ended[explorer] = blame
+            self.remove(explorer)
+
+    def settle(self, explorers: Sequence[int], timeout_s: float) -> None:
+        for explorer in self.members().keys() & set(explorers):
+            for future in self.loading.get(explorer, ()):
+                future.exception(LIMIT_S)
+
+    def remove(self, explorer: int) -> list[Worker]:
+        workers = self.workers.pop(explorer)
+        for worker in workers:
+            worker.die()
+            worker.asked.put(None)
+        return workers
+
+    def close(self) -> None:
+        for explorer in list(self.workers):
+            self.remove(explorer)
 
 
-def test_other_engines_refuse() -> None:
+@pytest.fixture
+def explorers() -> Iterator[Callable[..., Explorers]]:
+    made: list[Explorers] = []
+
+    def make(**sizes: int) -> Explorers:
+        made.append(Explorers({int(name[1:]): size for name, size in sizes.items()}))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def transport(bucket_bytes: int = 64, timeout_s: float = LIMIT_S) -> rft.CollectiveTransport:
+    """With buckets that are smaller than can be set."""
+    made = rft.CollectiveTransport("nccl", timeout_s=timeout_s)
+    make_sender = made._make_sender
+
+    def smaller(device: torch.device, them: Any) -> Any:
+        sender = make_sender(device, them)
+        sender._bucket_bytes = bucket_bytes  # type: ignore[attr-defined]
+        return sender
+
+    made._make_sender = smaller  # type: ignore[method-assign]
+    return made
+
+
+def policy(version: int) -> dict[str, torch.Tensor]:
+    embedding = torch.arange(80.0).reshape(20, 4) + 1000 * version
+    return {
+        "embedding": embedding,
+        "norm": torch.tensor(version + 0.5),
+        "layer": torch.full((4, 6), version + 0.25).t(),  # not contiguous
+        "head": embedding,
+    }
+
+
+def weights(of: dict[str, torch.Tensor], dtype: str = "bfloat16") -> Weights:
+    """As of a policy on a GPU."""
+    return Weights(announce(of.items(), dtype), DEVICE, Weights.of(list(of.items()), dtype).tensors)
+
+
+def push(by: rft.CollectiveTransport, version: int, to: Explorers, only: Sequence[int] | None = None) -> None:
+    by.push(weights(policy(version), to.dtype), version, to, only)  # type: ignore[arg-type]
+
+
+def assert_holds(workers: Sequence[Worker], version: int, dtype: str = "bfloat16") -> None:
+    for name, tensor in policy(version).items():
+        parts = [worker.model.held[name] for worker in workers]
+        whole = torch.cat(parts) if tensor.ndim else parts[0]
+        assert torch.equal(whole, tensor.to(getattr(torch, dtype))), name
+
+
+# What arrives
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("sizes", [{"e3": 1}, {"e3": 1, "e5": 1}, {"e3": 2}, {"e3": 2, "e5": 1}], ids=str)
+def test_every_byte_arrives(sizes: dict[str, int], dtype: str, cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(**sizes), transport()
+    to.dtype = dtype
+    for version in (0, 1):
+        push(by, version, to)
+        for workers in to.workers.values():
+            assert_holds(workers, version, dtype)
+            assert set(workers[0].model.times.values()) == {version + 1}
+    assert len(cuda.groups) == 1 + sum(sizes.values())  # joined once
+    by.close()
+
+
+def test_what_is_tied_travels_once_in_buckets_of_the_size_that_is_set(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1), transport(bucket_bytes=40)
+    push(by, 0, to)
+    sizes = [call.size for call in cuda.calls if call.what == "broadcast" and call.other == 0]
+    assert sizes == [160, 50]  # of bfloat16: embedding; norm and layer, which is what goes beyond 40 bytes
+    assert [call.size for call in cuda.calls if call.what == "broadcast" and call.other == 1] == sizes
+    engine = to.workers[0][0].engine._nccl
+    assert (engine.packed_buffer_size_bytes, engine.packed_num_buffers) == (40, 1)
+    by.close()
+
+
+def test_the_setting_is_the_buckets_size(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1), rft.CollectiveTransport("nccl", bucket_mib=3)
+    push(by, 0, to)
+    assert to.links[0].bucket_bytes == 3 << 20
+    assert to.workers[0][0].engine._nccl.packed_buffer_size_bytes == 3 << 20
+    by.close()
+    with pytest.raises(ConfigurationError, match=r"bucket_mib=0\) must be at least 1"):
+        rft.CollectiveTransport(bucket_mib=0)
+
+
+def test_an_invitation(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e3=1, e5=2), transport(timeout_s=7.0)
+    push(by, 0, to)
+    assert [(link.rank, link.world_size, link.timeout_s) for link in to.links] == [(1, 4, 7.0), (2, 4, 7.0)]
+    assert "unique_id" not in repr(to.links[0])
     with pytest.raises(TransportError, match="backend='gloo'"):
-        NCCLLink({}).open(0)
+        to.links[0].open(0)
+    by.close()
 
 
-@pytest.mark.vllm
-def test_the_unique_id_goes_by_our_own_channel_and_no_store_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    common = pytest.importorskip("vllm.distributed.weight_transfer.nccl_common")
-    wrapper = pytest.importorskip("vllm.distributed.device_communicators.pynccl_wrapper")
-    joined: list[Any] = []
+def test_a_name_that_the_model_does_not_know_ends_the_run(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1), transport()
+    with pytest.raises(TransportError, match="does not know a tensor that the trainer sent: 'extra'") as caught:
+        by.push(weights({"extra": torch.ones(400)}), 0, to)
+    assert not isinstance(caught.value, LinkError)
+    to = explorers(e0=1)
+    only_alias = {"embedding": torch.ones(2)} | dict.fromkeys(("lost", "lm_head"), torch.zeros(3))
+    with pytest.raises(TransportError, match=r"does not know .* 'lost'"):
+        by.push(weights(only_alias), 0, to)
 
-    class Library:
-        def ncclGetUniqueId(self) -> ctypes.Structure:
-            return wrapper.ncclUniqueId.from_buffer_copy(UNIQUE_ID)
 
-    monkeypatch.setattr(wrapper, "NCCLLibrary", Library)
-    monkeypatch.setattr(common, "uid_init_process_group", lambda *group: joined.append(group) or object())
-    explorers, sender, device = Explorers(), NCCLSender(torch.device("cuda:1")), torch.device("cuda:1")
-    sender.join(explorers, {3: 1, 5: 2})  # type: ignore[arg-type]
+@pytest.mark.parametrize("sent", [["norm"], []], ids=["another", "nothing"])
+def test_what_was_announced_must_be_sent(sent: list[str], cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1), transport()
+    manifest = announce([("layer", torch.ones(2))], "bfloat16")
+    other = Weights(manifest, DEVICE, lambda: iter([(name, torch.ones(2)) for name in sent]))
+    with pytest.raises(TransportError, match=f"layer was announced, but {(sent or ['nothing'])[0]} was to be sent"):
+        by.push(other, 0, to)
+
+
+def test_what_vllm_could_not_read_is_refused(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1), transport()
+    with pytest.raises(TransportError, match=r"layer \(int64\) follows tensors .*backend='gloo'"):
+        by.push(weights({"norm": torch.ones(3), "layer": torch.ones(4, dtype=torch.int64)}), 0, to)
+    to, by = explorers(e0=1), transport()
+    by.push(weights({"norm": torch.ones(4), "layer": torch.arange(8)}), 0, to)
+    assert torch.equal(to.workers[0][0].model.held["layer"], torch.arange(8))
+    by.close()
+
+
+# In which order
+
+
+def test_the_optimizer_is_waited_for(cuda: CUDA, explorers: Any) -> None:
+    """It is queued on the trainer's stream, which need not be the default one."""
+    to, by = explorers(e0=1), transport()
+    now, stream = policy(0), Stream(cuda=cuda)
+
+    def tensors() -> Iterator[Named]:
+        for name, tensor in Weights.of(list(now.items()), "bfloat16").tensors():
+            made = torch.zeros_like(tensor)
+            stream.work.append(lambda made=made, tensor=tensor: made.copy_(tensor))  # a gathering, queued
+            yield name, made
+
+    with cuda.stream(stream):
+        by.push(Weights(announce(now.items(), "bfloat16"), DEVICE, tensors), 0, to)
+    assert_holds(to.workers[0], 0)
+    by.close()
+
+
+def test_calls_and_their_order(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1), transport(bucket_bytes=40)
+    push(by, 0, to)
+    trainers = [call for call in cuda.calls if call.thread == "weight-push"]
+    assert {call.device for call in trainers} == {DEVICE}
+    engines = [call for call in cuda.calls if call.thread == "explorer-0-0"]
+    assert {call.device for call in engines} == {torch.device("cpu:0")}
+    assert len(trainers) + len(engines) == len(cuda.calls)  # nothing on the trainer's own thread
+    assert trainers[0].what == "join"
+    assert trainers[0].other == (0, DEVICE)
+    bucket = ["wait", "keep"]
+    assert [call.what for call in trainers[1:]] == [
+        *bucket, "broadcast", "synchronize",  # embedding
+        *bucket, *bucket, "broadcast", "synchronize",  # norm, layer
+    ]  # fmt: skip
+    packs = {call.stream for call in trainers[1:]}
+    assert len(packs) == 1
+    assert {call.other for call in trainers if call.what == "wait"} == {cuda.current_stream(DEVICE)}
+    assert [call.size for call in trainers if call.what == "keep"] == [80, 1, 24]
+    by.close()
+
+
+def test_tensors_are_released(cuda: CUDA, explorers: Any) -> None:
+    """Of weights that are gathered one by one, no more exist than are being packed; afterwards none."""
+    to, by = explorers(e0=1), transport(bucket_bytes=40)
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def gathered() -> Iterator[Named]:
+        for version in range(12):
+            tensor = torch.full((4, 5), float(version))  # 40 bytes when packed: with the next one, a bucket
+            made.append(weakref.ref(tensor))
+            yield "layer", tensor
+            del tensor
+            alive.append(sum(ref() is not None for ref in made))
+
+    manifest = [TensorInfo("layer", "bfloat16", (4, 5))] * 12
+    gc.disable()
+    try:
+        by.push(Weights(manifest, DEVICE, gathered), 0, to)
+        assert sum(ref() is not None for ref in made) == 0
+    finally:
+        gc.enable()
+    assert max(alive) <= 2  # one waits to be taken, one is being cast
+    by.close()
+
+
+# Who joins, leaves and dies
+
+
+def test_one_joins_and_one_leaves(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1), transport()
+    push(by, 0, to)
+    to.add(1)
+    push(by, 0, to, only=[1])  # came up between two pushes
+    assert_holds(to.workers[1], 0)
+    push(by, 1, to)
+    gone = to.remove(0)
+    push(by, 2, to)
+    assert_holds(to.workers[1], 2)
+    assert_holds(gone, 1)
+    by.close()
+    trainers = [group for group in cuda.groups if group.rank == 0]
+    assert len(trainers) == 4
+    until(lambda: all(group.destroyed_by == ["nccl-shutdown"] for group in trainers))
+
+
+def test_death_in_mid_push_costs_the_others_nothing(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1, e1=1), transport()
+    push(by, 0, to)
+    gone: list[Worker] = []
+
+    def dies(rank: int, number: int) -> None:
+        if (rank, number) == (0, 4):  # the second broadcast of this push
+            gone.extend(to.remove(1))
+
+    cuda.broadcasting = dies
+    push(by, 1, to)
+    assert len(gone) == 1
+    assert_holds(to.workers[0], 1)
+    assert to.ended == {}
+    by.close()
+
+
+def test_a_missing_member_costs_one_deadline(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1, e1=1), transport(timeout_s=1.0)
+    to.absent = {1}
+    began = time.monotonic()
+    push(by, 0, to)
+    assert 1.0 < time.monotonic() - began < 2.0 + LIMIT_S / 4
+    assert list(to.ended) == [1]
+    assert "did not join the weight transport in time" in to.ended[1]
+    assert_holds(to.workers[0], 0)
+    assert [group.rank for group in cuda.groups].count(0) == 1  # no group was begun without the missing one
+    by.close()
+
+
+def test_members_that_are_stuck_in_the_making_of_a_group_are_ended(cuda: CUDA, explorers: Any) -> None:
+    to, by, end = explorers(e0=1, e1=1), transport(timeout_s=0.5), threading.Event()
+    cuda.joining = lambda rank: None if rank else assert_ends(end)
+    try:
+        push(by, 0, to)
+    finally:
+        end.set()
+    assert sorted(to.ended) == [0, 1]
+    until(lambda: [group.destroyed_by for group in cuda.groups if group.rank == 0] == [["nccl-shutdown"]])
+
+
+def test_a_group_that_cannot_be_made_is_tried_again_and_nobody_is_blamed(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1), transport()
+
+    def fails(rank: int) -> None:
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    cuda.joining = fails
+    with pytest.raises(TransportError, match=r"broke off 3 times: .*unhandled system error"):
+        push(by, 0, to)
+    assert to.ended == {}
+    assert len(to.links) == 3
+
+
+def test_a_push_that_is_late_though_all_are_there_is_not_tried_again(cuda: CUDA, explorers: Any) -> None:
+    to, by, end = explorers(e0=1), transport(timeout_s=0.5), threading.Event()
+    cuda.broadcasting = lambda rank, number: None if rank else assert_ends(end)
+    try:
+        with pytest.raises(LinkError, match=r"passed its deadline: raise CollectiveTransport\(timeout_s=...\)"):
+            push(by, 0, to)
+    finally:
+        end.set()
+    assert len(to.links) == 1
+
+
+def test_nccl_that_is_switched_off_is_refused(cuda: CUDA, explorers: Any) -> None:
+    cuda.disabled = True
+    with pytest.raises(TransportError, match="unset VLLM_DISABLE_PYNCCL"):
+        push(transport(), 0, explorers(e0=1))
+
+
+def test_a_sender_that_is_closed_first_waits_for_nobody(cuda: CUDA, explorers: Any) -> None:
+    to, sender = explorers(e0=1), NCCLSender(DEVICE, LIMIT_S, 64)
+    assert sender.absent() == []
+    to.absent = {0}
+    sender.close()
+    sender.close()
+    sender.join(to, {0: 1})
+    assert not sender.joined
+    assert cuda.groups == []
+
+
+def test_the_store_ends_when_all_have_met(cuda: CUDA, explorers: Any) -> None:
+    to, by = explorers(e0=1), transport()
+    push(by, 0, to)
+    (sender,) = by._senders.values()
     assert sender.joined
-    assert joined == [(UNIQUE_ID, 0, 4, device)]
-    received = {explorer: common.NCCLWeightTransferInitInfo(**link.nccl) for explorer, link in explorers.links.items()}
-    assert {explorer: info.rank_offset for explorer, info in received.items()} == {3: 1, 5: 2}
-    for info in received.values():
-        assert (info.nccl_unique_id_bytes, info.world_size, info.packed) == (UNIQUE_ID, 4, True)
-        assert info.master_address is None
+    with pytest.raises(LinkError):
+        NCCLLink(**vars(to.links[0]) | {"timeout_s": 0.2}).come(0)
+    by.close()
+
+
+def assert_ends(event: threading.Event) -> None:
+    assert event.wait(LIMIT_S)
+
+
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -258,9 +258,7 @@ class VLLMEngine(Engine):
 
     @override
     def connect(self, link: WeightLink) -> None:
-        nccl = getattr(link, "nccl", None)
-        init_info = {"link": link} if nccl is None else {"nccl": nccl}
-        self._alive.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+        self._alive.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"link": link}})
 
     @override
     def load(self, manifest: Sequence[TensorInfo], version: int) -> None:

@@ -7,8 +7,9 @@ layerwise reload, because a plain ``load_weights`` fails after start-up (the CPU
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from lightning_rft.errors import TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import WeightLink, WeightReceiver
+from lightning_rft.sync.transports.meeting import link_errors
+from lightning_rft.sync.transports.nccl import NCCLLink
 
 __all__ = ["BACKEND", "LinkWeightTransferEngine", "register"]
 
@@ -36,10 +39,9 @@ BACKEND = "lightning_rft"
 
 @dataclass
 class LinkInitInfo(WeightTransferInitInfo):
-    """How this engine joins: a link, and for NCCL the keyword arguments of vLLM's own engine."""
+    """How this engine joins."""
 
     link: WeightLink | None = None
-    nccl: dict[str, Any] | None = None
 
 
 @dataclass
@@ -63,11 +65,14 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
     @override
     def init_transfer_engine(self, init_info: LinkInitInfo) -> None:
         self.shutdown()
-        if init_info.nccl is not None:
+        link, member = init_info.link, self.parallel_config.rank
+        if isinstance(link, NCCLLink):
+            link.come(member)
             self._nccl = NCCLWeightTransferEngine(self.config, self.vllm_config, self.device, self.model)
-            self._nccl.init_transfer_engine(NCCLWeightTransferInitInfo(**init_info.nccl))
-        elif init_info.link is not None:
-            self._receiver = init_info.link.open(self.parallel_config.rank)
+            with torch.cuda.device(self.device), link_errors():  # vLLM takes the thread's current device
+                self._nccl.init_transfer_engine(NCCLWeightTransferInitInfo(**link.init_info))
+        elif link is not None:
+            self._receiver = link.open(member)
 
     @override
     def start_weight_update(self) -> None:
@@ -84,7 +89,7 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
         # vLLM's own version synchronises an accelerator, which raises where there is none
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.device)
 
     @override
     def receive_weights(self, update_info: ManifestUpdateInfo) -> None:
@@ -102,38 +107,38 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
             )
 
     def _receive(self, manifest: Sequence[TensorInfo]) -> None:
-        if self._nccl is not None:
-            self._nccl.receive_weights(
-                NCCLWeightTransferUpdateInfo(
-                    names=[info.name for info in manifest],
-                    dtype_names=[info.dtype for info in manifest],
-                    shapes=[list(info.shape) for info in manifest],
-                )
-            )
-        elif self._receiver is not None:
-            tied: dict[str, list[tuple[str, torch.Tensor]]] = {
-                info.same_as: [] for info in manifest if info.same_as is not None
-            }
-            try:
-                self.model.load_weights(self._untied(self._receiver, manifest, tied))
-            except (KeyError, ValueError) as error:
-                raise TransportError(f"vLLM's model does not know a tensor that the trainer sent: {error}") from error
-            for names in tied.values():
-                self._load_tied(names)
-        else:
-            raise TransportError("weights were announced before the transport was joined")
+        names = {info.name: [info.name] for info in manifest if info.same_as is None}
+        for info in manifest:
+            if info.same_as is not None:
+                names[info.same_as].append(info.name)
+        tied: list[list[tuple[str, torch.Tensor]]] = []
 
-    @staticmethod
-    def _untied(
-        receiver: WeightReceiver, manifest: Sequence[TensorInfo], tied: dict[str, list[tuple[str, torch.Tensor]]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields what arrives, and puts weights that have several names aside."""
-        for info, (name, tensor) in zip(manifest, receiver.receive(manifest), strict=True):
-            names = tied.get(info.same_as or name)
-            if names is None:
-                yield name, tensor
+        def load(arriving: Iterable[tuple[str, torch.Tensor]]) -> None:
+            self.model.load_weights(_untied(arriving, names, tied))
+
+        try:
+            if self._nccl is not None:
+                self._receive_by_nccl([info for info in manifest if info.same_as is None], load)
+            elif self._receiver is not None:
+                load(self._receiver.receive(manifest))
             else:
-                names.append((name, tensor))
+                raise TransportError("weights were announced before the transport was joined")
+        except (KeyError, ValueError) as error:
+            raise TransportError(f"vLLM's model does not know a tensor that the trainer sent: {error}") from error
+        for several in tied:
+            self._load_tied(several)
+
+    def _receive_by_nccl(self, sent: Sequence[TensorInfo], load: Callable[..., None]) -> None:
+        nccl = self._nccl
+        assert nccl is not None
+        nccl.model = SimpleNamespace(load_weights=load)  # of which it calls nothing else
+        info = NCCLWeightTransferUpdateInfo(
+            names=[info.name for info in sent],
+            dtype_names=[info.dtype for info in sent],
+            shapes=[list(info.shape) for info in sent],
+        )
+        with torch.cuda.device(self.device), link_errors():
+            nccl.receive_weights(info)
 
     def _load_tied(self, names: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Loads a weight under those of its names that the model knows.
@@ -169,9 +174,25 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
-        if self._nccl is not None:
-            self._nccl.shutdown()
-            self._nccl = None
+        nccl, self._nccl = self._nccl, None
+        if nccl is not None:
+            group = nccl.model_update_group
+            nccl.shutdown()
+            if group is not None:
+                group.destroy()  # vLLM before 0.32 only forgets it
+
+
+def _untied(
+    arriving: Iterable[tuple[str, torch.Tensor]],
+    names: Mapping[str, Sequence[str]],
+    tied: list[list[tuple[str, torch.Tensor]]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields what arrives, but puts weights that have several ``names`` aside, under each of them."""
+    for name, tensor in arriving:
+        if len(names.get(name, ())) == 1:
+            yield name, tensor
+        elif name in names:  # else it is an alias of one of these
+            tied.append([(each, tensor) for each in names[name]])
 
 
 def _padding(layer: torch.nn.Module, parameter: torch.nn.Parameter) -> int:

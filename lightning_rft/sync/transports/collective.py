@@ -30,16 +30,17 @@ class CollectiveTransport(Transport):
     """Broadcasts the weights from the trainer to every explorer.
 
     Gloo is ours and runs everywhere; NCCL is vLLM's own weight transfer and needs the trainer and every vLLM engine on
-    GPUs of their own. The group is made at the first push and again when the explorers change; the operating system
-    chooses its port. When a member dies or does not come in time, the push is repeated with the others.
+    GPUs of their own; it has not run on a GPU yet. The group is made at the first push and again when the explorers
+    change; the operating system chooses its port. When a member dies or does not come in time, the push is repeated
+    with the others.
 
     Args:
         backend: ``"gloo"``, ``"nccl"``, or ``"auto"`` for NCCL where both sides can use it, else Gloo.
         timeout_s: Seconds that one push may take, the making of the group included.
-        bucket_mib: MiB per broadcast.
+        bucket_mib: MiB per broadcast, more where a tensor is larger.
 
     Raises:
-        ConfigurationError: ``backend`` is none of the three.
+        ConfigurationError: ``backend`` is none of the three, or there is nothing to make a bucket of.
     """
 
     one_by_one = True  # in a group of two each, a slow explorer holds up no other
@@ -49,10 +50,21 @@ class CollectiveTransport(Transport):
     ) -> None:
         if backend not in ("auto", "nccl", "gloo"):
             raise ConfigurationError(f"CollectiveTransport(backend={backend!r}): use 'auto', 'nccl' or 'gloo'")
+        if bucket_mib < 1:
+            raise ConfigurationError(f"CollectiveTransport(bucket_mib={bucket_mib}) must be at least 1")
         self.backend = backend
         self.timeout_s = timeout_s
         self.bucket_mib = bucket_mib
         self._senders: dict[tuple[tuple[int, int], ...], Sender] = {}  # by members, as in Explorers.members()
+
+    @override
+    def check(self, *, nccl: bool) -> None:
+        if self.backend == "nccl" and not nccl:
+            raise ConfigurationError(
+                "CollectiveTransport(backend='nccl') needs the trainer and vLLM engines on GPUs of their own, and a "
+                "strategy that waits for pushes (asynchronous ones push from a snapshot in the CPU's memory): use "
+                "backend='auto'"
+            )
 
     @override
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
@@ -66,7 +78,7 @@ class CollectiveTransport(Transport):
                     _watched(partial(sender.join, explorers, members), members, explorers, deadline)
                 for explorer in members:
                     explorers.load(explorer, weights.manifest, version)
-                feed = Feed(weights.tensors())
+                feed = Feed(sender.begin(weights))
                 _watched(partial(sender.send, feed, weights.manifest), members, explorers, deadline, feed)
                 explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
                 break
@@ -76,6 +88,8 @@ class CollectiveTransport(Transport):
                 explorers.end(absent, f"did not join the weight transport in time: raise {_SETTING}, or see its log")
                 explorers.settle(list(members), _SETTLE_S)
                 if members.keys() <= explorers.members().keys():  # no death explains it
+                    if isinstance(error, _LateError):  # it would be late again
+                        raise
                     left -= 1
                     if not left:
                         raise TransportError(f"a weight push broke off {_ATTEMPTS} times: {error}") from error
@@ -102,15 +116,15 @@ class CollectiveTransport(Transport):
         return self._senders[key]
 
     def _make_sender(self, device: torch.device, explorers: Explorers) -> Sender:
-        on_gpu = device.type == "cuda"
-        if self.backend == "nccl" and not (on_gpu and explorers.nccl):
-            raise ConfigurationError(
-                "CollectiveTransport(backend='nccl') needs the trainer and a vLLM engine on GPUs, and a strategy that "
-                "waits for pushes (asynchronous ones push from a snapshot in the CPU's memory): use backend='auto'"
-            )
-        if self.backend == "nccl" or (self.backend == "auto" and on_gpu and explorers.nccl):
-            return NCCLSender(device)
+        nccl = device.type == "cuda" and explorers.nccl
+        self.check(nccl=nccl)
+        if nccl and self.backend != "gloo":
+            return NCCLSender(device, self.timeout_s, self.bucket_mib << 20)
         return GlooSender(self.timeout_s, self.bucket_mib << 20)
+
+
+class _LateError(LinkError):
+    """A push passed its deadline."""
 
 
 def _watched(
@@ -145,7 +159,7 @@ def _watched(
             if gone := members.keys() - explorers.members().keys():
                 raise LinkError(f"explorers {sorted(gone)} are gone")
             if time.monotonic() > deadline:
-                raise LinkError(f"a weight push passed its deadline: raise {_SETTING}")
+                raise _LateError(f"a weight push passed its deadline: raise {_SETTING}")
     finally:
         if feed is not None:
             feed.end()

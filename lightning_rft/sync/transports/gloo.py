@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +13,21 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_rft.errors import LinkError, TransportError
+from lightning_rft.errors import TransportError
 from lightning_rft.experience import TensorInfo
+from lightning_rft.sync.transports.meeting import Meeting, MeetingPlace, link_errors
 from lightning_rft.sync.transports.memory import ReusedMemory
-from lightning_rft.sync.transports.transport import Explorers, Named, Sender, buckets, nbytes, under_all_names
+from lightning_rft.sync.transports.transport import (
+    Explorers,
+    Named,
+    Sender,
+    Weights,
+    buckets,
+    nbytes,
+    under_all_names,
+)
 
 __all__ = ["GlooLink", "GlooReceiver", "GlooSender"]
-
-_HOST = "127.0.0.1"  # explorers run on this machine
-_MEET_S = 0.001
-_GO = "go"
 
 _Arriving = tuple[Sequence[TensorInfo], torch.Tensor, Any]  # a bucket, its bytes, and the broadcast to wait for
 
@@ -37,9 +40,8 @@ class GlooSender(Sender):
         self._bucket_bytes = bucket_bytes
         self._memory = ReusedMemory(bucket_bytes)
         self._group: ProcessGroupGloo | None = None
-        self._store: TCPStore | None = None
+        self._meeting: Meeting | None = None
         self._closed = False
-        self._invited: dict[str, int] = {}  # _here of an explorer's process -> explorer
 
     @property
     @override
@@ -48,35 +50,24 @@ class GlooSender(Sender):
 
     @override
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
-        world = 1 + sum(members.values())
-        timeout = timedelta(seconds=self._timeout_s)
-        with socket.create_server((_HOST, 0), backlog=world) as server:  # torch's own would listen on all interfaces
-            port = server.getsockname()[1]
-            store = self._store = TCPStore(
-                _HOST, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=server.detach()
-            )
-        rank = 1
-        for explorer, size in members.items():
-            link = GlooLink(_HOST, port, rank, world, self._timeout_s, self._bucket_bytes)
-            self._invited |= {_here(member): explorer for member in range(rank, rank + size)}
-            explorers.connect(explorer, link)
-            rank += size
-        # Making the group cannot be broken off, so it begins when everyone has come; the end of the store frees a
-        # member that waits in vain for another.
-        while not store.check(list(self._invited)):
-            if self._closed:
-                return
-            time.sleep(_MEET_S)
-        store.set(_GO, "")
-        group = _gloo(_HOST, port, 0, world, timeout)
-        store.wait([_met(member) for member in range(1, world)])
-        # Anyone on this machine could write into the store, and the group needs it no more.
-        self._group, self._store = group, None
+        meeting = self._meeting = Meeting(members, self._timeout_s)
+        meeting.invite(explorers, partial(GlooLink, bucket_bytes=self._bucket_bytes))
+        if not self._closed and meeting.gather():
+            group = _gloo(meeting.place, 0)
+            meeting.wait_connected()
+            meeting.close()
+            self._group = group
 
     @override
     def absent(self) -> list[int]:
-        store = self._store
-        return [] if store is None else [who for key, who in self._invited.items() if not store.check([key])]
+        return [] if self._meeting is None else self._meeting.absent()
+
+    @override
+    def begin(self, weights: Weights) -> Iterator[Named]:
+        if weights.device.type == "cpu":
+            return weights.tensors()
+        # copied on the stream that makes them: the thread that sends would not wait for it
+        return ((name, tensor.to("cpu")) for name, tensor in weights.tensors())
 
     @override
     def send(self, tensors: Iterable[Named], manifest: Sequence[TensorInfo]) -> None:
@@ -104,18 +95,14 @@ class GlooSender(Sender):
     def close(self) -> None:
         self._closed = True
         self._group = None  # with the last reference its connections close
-        self._store = None
+        if self._meeting is not None:
+            self._meeting.close()
 
 
 @dataclass(frozen=True)
-class GlooLink:
-    """An invitation to a Gloo group, whose store listens at ``host`` and ``port`` of rank 0."""
+class GlooLink(MeetingPlace):
+    """An invitation to a Gloo group."""
 
-    host: str
-    port: int
-    rank: int  #: Of the engine's first weight-holding process; the others follow.
-    world_size: int
-    timeout_s: float  #: Of the meeting and of each broadcast.
     bucket_bytes: int
 
     def open(self, member: int) -> GlooReceiver:
@@ -127,16 +114,12 @@ class GlooReceiver:
     """An explorer's end of the group."""
 
     def __init__(self, link: GlooLink, member: int) -> None:
-        timeout = timedelta(seconds=link.timeout_s)
         self._bucket_bytes = link.bucket_bytes
         self._memory = ReusedMemory(link.bucket_bytes)
-        rank = link.rank + member
-        with _link_errors():
-            store = TCPStore(link.host, link.port, timeout=timeout)
-            store.set(_here(rank), "")
-            store.wait([_GO], timeout)
-            self._group: ProcessGroupGloo | None = _gloo(link.host, link.port, rank, link.world_size, timeout)
-            store.set(_met(rank), "")
+        tell_connected = link.come(member)
+        with link_errors():
+            self._group: ProcessGroupGloo | None = _gloo(link, link.rank + member)
+            tell_connected()
 
     def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the tensors of one push; the next bucket travels while the engine loads one."""
@@ -151,7 +134,7 @@ class GlooReceiver:
         arriving = next(broadcasts, None)
         while arriving is not None:
             bucket, buffer, work = arriving
-            with _link_errors():
+            with link_errors():
                 work.wait()
             arriving = next(broadcasts, None)
             for _, view in _views(bucket, buffer):
@@ -159,7 +142,7 @@ class GlooReceiver:
 
     def _begin(self, group: ProcessGroupGloo, bucket: Sequence[TensorInfo]) -> _Arriving:
         buffer = self._memory.take(sum(map(nbytes, bucket)))
-        with _link_errors():
+        with link_errors():
             return bucket, buffer, _broadcast(group, buffer)
 
     def close(self) -> None:
@@ -167,32 +150,14 @@ class GlooReceiver:
         self._group = None
 
 
-@contextmanager
-def _link_errors() -> Iterator[None]:
-    """Turns what torch raises when a member of a group is gone into a :class:`LinkError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise LinkError(f"the weight transport broke off: {error}") from error
-
-
-def _here(rank: int) -> str:
-    """Key that a process sets in the store when it comes."""
-    return f"here/{rank}"
-
-
-def _met(rank: int) -> str:
-    """Key that a process sets in the store when it is connected to all others."""
-    return f"met/{rank}"
-
-
-def _gloo(host: str, port: int, rank: int, world_size: int, timeout: timedelta) -> ProcessGroupGloo:
+def _gloo(place: MeetingPlace, rank: int) -> ProcessGroupGloo:
+    timeout = timedelta(seconds=place.timeout_s)
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     # by address: a host whose own name does not resolve would not find itself
-    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    options._devices = [ProcessGroupGloo.create_device(hostname=place.host)]
     options._timeout = timeout
-    store = PrefixStore("weights", TCPStore(host, port, timeout=timeout))
-    return ProcessGroupGloo(store, rank, world_size, options)
+    store = PrefixStore("weights", TCPStore(place.host, place.port, timeout=timeout))
+    return ProcessGroupGloo(store, rank, place.world_size, options)
 
 
 def _broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:

@@ -102,6 +102,9 @@ class Transport(ABC):
     #: Seconds that one push may take; an explorer that has not loaded by then is ended.
     timeout_s: float = 120.0
 
+    def check(self, *, nccl: bool) -> None:
+        """Raises :class:`ConfigurationError` if it needs NCCL and there can be none (``nccl``)."""
+
     def prepare(self, weights: Weights, version: int, explorers: Explorers) -> bool:
         """Does what can be done before anyone loads ``version``, such as writing a file; whether there was anything.
 
@@ -202,8 +205,12 @@ class Sender:
         """Explorers that were invited and have not come."""
         return []
 
+    def begin(self, weights: Weights) -> Iterator[Named]:
+        """Yields what :meth:`send` takes; called, and iterated, on the thread that makes the tensors."""
+        return weights.tensors()
+
     def send(self, tensors: Iterable[Named], manifest: Sequence[TensorInfo]) -> None:
-        """Sends the announced tensors; ``tensors`` are all but aliases, in order."""
+        """Sends the announced tensors; ``tensors`` are all but aliases, in order. It has a thread of its own."""
 
     def close(self) -> None:
         """Leaves the group."""
