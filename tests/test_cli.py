@@ -217,6 +217,23 @@ def test_a_printed_config_prints_itself(
     assert printed(again) == first
 
 
+def test_a_sum_of_rewards_in_a_config(
+    printed: Callable[..., dict[str, Any]],
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    parts = {"right": "lightning_rft.rewards.last_number", "letters": "tests.processes.share_of_letters"}
+    settings = {"parts": parts, "weights": {"letters": 0.5}}
+    config["data"]["reward"] = {"class_path": "RewardSum", "init_args": settings}
+    given = tmp_path / "given.yaml"
+    given.write_text(yaml.safe_dump(config))
+    assert printed(given)["data"]["reward"] == {"class_path": "lightning_rft.RewardSum", "init_args": settings}
+    monkeypatch.setattr(sys, "argv", ["notebook"])
+    reward = RFTCLI(args=config, run=False, seed_everything_default=False).datamodule.reward
+    assert reward("3", rft.Task("1 + 2 =", answer=3)) == rft.Score(1.0, {"right": 1.0, "letters": 0.0})
+
+
 def test_lightnings_own_command_line(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model_path: Path
 ) -> None:

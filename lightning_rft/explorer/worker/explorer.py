@@ -7,14 +7,14 @@ import contextlib
 import gc
 import pickle
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 from lightning_rft.channel import Failure, unpack
 from lightning_rft.errors import ConfigurationError, LinkError
-from lightning_rft.experience import Experience, GroupKey, Task
+from lightning_rft.experience import Experience, GroupKey, Task, Turn
 from lightning_rft.explorer.messages import (
     Advanced,
     Cancel,
@@ -246,13 +246,20 @@ class Explorer:
             generate_seconds=round(policy.seconds, 6),
             reward_seconds=round(loop.time() - max(began, group.together.began), 6),
             rewards=score.parts,
-            metrics=answer.metrics if len(turns) == 1 else {"drift": float(policy.drift), **answer.metrics},
+            metrics=_measured(turns, policy) | answer.metrics,
         )
 
     async def _score_answer(self, group: _Group, index: int, answered: Answered) -> Score:
         if self._scorer.reward.batched:
             return await group.together.score(index, answered)
         return await self._scorer(*answered)
+
+
+def _measured(turns: Sequence[Turn], policy: Policy) -> dict[str, float]:
+    """Metrics of a sample that its workflow need not count itself."""
+    measured = {"drift": float(policy.drift)} if len(turns) > 1 else {}
+    rewards = [turn.reward for turn in turns if turn.reward is not None]
+    return measured | ({"turn_rewards": sum(rewards)} if rewards else {})
 
 
 async def _no_reward(completion: str, task: Task) -> float:
