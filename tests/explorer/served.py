@@ -84,7 +84,7 @@ async def served(model: Path, engine: Engine, tokenizer: Any = None) -> AsyncIte
     stepper = Stepper(engine, loop)
     all_of_it = Served(stepper, tokenizer or AutoTokenizer.from_pretrained(model))
     try:
-        await stepper.call(engine.start, str(model), max_model_len=4096, seed=0)
+        await stepper.call(engine.start, str(model), max_model_len=10**6, seed=0)
         yield all_of_it
     finally:
         for policy in all_of_it.policies:

@@ -94,6 +94,7 @@ class Endpoints:
         session = self._sessions.get(key)
         if session is not None:
             return session
+        key = key.encode(errors="replace").decode()  # a header may hold any bytes
         number = key.removeprefix("rft-").partition("-")[0]
         if hmac.compare_digest(key.encode(), self._key(number).encode()):
             raise ended()
