@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
+import warnings
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,15 @@ def steps(*answers: str) -> Scripted:
 
 def called(name: str, **arguments: Any) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+@pytest.fixture(scope="module")
+def parsers() -> None:
+    """Imports vLLM's, which warns of what torch has deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("vllm.entrypoints.openai.chat_completion.protocol")
+        importlib.import_module("vllm.parser")
 
 
 @pytest.fixture
@@ -102,6 +113,7 @@ def test_smolagents(live: Callable[..., Any]) -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("parsers")
 def test_pydantic_ai(live: Callable[..., Any]) -> None:
     pydantic_ai = pytest.importorskip("pydantic_ai")
     from pydantic_ai.models.openai import OpenAIChatModel
@@ -142,6 +154,7 @@ TOOLS: list[Any] = [
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("parsers")
 def test_a_loop_of_ones_own_with_parallel_calls_in_a_stream(live: Callable[..., Any]) -> None:
     async def test(parts: Served) -> None:
         policy, heard = parts.policy(sampling=Sampling(500, 1.0), **ROOM), Heard()
@@ -150,10 +163,11 @@ def test_a_loop_of_ones_own_with_parallel_calls_in_a_stream(live: Callable[..., 
             stream = await client.chat.completions.create(
                 model="policy", messages=messages, tools=TOOLS, stream=True, extra_body=IDS
             )
-            calls: dict[int, Any] = {}
+            calls, content = {}, ""
             async for chunk in stream:
                 (choice,) = chunk.choices
                 heard.ids += [choice.token_ids] if choice.model_extra and "token_ids" in choice.model_extra else []
+                content += choice.delta.content or ""
                 for call in choice.delta.tool_calls or ():
                     assert call.function is not None
                     calls[call.index] = call
@@ -167,7 +181,7 @@ def test_a_loop_of_ones_own_with_parallel_calls_in_a_stream(live: Callable[..., 
                 }
                 for index, call in calls.items()
             ]
-            messages.append({"role": "assistant", "content": "Both.", "tool_calls": spelled})
+            messages.append({"role": "assistant", "content": content, "tool_calls": spelled})
             messages += [{"role": "tool", "tool_call_id": f"call_{index}", "content": "8"} for index in calls]
             said = await client.chat.completions.create(
                 model="policy", messages=messages, tools=TOOLS, tool_choice="none", extra_body=IDS
@@ -180,6 +194,7 @@ def test_a_loop_of_ones_own_with_parallel_calls_in_a_stream(live: Callable[..., 
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("parsers")
 def test_what_a_parser_cannot_read_stays_text(live: Callable[..., Any]) -> None:
     broken = '<tool_call>{"name": "double", "arg'
 
@@ -202,6 +217,7 @@ def test_what_a_parser_cannot_read_stays_text(live: Callable[..., Any]) -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("parsers")
 def test_reasoning(live: Callable[..., Any], tiny_model_path: Path) -> None:
     async def test(parts: Served) -> None:
         parts.tokenizer.add_tokens(["<think>", "</think>"])

@@ -45,6 +45,8 @@ class Scripted(FakeEngine):
             text = self.says(self._tokenizer.decode(running.request.prompt_ids))
             for token in (*self._tokenizer(text)["input_ids"], self._tokenizer.eos_token_id):
                 running.extend([token], [-0.5], self.version)
+                if running.request.sampling.keeps_support:
+                    running.choose_from({token: -0.5, token + 1: -1.0})
                 reason = self._reason(running)
                 if reason is not None:
                     break

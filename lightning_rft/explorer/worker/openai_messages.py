@@ -25,8 +25,7 @@ def answer_message(call: Call, reply: Reply, parser: Parser | None, stop: Sequen
     if call.tool_choice in ("required", "named"):
         parsed = Parsed(None, None, _forced(call, str(reply)))
     elif parser is not None:
-        ended = reply.finish_reason == "stop"
-        parsed = parser(reply.token_ids, stop if ended else (), call.tools, call.tool_choice)
+        parsed = parser(reply, stop, call.tools, call.tool_choice)
     else:
         parsed = Parsed(None, str(reply), [])
     calls = [

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lightning_rft.errors import ConfigurationError
+from lightning_rft.explorer.workflows.reply import Reply
 
 __all__ = ["Parsed", "Parser"]
 
@@ -41,16 +42,16 @@ class Parser:
             raise ConfigurationError(f"{named}: {error}; see vLLM's --tool-call-parser for names") from error
 
     def __call__(
-        self, token_ids: Sequence[int], stop: Sequence[str], tools: Sequence[dict[str, Any]] | None, choice: str
+        self, reply: Reply, stop: Sequence[str], tools: Sequence[dict[str, Any]] | None, choice: str
     ) -> Parsed:
-        """Parses what was sampled, without the token or text that ended it."""
-        choices = {"tools": tools, "tool_choice": choice} if tools else {}
-        request = self._request(messages=[], **choices)
+        """Parses an answer, as far as it goes before what ended it."""
+        request = self._request(messages=[], **({"tools": tools, "tool_choice": choice} if tools else {}))
         parser = self._parser(self._tokenizer, request.tools)
         request = parser.adjust_request(request)  # says whether special tokens are part of the text
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=request.skip_special_tokens)
-        end = max((text.rfind(one) for one in stop), default=-1)
-        reasoning, content, calls = parser.parse(
-            text if end < 0 else text[:end], request, enable_auto_tools=True, model_output_token_ids=token_ids
-        )
+        ids, plainly = reply.token_ids, request.skip_special_tokens
+        text = self._tokenizer.decode(ids, skip_special_tokens=plainly)
+        if reply.finish_reason == "stop":
+            end = max((text.rfind(one) for one in stop), default=-1)
+            text = self._tokenizer.decode(ids[:-1], skip_special_tokens=plainly) if end < 0 else text[:end]
+        reasoning, content, calls = parser.parse(text, request, enable_auto_tools=True, model_output_token_ids=ids)
         return Parsed(reasoning, content, [(call.id, call.name, call.arguments) for call in calls or ()])
