@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from lightning_rft.explorer.engines.transformers import TransformersEngine as TransformersEngine
     from lightning_rft.explorer.engines.vllm import VLLMEngine as VLLMEngine
     from lightning_rft.explorer.pool import ExplorerPool as ExplorerPool
+    from lightning_rft.explorer.workflows.endpoint import Endpoint as Endpoint
     from lightning_rft.explorer.workflows.policy import Policy as Policy
     from lightning_rft.explorer.workflows.reply import Reply as Reply
     from lightning_rft.explorer.workflows.single_turn import SingleTurn as SingleTurn
@@ -135,6 +136,7 @@ _MODULES = {
     "lightning_rft.explorer.pool": ["ExplorerPool"],
     "lightning_rft.explorer.engines.transformers": ["TransformersEngine"],
     "lightning_rft.explorer.engines.vllm": ["VLLMEngine"],
+    "lightning_rft.explorer.workflows.endpoint": ["Endpoint"],
     "lightning_rft.explorer.workflows.policy": ["Policy"],
     "lightning_rft.explorer.workflows.reply": ["Reply"],
     "lightning_rft.explorer.workflows.single_turn": ["SingleTurn"],

@@ -16,6 +16,7 @@ from lightning_rft.experience import Task, Turn
 from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.engines.stops import stop_at
 from lightning_rft.explorer.workflows.conversation import Call, Conversations, Encoded
+from lightning_rft.explorer.workflows.endpoint import Endpoint
 from lightning_rft.explorer.workflows.reply import Reply
 from lightning_rft.sampling import Sampling
 from lightning_rft.scores import Answer
@@ -41,6 +42,7 @@ class Policy:
     policy on an endpoint.
 
     Attributes:
+        counts: What its endpoint counted, by name, such as ``endpoint_retries``: metrics of the sample.
         drift: Number of prompts that an earlier answer is in, but that do not extend that call as it was: messages
             spelled in another way, a last token that the prompt leaves out, or a chat template that does not tell what
             comes after an answer, so that the whole prompt was encoded.
@@ -69,14 +71,15 @@ class Policy:
         seed: int,
         encoded: Encoded | None = None,
         trained: bool = True,
-        serve: Callable[..., Any] | None = None,
+        serve: Callable[..., Endpoint] | None = None,
     ) -> None:
         self.seconds = 0.0
+        self.counts: Counter[str] = Counter()
         self.max_model_len = max_model_len
         self._sample = sample
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._name = name
-        self._sampling = sampling
+        self.sampling = sampling
         self._trained = trained
         self._seed = seed
         self._serve = serve
@@ -161,15 +164,15 @@ class Policy:
             sampling=settings.truncation,
             support=done.support,
         )
-        text: str = self._tokenizer.decode(done.token_ids, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(done.token_ids, skip_special_tokens=True)
         if settings.stop and done.finish_reason == "stop":
-            text = text[: stop_at(self._tokenizer, done.token_ids, settings.stop)]
+            text = text[: stop_at(self.tokenizer, done.token_ids, settings.stop)]
         context_left -= len(done.token_ids)
         opening = "" if call.messages is None else call.opening
-        call.reply = Reply(text, turn, done.token_ids, context_left, opening, self._tokenizer)
+        call.reply = Reply(text, turn, done.token_ids, context_left, opening, self.tokenizer)
         return call.reply
 
-    def endpoint(self, tool_parser: str | None = None, reasoning_parser: str | None = None) -> Any:
+    def endpoint(self, tool_parser: str | None = None, reasoning_parser: str | None = None) -> Endpoint:
         """Opens a session of this policy on the explorer's endpoint, for an agent that speaks OpenAI's protocol.
 
         Args:
@@ -190,7 +193,7 @@ class Policy:
 
     def raw_text(self, turn: Turn) -> str:
         """A turn's answer as text, special tokens included."""
-        text: str = self._tokenizer.decode(turn.token_ids.tolist(), skip_special_tokens=False)
+        text: str = self.tokenizer.decode(turn.token_ids.tolist(), skip_special_tokens=False)
         return text
 
     def at_close(self, end: Callable[[], None]) -> None:
@@ -233,13 +236,13 @@ class Policy:
     def _sampled(self, changes: dict[str, Any]) -> Sampling:
         """How a call samples that names some settings."""
         if not changes:
-            return self._sampling
+            return self.sampling
         known = {field.name for field in fields(Sampling)} - {"seed"}
         if unknown := sorted(changes.keys() - known):
             raise ConfigurationError(
                 f"policy(prompt, {unknown[0]}=...) is no setting of a call: it takes {', '.join(sorted(known))}"
             )
-        sampling = Sampling(**changes).filled(self._sampling)
+        sampling = Sampling(**changes).filled(self.sampling)
         if self._trained:
             sampling.check_trainable()
         return sampling
