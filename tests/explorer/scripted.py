@@ -24,7 +24,8 @@ class Script:
 
     def __init__(self, tokenizer: Any, answers: Iterable[str] | Callable[[str], str], cut: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._answers = answers if callable(answers) else lambda _, left=iter(answers): next(left)
+        left = iter(() if callable(answers) else answers)
+        self._answers = answers if callable(answers) else lambda _: next(left)
         self._cut = cut
         self.prompts: list[str] = []
 
