@@ -54,9 +54,11 @@ if TYPE_CHECKING:
     from lightning_rft.explorer.engines.vllm import VLLMEngine as VLLMEngine
     from lightning_rft.explorer.pool import ExplorerPool as ExplorerPool
     from lightning_rft.explorer.workflows.endpoint import Endpoint as Endpoint
+    from lightning_rft.explorer.workflows.environments import Environment as Environment
     from lightning_rft.explorer.workflows.policy import Policy as Policy
     from lightning_rft.explorer.workflows.reply import Reply as Reply
     from lightning_rft.explorer.workflows.single_turn import SingleTurn as SingleTurn
+    from lightning_rft.explorer.workflows.tools import Tools as Tools
     from lightning_rft.monitor.samples import SamplesCallback as SamplesCallback
     from lightning_rft.monitor.timeline import TimelineCallback as TimelineCallback
     from lightning_rft.report.page import write_report as write_report
@@ -137,9 +139,11 @@ _MODULES = {
     "lightning_rft.explorer.engines.transformers": ["TransformersEngine"],
     "lightning_rft.explorer.engines.vllm": ["VLLMEngine"],
     "lightning_rft.explorer.workflows.endpoint": ["Endpoint"],
+    "lightning_rft.explorer.workflows.environments": ["Environment"],
     "lightning_rft.explorer.workflows.policy": ["Policy"],
     "lightning_rft.explorer.workflows.reply": ["Reply"],
     "lightning_rft.explorer.workflows.single_turn": ["SingleTurn"],
+    "lightning_rft.explorer.workflows.tools": ["Tools"],
     "lightning_rft.monitor.samples": ["SamplesCallback"],
     "lightning_rft.monitor.timeline": ["TimelineCallback"],
     "lightning_rft.report.page": ["write_report"],

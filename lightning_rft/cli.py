@@ -17,6 +17,7 @@ import lightning_rft
 from lightning_rft.datamodule import RFTDataModule
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.renamed import moved_in_config
+from lightning_rft.run.debug import debug, folder_for_debug
 from lightning_rft.run.evaluate import evaluate, trainer_settings
 from lightning_rft.run.folder import check_checkpoints, check_run, config_of
 from lightning_rft.run.placement import devices_beside
@@ -29,7 +30,7 @@ _USAGE = "%(prog)s [--config FILE] [--KEY VALUE ...]"
 
 
 class ExploringTrainer(L.Trainer):
-    """Lightning's trainer, which can also explore without training, and evaluate the checkpoints of a run."""
+    """Lightning's trainer, which can also explore without training, show a sample, and evaluate a run's checkpoints."""
 
     # LightningCLI runs a subcommand by calling the trainer's method of that name.
 
@@ -81,6 +82,29 @@ class ExploringTrainer(L.Trainer):
         if broken:
             raise SystemExit("\n".join(["These checkpoints could not be loaded:", *broken]))
 
+    def debug(
+        self,
+        model: RFTModule,
+        datamodule: RFTDataModule,
+        task: str = "0",
+        samples: int = 1,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Have one task answered, and show every turn, what it earned, and what would be trained of it.
+
+        One explorer and the real engine, workflow and reward are used; nothing is trained or kept.
+
+        Args:
+            model: The module.
+            datamodule: The tasks and the explorers.
+            task: Id of the task, or its place among the tasks, from 0.
+            samples: How many times it is answered.
+            ckpt_path: Checkpoint to take the weights from; left out, those of the module's model.
+            weights_only: As for ``torch.load``.
+        """
+        debug(self, model, datamodule, task, samples, ckpt_path, weights_only)
+
 
 class _Parser(LightningArgumentParser):
     """Lightning's, which also says where a setting has moved."""
@@ -92,9 +116,9 @@ class _Parser(LightningArgumentParser):
 class RFTCLI(LightningCLI):
     """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning.
 
-    Its subcommands are ``fit``, ``validate``, ``explore`` and ``evaluate``, which takes the folder of a run. A config
-    has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the sync
-    strategy is one of ``trainer.callbacks``. The name alone is the ``class_path`` of a class that this package
+    Its subcommands are ``fit``, ``validate``, ``explore``, ``debug`` and ``evaluate``, which takes the folder of a run.
+    A config has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the
+    sync strategy is one of ``trainer.callbacks``. The name alone is the ``class_path`` of a class that this package
     exports::
 
         trainer:
@@ -159,6 +183,7 @@ class RFTCLI(LightningCLI):
             "fit": lightnings["fit"],
             "validate": lightnings["validate"],
             "explore": given,
+            "debug": given,
             "evaluate": given,
         }
 
@@ -176,8 +201,12 @@ class RFTCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         if self.subcommand == "evaluate":
+            folder: Path | None = Path(self._get(self.config_init, "run")) / "rft" / "evaluation"
+        else:
+            folder = folder_for_debug() if self.subcommand == "debug" else None
+        if folder is not None:
             self.save_config_callback = None  # it would replace the config of the run
-            kwargs |= trainer_settings(self._get(self.config_init, "trainer"), Path(self._get(self.config_init, "run")))
+            kwargs |= trainer_settings(self._get(self.config_init, "trainer"), folder)
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         if config.get("devices") == "auto" and config.get("accelerator") in ("auto", "gpu", "cuda"):
             kwargs["devices"] = devices_beside(self.datamodule._pool)  # which Lightning itself does not know of

@@ -27,8 +27,8 @@ __all__ = ["evaluate", "trainer_settings"]
 _LEFT_OUT = ("/version", "/pass@1")  # no run goes on, so that each is version 0; an old name
 
 
-def trainer_settings(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """The settings of a run's trainer for its evaluation, which logs nothing and leaves what is there as it is."""
+def trainer_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a run's trainer for a look at its model, which logs nothing and writes into ``folder`` alone."""
     given = config["callbacks"] or []
     callbacks = given if isinstance(given, list) else [given]
     return {
@@ -39,7 +39,8 @@ def trainer_settings(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
         "fast_dev_run": False,
         "overfit_batches": 0.0,
         "limit_val_batches": config["limit_val_batches"] or None,
-        "default_root_dir": str(run / "rft" / "evaluation"),
+        "limit_predict_batches": None,
+        "default_root_dir": str(folder),
         "callbacks": [callback for callback in callbacks if isinstance(callback, SyncStrategy | ProgressBar)],
     }
 
