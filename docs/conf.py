@@ -47,7 +47,6 @@ MEMBERS = {
     "ExplorerPool": "launch, stop",
     "Mixture": "",
     "Objective": "token_loss",
-    "Policy": "turns, __call__",
     "Priority": "",
     "RFTDataModule": "",
     "RFTModule": "save_pretrained, weights",
