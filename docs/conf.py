@@ -47,7 +47,6 @@ MEMBERS = {
     "ExplorerPool": "launch, stop",
     "Mixture": "",
     "Objective": "token_loss",
-    "Policy": "turns, __call__",
     "Priority": "",
     "RFTDataModule": "",
     "RFTModule": "save_pretrained, weights",
@@ -60,15 +59,15 @@ MEMBERS = {
 
 
 class Exports(SphinxDirective):
-    """Documents what ``lightning_rft`` exports from the modules whose names begin with one of the arguments."""
+    """Documents what ``lightning_rft`` exports from the modules whose names begin with the arguments, in that order."""
 
     required_arguments = 1
     optional_arguments = 100
 
     def run(self) -> list[nodes.Node]:
         """Has autodoc describe each name."""
-        homes = [home for home in rft._MODULES if home.startswith(tuple(self.arguments))]
-        names = [name for home in homes for name in rft._MODULES[home]]
+        homes = (home for prefix in self.arguments for home in rft._MODULES if home.startswith(prefix))
+        names = (name for home in dict.fromkeys(homes) for name in rft._MODULES[home])
         return self.parse_text_to_nodes("\n".join([".. currentmodule:: lightning_rft", "", *map(_described, names)]))
 
 
