@@ -242,6 +242,20 @@ def test_messages_may_come_back_spelled_in_another_way(
     assert parents(policy) == [None, 0] and policy.drift == drift
 
 
+def test_of_two_answers_the_one_that_is_spelled_alike_goes_on(tokenizer: Any) -> None:
+    sampler = Sampler(tokenizer, " ok<|end|>", "ok<|end|>", "ok <|end|>")
+    policy = make_policy(sampler, tokenizer)
+
+    async def turns() -> None:
+        for _ in range(3):
+            await policy([QUESTION])
+        for content in ("ok", "ok\n"):
+            await policy([QUESTION, {"role": "assistant", "content": content}, QUESTION])
+
+    asyncio.run(turns())
+    assert parents(policy) == [None, None, None, 1, 0] and policy.drift == 1
+
+
 def test_what_does_not_fit_says_so_and_may_be_caught(tokenizer: Any) -> None:
     sampler = Sampler(tokenizer)
     policy = make_policy(sampler, tokenizer, max_model_len=20)
