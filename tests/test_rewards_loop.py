@@ -16,13 +16,7 @@ from tests.trainer_and_data import fake_data, quiet_trainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def best_of_all(completions: list[str], tasks: list[rft.Task]) -> list[float]:
-    longest = max(map(len, completions))
-    return [float(len(completion) == longest) for completion in completions]
-
-
-async def length(completion: str, task: rft.Task) -> dict[str, float]:
-    return {"letters": len(completion), "bonus": 1}
+# What explorers run is local, so that they need not import this file.
 
 
 def logged(folder: str) -> list[dict[str, str]]:
@@ -31,6 +25,13 @@ def logged(folder: str) -> list[dict[str, str]]:
 
 
 def test_a_sum_of_a_reward_of_all_and_an_async_one(tiny_model_path: Path, tmp_path: Path) -> None:
+    def best_of_all(completions: list[str], tasks: list[rft.Task]) -> list[float]:
+        longest = max(map(len, completions))
+        return [float(len(completion) == longest) for completion in completions]
+
+    async def length(completion: str, task: rft.Task) -> dict[str, float]:
+        return {"letters": len(completion), "bonus": 1}
+
     reward = rft.RewardSum({"best": best_of_all, "length": length}, weights={"length": 0.0})
     data = fake_data(reward=reward, val_tasks=["1 + 1 ="] * 3, val_samples=2, tasks_per_step=2, samples_per_task=3)
     trainer = quiet_trainer(
@@ -57,14 +58,13 @@ def test_a_sum_of_a_reward_of_all_and_an_async_one(tiny_model_path: Path, tmp_pa
     assert len(groups) == 4 and all(len(rewards) == 3 and max(rewards) == 1.0 for rewards in groups.values())
 
 
-async def plays(task: rft.Task, policy: rft.Policy) -> rft.Answer:
-    replies = [await policy(f"{task.prompt} {turn}") for turn in range(2)]
-    for reply in replies:
-        reply.reward = float(len(reply) % 2)
-    return rft.Answer(replies[-1], reward=len(replies[-1]), metrics={"reward": 5.0, "loss": 7.0})
-
-
 def test_a_workflow_that_knows_what_it_earned_and_credit_for_each_turn(tiny_model_path: Path, tmp_path: Path) -> None:
+    async def plays(task: rft.Task, policy: rft.Policy) -> rft.Answer:
+        replies = [await policy(f"{task.prompt} {turn}") for turn in range(2)]
+        for reply in replies:
+            reply.reward = float(len(reply) % 2)
+        return rft.Answer(replies[-1], reward=len(replies[-1]), metrics={"reward": 5.0, "loss": 7.0})
+
     data = fake_data(workflow=plays, reward=None, tasks_per_step=2, samples_per_task=3)
     trainer = quiet_trainer(tmp_path, rft.Synchronous(), max_steps=2, logger=CSVLogger(tmp_path))
     trainer.fit(rft.RFTModule(tiny_model_path, objective=rft.GRPO(credit="turn")), data)
