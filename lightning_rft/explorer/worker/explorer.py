@@ -30,6 +30,7 @@ from lightning_rft.explorer.messages import (
 )
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.answering import ask
+from lightning_rft.explorer.worker.endpoint import Endpoints
 from lightning_rft.explorer.worker.scorer import Scorer
 from lightning_rft.explorer.worker.stepper import Stepper
 from lightning_rft.explorer.worker.together import Together
@@ -79,6 +80,7 @@ class Explorer:
         self._spec = spec
         self._max_model_len = spec.max_model_len
         self._stepper = Stepper(spec.engine, loop)
+        self._endpoints = Endpoints()
         self._scorer = Scorer(spec.reward or _no_reward, spec.timeouts.reward_s)
         self._ended: dict[int, Counter[tuple[GroupKey, int]]] = {}  # of each run; rank 0 is about to be told
         self._work: dict[asyncio.Task[None], Explore] = {}  # running groups
@@ -107,7 +109,8 @@ class Explorer:
             report.cancel()
 
     def stop(self) -> None:
-        """Ends the engine and the reward's process."""
+        """Ends the endpoint, the engine and the reward's process."""
+        self._endpoints.stop()
         self._scorer.stop()
         self._stepper.stop(timeout_s=5)
 
@@ -229,6 +232,7 @@ class Explorer:
             seed=request.seeds[index],
             encoded=group.encoded,
             trained=request.key.batch >= 0,  # validation's groups are of no batch
+            serve=self._endpoints.open,
         )
         async with self._room:  # validation asks for all at once, and a sample's clock starts when its turn comes
             answer = await ask(spec.workflow, task, policy, spec.timeouts.sample_s)
@@ -246,13 +250,18 @@ class Explorer:
             generate_seconds=round(policy.seconds, 6),
             reward_seconds=round(loop.time() - max(began, group.together.began), 6),
             rewards=score.parts,
-            metrics=answer.metrics if len(turns) == 1 else {"drift": float(policy.drift), **answer.metrics},
+            metrics={**_counted(policy), **answer.metrics},
         )
 
     async def _score_answer(self, group: _Group, index: int, answered: Answered) -> Score:
         if self._scorer.reward.batched:
             return await group.together.score(index, answered)
         return await self._scorer(*answered)
+
+
+def _counted(policy: Policy) -> dict[str, float]:
+    counts = policy.counts if len(policy.turns) == 1 else {"drift": policy.drift, **policy.counts}
+    return {name: float(count) for name, count in counts.items()}
 
 
 async def _no_reward(completion: str, task: Task) -> float:
