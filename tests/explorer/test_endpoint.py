@@ -115,7 +115,7 @@ def test_three_clients(serve: Callable[..., None]) -> None:
         assert said.choices[0].token_ids == whole.token_ids.tolist() == streamed.token_ids.tolist()
         assert said.prompt_token_ids == sync.prompt_ids.tolist()
         assert [token.logprob for token in said.choices[0].logprobs.content] == whole.logprobs.tolist()
-        assert not policy.counts and policy.drift == 0
+        assert not +policy.counts and policy.drift == 0
 
     serve(test)
 
@@ -167,7 +167,7 @@ def test_the_run_says_how_is_sampled(serve: Callable[..., None], caplog: pytest.
             for temperature in (0.0, 0.7, 0.2):
                 await client.chat.completions.create(**ASK, temperature=temperature, seed=5, max_tokens=4)
         assert {round(turn.temperature, 3) for turn in policy.turns} == {0.7}
-        assert policy.counts == {"endpoint_temperature": 3}
+        assert +policy.counts == {"endpoint_temperature": 3}
 
     engine = Scripted()
     with caplog.at_level("WARNING"):
@@ -207,7 +207,7 @@ def test_refusals_are_openais(serve: Callable[..., None]) -> None:
                 ("top_logprobs", "unsupported_parameter"),
                 ("messages", None),
             ]
-            assert not policy.turns and policy.counts == {"endpoint_refused": len(refused)}
+            assert not policy.turns and +policy.counts == {"endpoint_refused": len(refused)}
             with pytest.raises(openai.NotFoundError):
                 await client.responses.create(model="policy", input="x")
         kept = parts.policy(sampling=Sampling(8, 0.7, top_k=4))
@@ -276,7 +276,7 @@ def test_a_client_that_retries_by_itself_is_not_sampled_twice(serve: Callable[..
             said = await client.chat.completions.create(**ASK)
         assert said.choices[0].message.content == "ok" and connections == 2
         assert len(policy.turns) == len(engine.asked) == 1
-        assert policy.counts == {"endpoint_retries": 1}
+        assert +policy.counts == {"endpoint_retries": 1}
 
     serve(test, engine)
 
@@ -294,7 +294,7 @@ def test_a_client_that_hangs_up_ends_its_call(serve: Callable[..., None]) -> Non
         await until(lambda: not engine.has_work)
         engine.gate.set()
         assert (await asked(endpoint))[0] == 200
-        assert len(policy.turns) == 1 and not policy.counts
+        assert len(policy.turns) == 1 and not +policy.counts
 
     serve(test, engine)
 

@@ -34,6 +34,9 @@ __all__ = ["Endpoints"]
 _log = logging.getLogger(__name__)
 
 
+_COUNTED = "endpoint_refused", "endpoint_retries", "endpoint_temperature", "endpoint_unparsed"
+
+
 class _Dialect(NamedTuple):
     """How one path is read and answered."""
 
@@ -68,6 +71,7 @@ class Endpoints:
             self._server = self._started()
         key = self._key(str(next(self._numbers)))
         session = self._sessions[key] = Session(policy, self._parsers.get(named))
+        policy.counts.update(dict.fromkeys(_COUNTED, 0))
         policy.at_close(session.close)
         policy.at_close(lambda: self._sessions.pop(key, None))
         return Endpoint(f"{self._server.url}/v1", key)

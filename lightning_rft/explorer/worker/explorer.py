@@ -30,6 +30,7 @@ from lightning_rft.explorer.messages import (
 )
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.answering import ask
+from lightning_rft.explorer.worker.endpoint import Endpoints
 from lightning_rft.explorer.worker.scorer import Scorer
 from lightning_rft.explorer.worker.stepper import Stepper
 from lightning_rft.explorer.worker.together import Together
@@ -79,6 +80,7 @@ class Explorer:
         self._spec = spec
         self._max_model_len = spec.max_model_len
         self._stepper = Stepper(spec.engine, loop)
+        self._endpoints = Endpoints()
         self._scorer = Scorer(spec.reward or _no_reward, spec.timeouts.reward_s)
         self._ended: dict[int, Counter[tuple[GroupKey, int]]] = {}  # of each run; rank 0 is about to be told
         self._work: dict[asyncio.Task[None], Explore] = {}  # running groups
@@ -107,7 +109,8 @@ class Explorer:
             report.cancel()
 
     def stop(self) -> None:
-        """Ends the engine and the reward's process."""
+        """Ends the endpoint, the engine and the reward's process."""
+        self._endpoints.stop()
         self._scorer.stop()
         self._stepper.stop(timeout_s=5)
 
@@ -229,6 +232,7 @@ class Explorer:
             seed=request.seeds[index],
             encoded=group.encoded,
             trained=request.key.batch >= 0,  # validation's groups are of no batch
+            serve=self._endpoints.open,
         )
         async with self._room:  # validation asks for all at once, and a sample's clock starts when its turn comes
             answer = await ask(spec.workflow, task, policy, spec.timeouts.sample_s)
@@ -257,7 +261,9 @@ class Explorer:
 
 def _measured(turns: Sequence[Turn], policy: Policy) -> dict[str, float]:
     """Metrics of a sample that its workflow need not count itself."""
-    measured = {"drift": float(policy.drift)} if len(turns) > 1 else {}
+    measured = {name: float(count) for name, count in policy.counts.items()}
+    if len(turns) > 1:
+        measured["drift"] = float(policy.drift)
     rewards = [turn.reward for turn in turns if turn.reward is not None]
     return measured | ({"turn_rewards": sum(rewards)} if rewards else {})
 
