@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning_rft.scores import Answer
 from transformers import AutoTokenizer
 
 from lightning_rft.errors import ConfigurationError, ContextFull, DeadlineError
@@ -22,6 +21,7 @@ from lightning_rft.experience import Task
 from lightning_rft.explorer.workflows.environments import Environment
 from lightning_rft.explorer.workflows.shapes import describe, reset_arguments, step_of, task_seed
 from lightning_rft.pickling import dumps
+from lightning_rft.scores import Answer
 from tests.explorer.scripted import TEMPLATE_WITH_TOOLS, Script, scripted_policy
 from tests.explorer.test_tools import call
 
