@@ -7,12 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import yaml
 from transformers import AutoTokenizer
 
+import lightning_rft as rft
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Experience, Group, GroupKey, Task, Turn
+from lightning_rft.run.debug import debug
 from lightning_rft.run.transcript import transcript
 from lightning_rft.scores import Answer
 from tests.test_evaluate import run_command
@@ -72,7 +75,7 @@ def test_one_sample_of_one_task(config: Path, capfd: pytest.CaptureFixture[str])
     run_command("debug", "--config", str(config), "--task", "sum-3")
     said = capfd.readouterr().out
     assert "Task 'sum-3', 1 sample\n" in said and "\x1b" not in said
-    assert "Sample 0 · reward 0.75 (right 0.5, short 0.25) · words " in said
+    assert "Sample 0 · reward 0.75 (right 0.5, short 0.25) · drift 0, words " in said
     about = r"\d+ tokens read, \d sampled · version 0 · (stop|length) · temperature 1"
     assert re.search(rf"Turn 0 · {about} · reward 0.25\n", said)
     assert re.search(rf"Turn 1 · goes on from turn 0 · {about}\n", said)
@@ -90,18 +93,20 @@ def test_a_failure_is_shown_at_once(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("asked", "message"),
     [
-        (["--task", "sum-9"], "--task sum-9: no task has this id or place of the 6 tasks"),
-        (["--task", "6"], "--task 6: no task"),
-        (["--samples", "0"], "--samples 0 must be at least 1"),
+        (("sum-9", 1), "--task sum-9: no task has this id or place among the 6 tasks"),
+        (("6", 1), "--task 6: no task"),
+        (("0", 0), "--samples 0 must be at least 1"),
     ],
 )
-def test_what_there_is_not(config: Path, options: list[str], message: str) -> None:
-    before = left()
+def test_what_there_is_not(tmp_path: Path, tiny_model_path: Path, asked: tuple[str, int], message: str) -> None:
+    data = rft.RFTDataModule([f"{index} + 1 =" for index in range(6)], len, rft.FakeEngine())
+    trainer = L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path / "made")
+    (tmp_path / "made").mkdir()
     with pytest.raises(ConfigurationError, match=message):
-        run_command("debug", "--config", str(config), *options)
-    assert left() == before
+        debug(trainer, rft.RFTModule(str(tiny_model_path)), data, *asked)
+    assert not (tmp_path / "made").exists()
 
 
 def test_colours_say_what_is_trained(tiny_model_path: Path) -> None:
@@ -116,12 +121,12 @@ def test_colours_say_what_is_trained(tiny_model_path: Path) -> None:
     turns = (*turns, Turn([39] * 9000, (), (), (), "stop"))
     group = Group(GroupKey(0, 0), "t\x1b", (Experience("t", 0, turns, 1.0), Experience("t", 1, turns[2:3], 0.0)))
     said = transcript(group, tokenizer, colour=True)
-    assert "\x1b[1mTask 't\\\\x1b', 2 samples\x1b[0m" in said
+    assert "\x1b[1mTask 't\\x1b', 2 samples\x1b[0m" in said
     escaped = tokenizer.decode(turns[0].prompt_ids)
     assert f"\x1b[2m{escaped}\x1b[0m\x1b[1;32mone\x1b[0m\x1b[2m more\x1b[0m\x1b[1;32mtwo\x1b[0m" in said  # the line
     assert " · version 0, 2 · " in said and "[5000 characters]" in said and "… [8976] …" in said
-    assert "Line of turns 0.2, 1.0 · " in said or "Line of turns 1.0, 0.2 · " in said
-    total = sum(one.num_tokens for one in (*turns, turns[2]))
-    assert f"Would be trained: {total} tokens in 2 lines" in said
+    # "s" is predicted from the "Q" of the longer line, and is no part of it
+    assert re.search(r"Would be trained: 8 tokens in 1 line of \d+ tokens", said)
+    assert "8 trained" in said and said.count("token 1 is also \x1b[1;32ms\x1b[0m, where a turn ends") == 2
     empty = Group(GroupKey(0, 0), "t", (Experience("t", 0, turns[3:], 0.0),))
     assert "nothing would be trained" in transcript(empty, tokenizer, colour=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["debug", "folder_for_debug"]
 
+_told = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # where Lightning and a run log what is not wrong
 _NO_FAILURE = 1e-6  # share of samples that may fail: the first error is what one wants to see
 
 
@@ -62,12 +64,15 @@ def debug(
     weights_only: bool | None = None,
 ) -> None:
     """Explores one task by one explorer, as a run would, and prints what came of it."""
+    level = _told.level
+    _told.setLevel(logging.WARNING)  # how to train on what was explored would only mislead
     try:
         groups = _explored(trainer, module, data, task, samples, ckpt_path, weights_only)
         tokenizer = module.pretrained.other(data.engine.model).tokenizer()
         for group in groups:
             trainer.print(transcript(group, tokenizer, colour=_has_colour()))
     finally:
+        _told.setLevel(level)
         if not isinstance(sys.exc_info()[1], ExplorerError):  # whose log is to be read
             shutil.rmtree(trainer.default_root_dir, ignore_errors=True)
 
@@ -119,7 +124,7 @@ def _chosen(tasks: Sequence[Task] | Source, wanted: str) -> Task:
             return tasks.lane(shuffle=False, seed=0).at(place)
         if place < len(tasks):
             return tasks[place]
-    count = "" if isinstance(tasks, Source) else f" of the {len(tasks)} tasks"
+    count = "" if isinstance(tasks, Source) else f" among the {len(tasks)} tasks"
     raise ConfigurationError(f"--task {wanted}: no task has this id or place{count}")
 
 

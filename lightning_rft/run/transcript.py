@@ -88,13 +88,16 @@ class _Page:
         )
         for members, common in zip(lines.turns, lines.common.tolist(), strict=True):
             last = turns[members[-1]]
-            ids, mask = _line(last, [turns[index] for index in members])
+            ids, mask, apart = _line(last, [turns[index] for index in members])
+            trained = sum(turns[index].num_tokens for index in members)
             calls = ", ".join(f"{owners[index][0].sample}.{owners[index][1]}" for index in members)
             shared = f" · begins like the line before with {_count(common, 'token')}" if common else ""
             yield ""
-            yield self.title(f"Line of turns {calls} · {len(ids)} tokens, {int(mask.sum())} trained{shared}")
+            yield self.title(f"Line of turns {calls} · {len(ids)} tokens, {trained} trained{shared}")
             cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
             yield self._marked([(ids[a:b], bool(mask[a])) for a, b in pairwise(cuts)])
+            for place, token in apart:
+                yield f"  token {place} is also {self._marked([(token, True)])}, where a turn ends"
 
     def _marked(self, parts: Sequence[tuple[Any, bool]]) -> str:
         """Token ids as text, each part as read or as sampled."""
@@ -107,13 +110,22 @@ class _Page:
         return f"⟦{text}⟧" if sampled else text
 
 
-def _line(last: Turn, members: Sequence[Turn]) -> tuple[Any, Any]:
-    """Token ids of a line, and which of them are trained."""
+def _line(last: Turn, members: Sequence[Turn]) -> tuple[Any, Any, list[tuple[int, Any]]]:
+    """Token ids of a line, which of them are trained, and the last tokens of turns that are not in it, by place.
+
+    A turn's last token is predicted from the line and need not be part of it.
+    """
     ids = np.concatenate([last.prompt_ids, last.token_ids])
     mask = np.zeros(len(ids), bool)
+    apart = []
     for turn in members:
-        mask[len(turn.prompt_ids) : len(turn.prompt_ids) + turn.num_tokens] = True
-    return ids, mask
+        end = len(turn.prompt_ids) + turn.num_tokens - 1
+        mask[len(turn.prompt_ids) : end] = True
+        if ids[end] == turn.token_ids[-1]:
+            mask[end] = True
+        else:
+            apart.append((end, turn.token_ids[-1:]))
+    return ids, mask, apart
 
 
 def _ids(ids: Any) -> str:
