@@ -208,7 +208,8 @@ class RFTCLI(LightningCLI):
             self.save_config_callback = None  # it would replace the config of the run
             kwargs |= trainer_settings(self._get(self.config_init, "trainer"), folder)
         config = {**self._get(self.config_init, "trainer"), **kwargs}
-        if config.get("devices") == "auto" and config.get("accelerator") in ("auto", "gpu", "cuda"):
+        auto = config.get("devices") == "auto" and config.get("accelerator") in ("auto", "gpu", "cuda")
+        if auto and self.datamodule.explorers:
             kwargs["devices"] = devices_beside(self.datamodule._pool)  # which Lightning itself does not know of
         return super().instantiate_trainer(**kwargs)
 

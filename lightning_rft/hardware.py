@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["available_cpus", "fast_dtype", "fast_precision", "share_cores"]
+__all__ = ["available_cpus", "available_memory", "fast_dtype", "fast_precision", "share_cores"]
 
 _WORTH_SHARING = 4  # cores
 _OVERRULED = "LIGHTNING_RFT_BF16"
+_CGROUPS = [  # where the limit of memory and its use are told, in versions 2 and 1
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+]
 
 
 def available_cpus() -> int:
@@ -18,6 +23,23 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes of memory that are free, or can be freed, for this process; 0 where the system does not say."""
+    found = []
+    with contextlib.suppress(OSError, LookupError):
+        found.append(1024 * _table(Path("/proc/meminfo"))["MemAvailable:"])
+    for folder, limit, used in _CGROUPS:  # of a container
+        with contextlib.suppress(OSError, LookupError, ValueError):  # "max" is no number
+            taken = int((folder / used).read_text()) - _table(folder / "memory.stat")["inactive_file"]
+            found.append(int((folder / limit).read_text()) - taken)
+    return max(0, min(found, default=0))
+
+
+def _table(path: Path) -> dict[str, int]:
+    """The numbers of a file of the kernel's, by the names before them."""
+    return {name: int(number) for name, number, *_ in map(str.split, path.read_text(encoding="ascii").splitlines())}
 
 
 def share_cores(cores: int, explorers: int, *, overlap: bool) -> tuple[int, int]:

@@ -204,7 +204,7 @@ class Torn(rft.CheckpointTransport):
     def prepare(self, weights: Any, version: int, explorers: Any) -> None:
         super().prepare(weights, version, explorers)
         if version >= 2:
-            path = self._written[version][0] / "model.safetensors"
+            path = Path(self._written[version][0].path)
             path.write_bytes(path.read_bytes()[:-1000])
 
 
@@ -220,7 +220,7 @@ def test_a_torn_checkpoint_ends_the_run(
 
 def test_checkpoints_are_kept_as_asked(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
     fit(rft.Synchronous(transport=rft.CheckpointTransport()), data, tiny_model_path, tmp_path / "run")
-    assert list((tmp_path / "run" / "rft" / "weights").iterdir()) == []
+    assert not (tmp_path / "run" / "rft" / "weights").exists()
     kept = tmp_path / "kept"
     fit(rft.Synchronous(transport=rft.CheckpointTransport(kept, keep=3)), data, tiny_model_path, tmp_path / "other")
     (run,) = kept.iterdir()

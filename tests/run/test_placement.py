@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_rft as rft
+from lightning_rft.cli import RFTCLI
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.placement import Placement, place
 from lightning_rft.run.placement import devices_beside, gpu_placement
@@ -317,3 +319,14 @@ def test_the_command_line_leaves_gpus_for_explorers(
     assert devices_beside(pool(explorers)) == devices
     assert devices_beside(pool(explorers, placement="shared")) == "auto"
     assert devices_beside(rft.ExplorerPool(rft.FakeEngine(), explorers)) == "auto"
+
+
+@pytest.mark.usefixtures("no_seed_left_behind")
+def test_the_command_line_trains_on_the_others(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(sys, "argv", ["lightning-rft"])
+    machine(4)
+    given = ["--config", "examples/gpu.yaml", "--data.explorers", "2", "--trainer.devices"]
+    for devices, count in (("auto", 2), ("3", 3)):
+        trainer = RFTCLI(args=[*given, devices], run=False).trainer
+        assert trainer.num_devices == count

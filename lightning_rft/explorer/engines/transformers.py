@@ -68,7 +68,7 @@ class TransformersEngine(Engine):
     @property
     @override
     def gpus(self) -> int:
-        return int(self.device == "auto" or self.device.startswith("cuda"))
+        return int(self.device in ("auto", "cuda"))  # one that is named by its index is its user's choice
 
     @override
     def check_sampling(self, sampling: Sampling) -> None:

@@ -1,4 +1,4 @@
-"""Weight transport by checkpoint: safetensors in a folder that trainer and explorers see."""
+"""Weight transport by checkpoint: safetensors in shared memory, or in a folder that trainer and explorers see."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
+from lightning_rft.hardware import available_memory
+from lightning_rft.sync.transports.stored import InMemory, OnDisk, Stored, data_bytes
 from lightning_rft.sync.transports.transport import Explorers, Transport, Weights
 
 __all__ = ["CheckpointLink", "CheckpointTransport"]
 
-_FILE = "model.safetensors"
+_ROOM = 4  # times a checkpoint: the one that is read, the one that is written, a snapshot, and some air
 _SETTING = "CheckpointTransport(timeout_s=...)"
 
 
 class CheckpointTransport(Transport):
-    """Writes a checkpoint and has explorers read it: they need not meet, only see the same folder.
+    """Writes a checkpoint and has explorers read it: they need not meet.
 
-    A checkpoint is written to a temporary folder, synced to disk, and renamed, so that a reader finds all of it or
-    nothing; only then is it announced. It names the run that wrote it, and an explorer refuses any other.
+    Checkpoints lie in shared memory where they fit, which leaves nothing behind, however a run ends; else, or with
+    ``dirpath``, on a disk. There, one is written to a temporary folder, synced, and renamed, so that a reader finds all
+    of it or nothing; only then is it announced. It names the run that wrote it, and an explorer refuses any other.
 
     Args:
         dirpath: Folder for checkpoints, on a disk that every explorer sees; each run makes a folder of its own in it,
-            ``<run>/version-<n>/model.safetensors``, and leaves the last ones there. Left out: ``weights`` in the run's
-            own folder, removed at the end.
-        keep: Maximum number of checkpoints to keep, at least 1; an older one is removed when no explorer can be
-            reading it.
+            ``<run>/version-<n>/model.safetensors``, and leaves the last ones there. Left out: shared memory, if a
+            quarter of what is free holds one, else ``weights`` in the run's own folder, removed at the end.
+        keep: Maximum number of checkpoints to keep on the disk, at least 1; an older one is removed when no explorer
+            can be reading it. In memory there is one.
         timeout_s: Seconds that explorers may take to load one.
 
     Raises:
@@ -49,79 +53,68 @@ class CheckpointTransport(Transport):
         self.dirpath = dirpath
         self.keep = keep
         self.timeout_s = timeout_s
-        self._folder: Path | None = None  # of this run, whose id is its name
-        self._written: dict[int, tuple[Path, Sequence[TensorInfo]]] = {}  # by version, the oldest first
+        self._run = ""  # its id, from the first checkpoint on
+        self._folder: Path | None = None  # of this run; None in memory
+        self._written: dict[int, tuple[Stored, Sequence[TensorInfo]]] = {}  # by version, the oldest first
 
     @override
     def prepare(self, weights: Weights, version: int, explorers: Explorers) -> bool:
         if version in self._written:
             return False
-        if self._folder is None:
-            self._folder = Path(self.dirpath or explorers.folder / "weights").absolute() / uuid.uuid4().hex
-        folder = self._folder / f"version-{version:08d}"
+        if not self._run:
+            self._run = uuid.uuid4().hex
+            self._folder = self._place(weights, explorers)
+        metadata = {"run": self._run, "version": str(version)}
         try:
-            _write(folder, weights, {"run": self._folder.name, "version": str(version)})
+            stored: Stored
+            if self._folder is None:
+                stored = InMemory(weights, metadata)
+            else:
+                stored = OnDisk(self._folder / f"version-{version:08d}", weights, metadata)
         except OSError as error:
             raise TransportError(
-                f"checkpoint {folder} cannot be written ({error}): free some space, or set "
+                f"checkpoint {self._folder or 'in memory'} cannot be written ({error}): free some space, or set "
                 "CheckpointTransport(dirpath=...) to another disk"
             ) from error
-        self._written[version] = folder, weights.manifest
+        self._written[version] = stored, weights.manifest
         # every reader reads the newest: the next one is written only when the push of this one has ended
-        for old in list(self._written)[: -self.keep]:
-            shutil.rmtree(self._written.pop(old)[0], ignore_errors=True)
+        for old in list(self._written)[: -(self.keep if self._folder else 1)]:
+            self._written.pop(old)[0].remove()
         return True
 
     @override
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
         self.prepare(weights, version, explorers)
-        folder, manifest = self._written[version]
+        stored, manifest = self._written[version]
         members = [explorer for explorer in explorers.members() if to is None or explorer in to]
         for explorer in members:
-            explorers.connect(explorer, CheckpointLink(str(folder / _FILE), folder.parent.name, version))
+            explorers.connect(explorer, CheckpointLink(stored.path, self._run, version))
             explorers.load(explorer, manifest, version)
         explorers.wait_loaded(version, members, self.timeout_s, _SETTING)
 
     @override
     def close(self) -> None:
-        folder, self._folder = self._folder, None
+        folder, self._folder, self._run = self._folder, None, ""
+        if folder is None or self.dirpath is None:  # a folder of the user's keeps what it has
+            for stored, _ in self._written.values():
+                stored.remove()
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
         self._written.clear()
-        if folder is not None and self.dirpath is None:  # a folder of the user's keeps what it has
-            shutil.rmtree(folder, ignore_errors=True)
 
-
-def _write(folder: Path, weights: Weights, metadata: dict[str, str]) -> None:
-    """Writes to a temporary folder, syncs and renames it, so that ``folder`` exists completely or not at all."""
-    from safetensors.torch import save_file
-
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        dtypes = {info.name: getattr(torch, info.dtype) for info in weights.manifest}
-        tensors = {name: tensor.to("cpu", dtypes[name]).contiguous() for name, tensor in weights.tensors()}
-        # tensors that share memory but are no aliases are copied: the file format knows no sharing
-        seen: set[int] = set()
-        for name, tensor in tensors.items():
-            if tensor.data_ptr() in seen:
-                tensors[name] = tensor.clone()
-            seen.add(tensor.data_ptr())
-        save_file(tensors, unfinished / _FILE, metadata)
-        for path in (unfinished / _FILE, unfinished):
-            _sync(path)
-        os.rename(unfinished, folder)
-        _sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _place(self, weights: Weights, explorers: Explorers) -> Path | None:
+        """The folder of this run's checkpoints; None if they go into memory."""
+        if self.dirpath is not None:
+            return Path(self.dirpath).absolute() / self._run
+        size, free = data_bytes(weights.manifest), available_memory()
+        if InMemory.supported and _ROOM * size <= free:
+            return None
+        folder = Path(explorers.folder / "weights").absolute() / self._run
+        why = "this system has no files without a name"
+        if InMemory.supported:
+            why = f"a quarter of the {free / 2**30:.1f} GiB that are free does not hold {size / 2**30:.1f} GiB"
+        rank_zero_info(f"Checkpoints go to {folder}, not into memory: {why}.")
+        return folder
 
 
 @dataclass(frozen=True)
