@@ -36,6 +36,7 @@ autodoc_inherit_docstrings = False  # an override has none, since it is its base
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
+napoleon_use_ivar = True  # an attribute may be a property, which has a place of its own
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
@@ -51,6 +52,7 @@ MEMBERS = {
     "RFTDataModule": "",
     "RFTModule": "save_pretrained, weights",
     "Replay": "",
+    "RewardSum": "",
     "Sampling": "",
     "TaskSet": "",
     "TimelineCallback": "spans",
