@@ -54,6 +54,7 @@ MEMBERS = {
     "Replay": "",
     "RewardSum": "",
     "Sampling": "",
+    "Score": "",
     "TaskSet": "",
     "TimelineCallback": "spans",
     "Tolerance": "",
@@ -102,8 +103,18 @@ def _read(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = source[0].replace(f"]({file}", f"]({page}")
 
 
+def _signature(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, result: str | None
+) -> tuple[str, str | None] | None:
+    """Writes a default that is made anew each time as ``...``, which Sphinx can read."""
+    if signature is None or "<factory>" not in signature:
+        return None
+    return signature.replace("<factory>", "..."), result
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.add_directive("exports", Exports)
     app.connect("source-read", _read)
+    app.connect("autodoc-process-signature", _signature)
     return {"parallel_read_safe": True}
