@@ -36,6 +36,7 @@ autodoc_inherit_docstrings = False  # an override has none, since it is its base
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
+napoleon_use_ivar = True  # an attribute may be a property, which has a place of its own
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
@@ -51,7 +52,9 @@ MEMBERS = {
     "RFTDataModule": "",
     "RFTModule": "save_pretrained, weights",
     "Replay": "",
+    "RewardSum": "",
     "Sampling": "",
+    "Score": "",
     "TaskSet": "",
     "TimelineCallback": "spans",
     "Tolerance": "",
@@ -100,8 +103,18 @@ def _read(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = source[0].replace(f"]({file}", f"]({page}")
 
 
+def _signature(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, result: str | None
+) -> tuple[str, str | None] | None:
+    """Writes a default that is made anew each time as ``...``, which Sphinx can read."""
+    if signature is None or "<factory>" not in signature:
+        return None
+    return signature.replace("<factory>", "..."), result
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.add_directive("exports", Exports)
     app.connect("source-read", _read)
+    app.connect("autodoc-process-signature", _signature)
     return {"parallel_read_safe": True}
