@@ -290,14 +290,15 @@ def test_calls_run_one_after_another_on_one_thread_which_ends() -> None:
         assert time.monotonic() < deadline
 
 
+TEXTS = st.text('ab<>{}"\\\n/:,', max_size=3)  # no others, whose table takes long to make
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    st.none() | st.booleans() | st.integers(-9, 9) | TEXTS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2),
     max_leaves=4,
 )
 
 
-NAMED = st.tuples(st.text("abc", min_size=1, max_size=3), st.dictionaries(st.text(max_size=3), VALUES))
+NAMED = st.tuples(st.text("abc", min_size=1, max_size=3), st.dictionaries(TEXTS, VALUES, max_size=3))
 
 
 @settings(max_examples=30, deadline=None)
@@ -344,3 +345,14 @@ def test_arguments_that_fit_are_those_that_the_hints_allow(arguments: dict[str, 
 
     fits = {"size", "names"} <= arguments.keys() and all(right(*item) for item in arguments.items())
     assert (not problem_of(arguments, schema_of(resize)["function"]["parameters"])) == fits
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")  # of what torch has deprecated, when vLLM's parsers are imported
+def test_a_parser_of_vllms(knowing: Any) -> None:
+    asked = "I look." + call("add", a=1) + call("look_up", word="x")
+    answer, _, policy = converse(knowing, Tools([add, look_up], parser="hermes"), [asked, "2"])
+    assert (answer.text, answer.metrics) == ("2", {"tool_calls": 2, "tool_errors": 0})
+    assert [one["function"]["arguments"] for one in policy.messages[1]["tool_calls"]] == [{"a": 1}, {"word": "x"}]
+    with pytest.raises(ConfigurationError, match="tool_parser='nope'"):
+        converse(knowing, Tools([add], parser="nope"), [])

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning_rft.errors import ConfigurationError
+from lightning_rft.explorer.workflows.policy import Policy
+from lightning_rft.explorer.workflows.reply import Reply
 
 __all__ = [
     *("Call", "Parse", "Schema", "as_calls", "as_text", "call_message", "error_text", "hermes", "parser_of"),
@@ -16,7 +18,7 @@ __all__ = [
 ]
 
 Schema = Mapping[str, Any]
-Parse = Callable[[Any], tuple[str, Iterable[tuple[str, Any]]]]
+Parse = Callable[[Reply], tuple[str, Iterable[tuple[str, Any]]]]
 
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _UNREADABLE = "unreadable"  # the name of what is no call, though it is written as one
@@ -80,14 +82,14 @@ def hermes(text: str) -> tuple[str, list[tuple[str, Any]]]:
     return (text.partition("<tool_call>")[0].strip() if calls else text), calls
 
 
-def parser_of(name: str, tokenizer: Any, schemas: Iterable[Schema]) -> Parse:
+def parser_of(name: str, policy: Policy, schemas: Iterable[Schema]) -> Parse:
     """The parser that vLLM has by a name."""
     from lightning_rft.explorer.worker.parsers import Parser
 
-    parser, tools = Parser(tokenizer, name, None), list(map(dict, schemas))
+    parser, tools, stop = Parser(policy.tokenizer, name, None), list(map(dict, schemas)), policy.sampling.stop or ()
 
-    def parse(reply: Any) -> tuple[str, list[tuple[str, Any]]]:
-        parsed = parser(reply.token_ids, (), tools, "auto")
+    def parse(reply: Reply) -> tuple[str, list[tuple[str, Any]]]:
+        parsed = parser(reply, (stop,) if isinstance(stop, str) else stop, tools, "auto")
         return parsed.content or "", [(name, arguments) for _, name, arguments in parsed.calls]
 
     return parse

@@ -127,8 +127,7 @@ class Conversation:
         self.metrics = {"tool_calls": 0, "tool_errors": 0}
         self._policy = policy
         self._schemas = schemas
-        named = isinstance(parser, str)
-        self._parse = parser_of(parser, policy._tokenizer, schemas.values()) if named else parser or hermes
+        self._parse = parser_of(parser, policy, schemas.values()) if isinstance(parser, str) else parser or hermes
 
     async def run(
         self,
@@ -139,7 +138,7 @@ class Conversation:
     ) -> Reply:
         """The model's last answer: without a call, of the last turn, before the context is full, or once ``ended``."""
         told = list(self._schemas.values())
-        plainly = not takes_tools(self._policy._tokenizer, told)
+        plainly = not takes_tools(self._policy.tokenizer, told)
         if plainly:
             messages = _with_system(messages, protocol(told))
         reply: Reply | None = None
