@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import os
 import subprocess
@@ -98,6 +99,23 @@ def test_the_script(start: Callable[[str], Script], tmp_path: Path, tiny_model_p
     assert [line.split("number. ")[0] for line in answers[:3]] == [line.split("number. ")[0] for line in answers[3:]]
     assert len(answers) == 6
     assert (tmp_path / "runs" / "quickstart" / "model" / "model.safetensors").exists()
+
+
+def test_the_agent(start: Callable[[str], Script], tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    script = start(f"""
+        import os, runpy
+        import lightning_rft
+        from tests.processes import MODEL, LightEngine
+        lightning_rft.VLLMEngine = lambda **_: LightEngine(mean_tokens=4)
+        os.environ |= {{"MODEL": os.environ[MODEL], "STEPS": "2"}}
+        runpy.run_path({str(EXAMPLES / "agent.py")!r}, run_name="__main__")
+    """)
+    assert script.wait() == 0, script.stderr
+    with (tmp_path / "runs" / "agent" / "version_0" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rft/reward"] for row in rows if row["rft/reward"]] == ["0.0", "0.0"]  # the model is random
+    assert {row["val/without/reward"] for row in rows if row["val/without/reward"]} == {"0.0"}
 
 
 # A kernel
