@@ -270,6 +270,24 @@ def test_it_crosses_to_another_process_with_functions_of_a_notebook(tmp_path: Pa
     assert done.stdout == "8\n", done.stderr
 
 
+@pytest.mark.usefixtures("no_seed_left_behind")
+def test_a_config_names_them(tiny_model_path: Path) -> None:
+    from lightning_rft.cli import RFTCLI
+
+    settings = {"functions": [f"{__name__}.add", f"{__name__}.look_up"], "max_turns": 3}
+    tools = {"class_path": "lightning_rft.Tools", "init_args": settings}
+    data = {"tasks": ["1+1"], "reward": "tests.processes.share_of_letters", "engine": "FakeEngine", "workflow": tools}
+    model = {"model": str(tiny_model_path)}
+    made = RFTCLI(args={"model": model, "data": data, "trainer": {"logger": False}}, run=False).datamodule.workflow
+    assert [*made.functions.values()] == [add, look_up] and made.max_turns == 3
+    data["workflow"] = {
+        "class_path": "lightning_rft.Environment",
+        "init_args": {"factory": "tests.explorer.test_environment.Door", "action": "builtins.int"},
+    }
+    made = RFTCLI(args={"model": model, "data": data, "trainer": {"logger": False}}, run=False).datamodule.workflow
+    assert made.factory.__name__ == "Door" and made.action is int
+
+
 def test_calls_run_one_after_another_on_one_thread_which_ends() -> None:
     async def several() -> tuple[list[int], list[int]]:
         thread, order = OwnThread(), []
