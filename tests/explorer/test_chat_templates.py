@@ -191,8 +191,8 @@ def test_tool_calls(tokenizer: Any, template: str, sent: dict[str, Any], drift: 
     assert policy.drift == min(drift, 1)  # the third prompt repeats the second as it was sent
 
 
-def test_other_arguments_are_another_conversation(tokenizer: Any) -> None:
-    sampler = Sampler(tokenizer)
+def test_what_was_called_and_thought_tells_conversations_apart(tokenizer: Any) -> None:
+    sampler = Sampler(tokenizer, "o<|unk|>k<|end|>")  # as text, ok
     policy = make_policy(sampler, tokenizer)
 
     async def turns() -> None:
@@ -207,10 +207,9 @@ def test_other_arguments_are_another_conversation(tokenizer: Any) -> None:
 
     asyncio.run(turns())
     texts = [tokenizer.decode(request.prompt_ids) for request in sampler.requests]
+    assert [text.count("ok") for text in texts] == [0, 1, 1, 1, 0, 1]
+    assert [text.count("o<|unk|>k") for text in texts] == [0, 0, 0, 0, 1, 0]
     assert policy.drift == 0
-    assert [text.count("ok") for text in texts] == [0, 1, 1, 1, 1, 1]
-    own = [request.prompt_ids for request in sampler.requests]
-    assert own[4] == own[5]  # as text both are the same
 
 
 def test_a_template_without_a_place_for_tools_is_refused(tokenizer: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -267,6 +269,24 @@ def test_what_does_not_fit_says_so_and_may_be_caught(tokenizer: Any) -> None:
 
     assert asyncio.run(turns()).context_left == 20 - 12 - 3
     assert sampler.requests[0].sampling.seed == 3  # the first one that was sampled
+
+
+def test_a_reply_is_text_wherever_it_goes(tokenizer: Any) -> None:
+    policy = make_policy(Sampler(tokenizer, "o<|unk|>k"), tokenizer)
+
+    async def turns() -> None:
+        reply = await policy([QUESTION], stop="k")
+        assert (reply, reply.whole_text, reply.raw_text) == ("o", "ok", "o<|unk|>k")
+        for other in (copy.deepcopy(reply), pickle.loads(pickle.dumps(reply)), json.loads(json.dumps(reply))):
+            assert other == "o" and type(other) is str
+        answer = {"role": "assistant", "content": reply}
+        await policy([QUESTION, answer, user(reply)])
+        assert policy.messages is not None
+        assert {type(message["content"]) for message in policy.messages} == {str}
+        await policy(reply)
+
+    asyncio.run(turns())
+    assert parents(policy) == [None, 0, None] and policy.messages is None
 
 
 def test_rewards_of_turns(tokenizer: Any) -> None:
