@@ -66,7 +66,7 @@ class Experience:
         task_id: :attr:`Task.id` of the task that was answered.
         sample: Index of this sample in its group.
         turns: Calls of the policy in order; a single-turn workflow makes one. Their parents make them a tree.
-        reward: The score. Finite.
+        reward: The score and the rewards of its turns, in sum. Finite.
         text: The last turn decoded, as the reward saw it.
         generate_seconds: Wall-clock seconds from the first call of the policy to the end of the last.
         reward_seconds: Wall-clock seconds that scoring took.

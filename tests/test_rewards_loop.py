@@ -76,8 +76,9 @@ def test_a_workflow_that_knows_what_it_earned_and_credit_for_each_turn(tiny_mode
         assert float(row["rft/workflow_drift"]) == 0.0
     for row in rft.read_buffer(next(tmp_path.rglob("buffer.sqlite")), tokens=False):
         if row["state"] == "trained":
-            assert row["reward"] == len(row["text"])
-            assert json.loads(row["metrics"]).keys() == {"reward", "loss", "drift", "turn_rewards"}
+            metrics = json.loads(row["metrics"])
+            assert row["reward"] == len(row["text"]) + metrics["turn_rewards"]
+            assert metrics.keys() == {"reward", "loss", "drift", "turn_rewards"}
 
 
 def test_without_a_reward_the_workflow_must_be_the_users() -> None:

@@ -74,7 +74,7 @@ def weighted_turns(
         of_samples = objective.advantage(rewards, group_of).tolist()
         advantages = [of_samples[turn.sample] for turn in turns]
     else:
-        returns = [float(rewards[turn.sample]) + _rewards_from(samples[turn.sample][1], turn.turn) for turn in turns]
+        returns = [float(rewards[turn.sample]) - _rewards_before(samples[turn.sample][1], turn.turn) for turn in turns]
         of_turns = torch.tensor(returns, dtype=torch.float64), torch.tensor([turn.group for turn in turns])
         advantages = objective.advantage(*of_turns).tolist()
     lengths = torch.tensor([_length(experience) for _, experience in samples])
@@ -103,10 +103,10 @@ def _length(experience: Experience) -> int:
     return sum(turn.num_free for turn in experience.turns)
 
 
-def _rewards_from(experience: Experience, first: Turn) -> float:
-    """The rewards of a turn and of those after it."""
-    begun = next(index for index, turn in enumerate(experience.turns) if turn is first)
-    return sum(turn.reward or 0.0 for turn in experience.turns[begun:])
+def _rewards_before(experience: Experience, turn: Turn) -> float:
+    """The rewards of the turns before one, of which it has no part."""
+    index = next(index for index, other in enumerate(experience.turns) if other is turn)
+    return sum(earlier.reward or 0.0 for earlier in experience.turns[:index])
 
 
 def token_batch(turns: Sequence[WeightedTurn], logprobs: Tensor, entropy: Tensor) -> tuple[TokenBatch, Tensor]:

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,8 @@ def run(tokenizer: Any) -> Callable[..., tuple[Answer, list[str], Any]]:
         answer = asyncio.run(environment(task or Task("Go.", id="7"), policy))
         assert policy.drift == 0
         assert [turn.parent for turn in policy.turns] == [None, *range(len(policy.turns) - 1)]
+        if answer.reward is not None:  # the explorer adds the rewards of turns
+            answer = replace(answer, reward=answer.reward + sum(turn.reward or 0.0 for turn in policy.turns))
         return answer, script.prompts, policy
 
     return run

@@ -319,6 +319,7 @@ def test_rewards_of_turns_are_kept_with_them(tiny_model_path: Path) -> None:
     (answer,) = answers(tiny_model_path, GROUP, workflow=workflow)
     assert [[turn.reward for turn in one.turns] for one in answer.experiences] == [[1.0, None]] * 2
     assert [one.metrics["turn_rewards"] for one in answer.experiences] == [1.0, 1.0]
+    assert [one.reward for one in answer.experiences] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), "1", 1e39])

@@ -257,7 +257,7 @@ def test_what_lies_elsewhere_is_known_of_samples_that_are_split(seed: int) -> No
 def test_turns_have_the_advantage_of_what_came_after_them() -> None:
     turns = tuple(Turn((1,), (2,), (-1.0,), (0,), "stop", reward=reward) for reward in (1.0, None, 2.0))
     other = Turn((1,), (3,), (-1.0,), (0,), "stop")
-    group = Group(GroupKey(0, 0), "0", (Experience("0", 0, turns, 1.0), Experience("0", 1, (other,), 0.0)))
+    group = Group(GroupKey(0, 0), "0", (Experience("0", 0, turns, 4.0), Experience("0", 1, (other,), 0.0)))
     raw = rft.REINFORCE(credit="turn")
     assert [turn.advantage for turn in weighted_turns([group], raw, max_new_tokens=4)] == [4.0, 3.0, 3.0]
     relative = weighted_turns([group], rft.DrGRPO(credit="turn"), max_new_tokens=4)

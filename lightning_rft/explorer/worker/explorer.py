@@ -245,8 +245,9 @@ class Explorer:
             wanted = self._scorer.reward.wants_sample
             sample = Sample(turns, tuple(map(policy.raw_text, turns)), policy.messages) if wanted else None
             score = await self._score_answer(group, index, Answered(answer.text, task, sample))
+        earned = score.reward + sum(turn.reward or 0.0 for turn in turns)
         return Experience(
-            *(request.task.id, index, turns, score.reward, answer.text),
+            *(request.task.id, index, turns, earned, answer.text),
             generate_seconds=round(policy.seconds, 6),
             reward_seconds=round(loop.time() - max(began, group.together.began), 6),
             rewards=score.parts,

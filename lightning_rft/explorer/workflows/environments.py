@@ -133,7 +133,7 @@ class Environment:
         if is_game(episode.environment):
             replies[-1].reward = await episode.outcome()
         metrics = {"steps": len(replies) - invalid, "invalid_actions": invalid}
-        return Answer(str(replies[-1]), reward=sum(reply.reward or 0.0 for reply in replies), metrics=metrics)
+        return Answer(str(replies[-1]), reward=0.0, metrics=metrics)  # all of it is that of turns
 
     async def _use_tools(self, task: Task, policy: Policy, episode: Episode) -> Answer:
         environment = episode.environment

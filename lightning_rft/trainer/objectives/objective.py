@@ -37,7 +37,7 @@ class Objective(ABC):  # noqa: B024 (of a plain dataclass, a config could not na
             None where the strategy is on policy, else :class:`Truncated`.
         normalisation: What the sum over tokens is divided by.
         credit: Whether all tokens of a ``"sample"`` have its advantage, or each ``"turn"`` has its own: that of the
-            sample's reward plus the rewards of this turn and those after it, among all turns of the group.
+            sample's reward without the rewards of earlier turns, among all turns of the group.
         mask_truncated: Whether samples that were cut off at ``max_new_tokens`` are left out of the loss. They still
             count in advantages and as samples, but their tokens no longer among those that are divided by.
         kl: A penalty on the distance from the reference policy.
