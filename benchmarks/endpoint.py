@@ -127,14 +127,8 @@ async def processor_time(served: Served) -> tuple[float, float]:
         began, first = time.process_time(), len(policy.replies)
         await asyncio.to_thread(process.wait, 600)
     through = (time.process_time() - began) / (len(policy.replies) - first)
-    requests = [
-        Request(
-            f"alone/{index}",
-            tuple(reply.turn.prompt_ids.tolist()),
-            rft.Sampling(TOKENS, 1.0, index, min_new_tokens=TOKENS),
-        )
-        for index, reply in enumerate(policy.replies)
-    ]
+    prompts = [tuple(reply.turn.prompt_ids.tolist()) for reply in policy.replies]
+    requests = [Request(f"alone/{index}", ids, replace(sampling, seed=index)) for index, ids in enumerate(prompts)]
     began = time.process_time()
     for request in requests:
         await served.stepper.sample(request)

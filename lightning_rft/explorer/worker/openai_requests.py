@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -58,7 +58,7 @@ class Call:
     model: str
     replaced: Mapping[str, Any]  # what the client asked of sampling that the run decides
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required", "named"] = "none"
+    tool_choice: str = "none"  # or "auto", "required", "named"
     tool_name: str = ""  # of the function that must be called
     parallel: bool = True  # may call several functions at a time
     logprobs: int | None = None  # of how many other tokens beside the sampled one; None: of neither
@@ -77,9 +77,8 @@ def chat_call(body: Mapping[str, Any]) -> Call:
     if asked.chat_template_kwargs:
         settings["chat_template_kwargs"] = "chat_template_kwargs", asked.chat_template_kwargs
     tools, several = asked.tools or [], asked.parallel_tool_calls is not False
-    choice, name = asked.tool_choice or "auto", ""
-    if isinstance(choice, Tool):
-        choice, name = "named", choice.function.name
+    chosen = asked.tool_choice or "auto"
+    choice, name = ("named", chosen.function.name) if isinstance(chosen, Tool) else (chosen, "")
     if choice in ("required", "named"):
         schema = _calls_schema(tools, several) if choice == "required" else _arguments_schema(tools, name)
         settings["structured"] = "tool_choice", {"json": schema}
@@ -99,7 +98,7 @@ def chat_call(body: Mapping[str, Any]) -> Call:
 def completion_call(body: Mapping[str, Any]) -> Call:
     """Of ``/v1/completions``."""
     asked = _typed(body, Completion)
-    prompt = asked.prompt
+    prompt: Any = asked.prompt
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]  # a batch of one
     if not isinstance(prompt, str):
