@@ -18,6 +18,7 @@ class Keep(L.Callback):
 
     def __init__(self) -> None:
         self.weights: list[dict[str, torch.Tensor]] = []
+        self.samples: list[rft.Experience] = []
         self.turns: list[rft.Turn] = []
         self.staleness: list[int] = []
 
@@ -28,7 +29,9 @@ class Keep(L.Callback):
         self.keep(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        for turn in (turn for group in batch.groups for one in group.experiences for turn in one.turns):
+        samples = [sample for group in batch.groups for sample in group.experiences]
+        self.samples += samples
+        for turn in (turn for sample in samples for turn in sample.turns):
             self.turns.append(turn)
             self.staleness += [batch.batch - version for version in turn.versions]
 
