@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +33,25 @@ def load(engine: VLLMEngine, tensors: Mapping[str, Any], version: int) -> None:
     manifest = link.push(tensors)
     engine.connect(link)
     engine.load(manifest, version)
+
+
+def load_by_nccl(engine: VLLMEngine, tensors: Mapping[str, Any], version: int) -> None:
+    from lightning_rft.sync.transports.nccl import NCCLSender
+    from lightning_rft.sync.transports.transport import Weights
+    from tests.sync.cuda_on_cpu import CUDA
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as threads:
+        CUDA.put_in_place(patch)
+        sender, links = NCCLSender(torch.device("cuda:1"), 60.0, 1 << 14), Queue[Any]()
+        explorers: Any = SimpleNamespace(connect=lambda _, link: links.put(link))
+        joined = threads.submit(sender.join, explorers, {0: 1})
+        engine.connect(links.get(timeout=60))
+        joined.result()
+        weights = Weights.of(list(tensors.items()), "float32")
+        sent = threads.submit(sender.send, sender.begin(weights), weights.manifest)
+        engine.load(weights.manifest, version)
+        sent.result()
+        sender.close()
 
 
 def drain(engine: VLLMEngine) -> dict[str, Any]:
@@ -80,6 +102,11 @@ def after_a_push(old: str, new: str) -> dict[str, Any]:
     assert engine.version == VERSION
     load(engine, tensors, VERSION + 2)  # a whole push after a torn one is taken
     seen["recovered"] = engine.prompt_logprobs(LONG)
+    before = load_file(f"{old}/model.safetensors")
+    load(engine, before | {"lm_head.weight": before["model.embed_tokens.weight"]}, VERSION + 3)
+    seen["back"] = engine.prompt_logprobs(LONG)
+    load_by_nccl(engine, tensors, VERSION + 4)
+    seen["by_nccl"] = engine.prompt_logprobs(LONG)
     engine.stop()
     engine.stop()
     return seen
@@ -151,6 +178,11 @@ def test_a_weight_that_was_left_out_is_an_error_that_names_it(observed: Any, lef
 
 def test_an_unknown_name_is_an_error(observed: Any) -> None:
     assert "nonsense" in observed[0]["nonsense"]
+
+
+def test_weights_that_come_by_nccl_are_computed_with(observed: Any) -> None:
+    assert close(observed[0]["back"], observed[0]["before"])
+    assert close(observed[0]["by_nccl"], observed[1]["long"])
 
 
 def test_a_whole_push_after_a_torn_one_is_taken(observed: Any) -> None:

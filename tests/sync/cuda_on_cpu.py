@@ -88,7 +88,7 @@ class CUDA:
         patch.setattr(torch.cuda, "current_stream", cuda.current_stream)
         patch.setattr(torch.cuda, "Stream", lambda device=None: Stream(cuda=cuda))
         patch.setattr(torch.cuda, "stream", cuda.stream)
-        patch.setattr(torch.accelerator, "current_device_index", lambda: cuda.current_device.index)
+        patch.setattr(torch.accelerator, "current_device_index", lambda: cuda.current_device.index or 0)
         patch.setattr(torch.Tensor, "record_stream", lambda *args: cuda.record_stream(*args), raising=False)
         patch.setattr(pynccl_wrapper, "NCCLLibrary", lambda: SimpleNamespace(ncclGetUniqueId=cuda.unique_id))
         patch.setattr(nccl_common, "uid_init_process_group", lambda *group: Communicator(cuda, *group))
@@ -108,7 +108,7 @@ class CUDA:
 
     def current_stream(self, device: torch.device | None = None) -> Stream:
         index = (self.current_device if device is None else device).index
-        return getattr(self._here, "stream", None) or self._default[index]
+        return getattr(self._here, "stream", None) or self._default[index or 0]
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
