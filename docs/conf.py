@@ -92,8 +92,6 @@ def _read(app: Sphinx, name: str, source: list[str]) -> None:
         app.env.note_dependency(README)
         tour = README.read_text(encoding="utf-8").partition("## Read on")[0]
         source[0] = tour.replace("](docs/", "](").replace("](examples/", "](../examples/") + source[0]
-        if not Path(app.srcdir, "agents.md").exists():  # until it is written
-            source[0] = source[0].replace("\nagents\n", "\n")
     for file, page in {
         "../benchmarks/README.md": "benchmarks.rst",
         "../examples/notebooks/quickstart.ipynb": "quickstart.ipynb",
