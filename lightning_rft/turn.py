@@ -172,7 +172,9 @@ class Turn(_Packed):
 
     def placed(self, parent: int | None, reward: float | None) -> Turn:
         """The same turn with another parent and reward."""
-        return type(self)(*self.packed()[:7], parent, reward, *self.packed()[9:])
+        values = list(self.packed())
+        values[7:9] = parent, reward
+        return type(self)(*values)
 
     def extends(self, earlier: Turn) -> bool:
         """Whether the prompt begins with an earlier turn's prompt and answer, token for token."""

@@ -205,7 +205,7 @@ def test_token_ids_are_used_as_they_are(tokenizer: Any) -> None:
 
 
 def test_a_conversation_that_was_edited_begins_anew(tokenizer: Any) -> None:
-    sampler = Sampler(tokenizer)
+    sampler = Sampler(tokenizer, "o<|unk|>k<|end|>")  # as text, ok
     policy = make_policy(sampler, tokenizer)
 
     async def turns() -> None:
@@ -216,8 +216,7 @@ def test_a_conversation_that_was_edited_begins_anew(tokenizer: Any) -> None:
 
     asyncio.run(turns())
     assert policy.drift == 0
-    # the last one is encoded anew, to the same tokens
-    assert parents(policy) == [None, None, None, 0]
+    assert parents(policy) == [None] * 4
 
 
 @pytest.mark.parametrize(
