@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from lightning_rft.testing import tiny_model
 
@@ -29,6 +32,19 @@ class OwnForCausalLM(LlamaForCausalLM):
         output.logits = output.logits * self.scale
         return output
 """
+
+
+def use_cache(cache: Path, patch: pytest.MonkeyPatch) -> None:
+    """Makes a folder the hub's cache, here and in explorers; what is imported from models stays in it too."""
+    from huggingface_hub import constants
+    from transformers import dynamic_module_utils
+
+    modules = str(cache / "modules")
+    patch.setenv("HF_HUB_CACHE", str(cache))
+    patch.setenv("HF_MODULES_CACHE", modules)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules)
+    patch.setattr(sys, "path", [*sys.path])  # to which modules is added
 
 
 def with_own_code(folder: Path, scale: float | None = None, **settings: Any) -> Path:

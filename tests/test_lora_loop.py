@@ -198,19 +198,3 @@ def test_what_explorers_get_is_what_the_ranks_have(strategy: str, start_ranks: S
         assert steps == "4"
         assert float(kl) < 1e-8
         assert float(changed) > 0.9
-
-
-@pytest.mark.vllm
-@pytest.mark.parametrize("bf16_units", [False, True])
-def test_vllm_samples_with_the_adapter_that_is_trained(
-    tiny_model_path: Path, tmp_path: Path, bf16_units: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("vllm")
-    monkeypatch.setenv("LIGHTNING_RFT_BF16", str(int(bf16_units)))  # decides the engine's dtype
-    note = Note()
-    data = seeded_data(engine=rft.VLLMEngine(), tasks_per_step=2, samples_per_task=4)
-    trainer = quiet_trainer(tmp_path, rft.Synchronous(), note, max_steps=4)
-    trainer.fit(adapted(tiny_model_path), data)
-    assert max(step["rft/kl"] for step in note.logged) < (1e-2 if bf16_units else 1e-6)
-    assert min(step["rft/weights_changed"] for step in note.logged) > 0.1
-    assert (max(step["rft/push_gap"] for step in note.logged) > 1e-3) == bf16_units

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import lightning_rft as rft
 from lightning_rft.model_folder import Pretrained
 from lightning_rft.report.gathered import _tokenizer
 from lightning_rft.testing import tiny_model
-from tests.hub import on_the_hub, with_own_code
+from tests.hub import on_the_hub, use_cache, with_own_code
 from tests.trainer_and_data import pool_of, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,16 +26,8 @@ TOKEN = "hf_the_secret_of_this_test"
 
 @pytest.fixture(autouse=True)
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache, here and in explorers; what is imported from models stays in the test's folder too."""
-    from huggingface_hub import constants
-    from transformers import dynamic_module_utils
-
-    cache, modules = tmp_path / "hub", str(tmp_path / "modules")
-    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
-    monkeypatch.setenv("HF_MODULES_CACHE", modules)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    cache = tmp_path / "hub"
+    use_cache(cache, monkeypatch)
     return cache
 
 
@@ -63,7 +54,7 @@ def test_own_code_does_not_run_unless_it_is_trusted(tmp_path: Path) -> None:
     with pytest.raises(rft.ConfigurationError, match=r"RFTModule\(trust_remote_code=True\)"):
         quiet_trainer(tmp_path, rft.Synchronous(), max_steps=1).fit(rft.RFTModule(folder), explored)
     assert not list(tmp_path.rglob("explorer*.log")) and not pool_of(explored).assigned, "before any process starts"
-    assert not (tmp_path / "modules").exists()
+    assert not (tmp_path / "hub" / "modules").exists()
 
 
 def test_trusted_code_computes_in_trainer_and_engine_and_is_saved_too(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Runs scripts in forks of itself: real processes with real exit statuses, that need not import torch each by itself.
 
 Reads a JSON object a line. ``{"script", "folder", "environment"}`` starts one and answers its process id, ``{"poll"}``
-answers the exit status of one, or null as long as it runs. Here and in the forks, vLLM is not installed.
+answers the exit status of one, or null as long as it runs. Here and in the forks vLLM is not installed, or with the
+argument ``vllm`` imported.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import sys
 from importlib.machinery import PathFinder
 
 
-def preload() -> None:
-    """Imports all that a run needs, and makes vLLM unknown."""
+def preload(vllm: bool) -> None:
+    """Imports all that a run needs, and vLLM, or makes that unknown."""
     find_spec = PathFinder.find_spec
-    PathFinder.find_spec = staticmethod(  # type: ignore[method-assign]
-        lambda name, *rest: None if name.split(".")[0] == "vllm" else find_spec(name, *rest)
-    )
+    if not vllm:
+        PathFinder.find_spec = staticmethod(  # type: ignore[method-assign]
+            lambda name, *rest: None if name.split(".")[0] == "vllm" else find_spec(name, *rest)
+        )
     import torch
     import transformers
 
     import lightning_rft
 
-    torch.set_num_threads(1)
+    if vllm:
+        lightning_rft.VLLMEngine().prepare()
+    else:
+        torch.set_num_threads(1)
     for name in lightning_rft.__all__:
         getattr(lightning_rft, name)
     for name in ("AutoTokenizer", "AutoModelForCausalLM", "LlamaForCausalLM"):
@@ -63,7 +68,8 @@ def become(script: str, folder: str, environment: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    preload()
+    preload(vllm="vllm" in sys.argv)
     to_run = serve()
-    if to_run is not None:
-        runpy.run_path(to_run, run_name="__main__")
+    if to_run is None:
+        os._exit(0)  # to end all that was imported would take seconds
+    runpy.run_path(to_run, run_name="__main__")

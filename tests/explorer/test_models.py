@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.explorer.in_process import in_process
+from tests.explorer.in_process import InProcess, in_process
 from tests.explorer.links import MemoryLink
 
 torch = pytest.importorskip("torch")
@@ -95,38 +96,46 @@ def gaps(engine: str, old: str, new: str, ranks: int) -> dict[str, float]:
     return found
 
 
-def check(kind: str, engine: str, folder: Path, ranks: int = 1) -> None:
-    import lightning_rft as rft
+@pytest.fixture(scope="module")
+def with_vllm() -> Iterator[InProcess]:
+    with in_process() as call:
+        yield call
 
+
+def check(kind: str, folder: Path, with_vllm: InProcess | None, ranks: int = 1) -> None:
     old, new = (write(kind, folder / name, seed) for seed, name in enumerate(("old", "new")))
-    environment = rft.VLLMEngine().environment(2) if engine == "vllm" else {}
-    found = in_process(folder, gaps, engine, str(old), str(new), ranks, environment=environment)
+    if with_vllm is None:
+        found = gaps("transformers", str(old), str(new), ranks)
+    else:
+        found = with_vllm(folder, gaps, "vllm", str(old), str(new), ranks)
     assert found.pop("between") > 1e-2, "the weights must differ visibly for this to mean anything"
     assert max(found.values()) < 1e-4, found
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("kind", OFTEN)
-def test_vllm_computes_what_the_trainer_does(kind: str, tmp_path: Path) -> None:
-    check(kind, "vllm", tmp_path)
+def test_vllm_computes_what_the_trainer_does(kind: str, tmp_path: Path, with_vllm: InProcess) -> None:
+    check(kind, tmp_path, with_vllm)
 
 
 @pytest.mark.vllm
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in OFTEN])
-def test_vllm_computes_what_the_trainer_does_with_any_kind(kind: str, tmp_path: Path) -> None:
-    check(kind, "vllm", tmp_path)
+def test_vllm_computes_what_the_trainer_does_with_any_kind(kind: str, tmp_path: Path, with_vllm: InProcess) -> None:
+    check(kind, tmp_path, with_vllm)
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("kind", ["granite"])
-def test_tensor_parallel_ranks_pad_the_vocabulary_on_the_last_alone(kind: str, tmp_path: Path) -> None:
-    check(kind, "vllm", tmp_path, ranks=2)
+def test_tensor_parallel_ranks_pad_the_vocabulary_on_the_last_alone(
+    kind: str, tmp_path: Path, with_vllm: InProcess
+) -> None:
+    check(kind, tmp_path, with_vllm, ranks=2)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gemma2"])
 def test_transformers_engine_takes_a_checkpoints_names(kind: str, tmp_path: Path) -> None:
-    check(kind, "transformers", tmp_path)
+    check(kind, tmp_path, None)
 
 
 def test_all_ends_count(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lightning_rft.model_folder import Pretrained
 from lightning_rft.sampling import Sampling
 from tests.explorer.in_process import in_process
 from tests.explorer.links import MemoryLink
-from tests.hub import on_the_hub, with_own_code
+from tests.hub import on_the_hub, use_cache, with_own_code
 
 pytestmark = [pytest.mark.vllm]
 torch = pytest.importorskip("torch")
@@ -112,9 +112,11 @@ def after_a_push(old: str, new: str) -> dict[str, Any]:
     return seen
 
 
-def fresh(new: Pretrained, running: Sequence[int]) -> dict[str, Any]:
+def fresh(new: Pretrained, cache: Path, running: Sequence[int]) -> dict[str, Any]:
     """The same of an engine that started with the new weights, a revision on the hub whose config is code."""
-    engine = started(new)
+    with pytest.MonkeyPatch.context() as patch:
+        use_cache(cache, patch)
+        engine = started(new)
     seen: dict[str, Any] = {
         "short": engine.prompt_logprobs(SHORT),
         "long": engine.prompt_logprobs(LONG),
@@ -131,13 +133,12 @@ def observed(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) ->
     from lightning_rft.testing import tiny_model
 
     folder = tmp_path_factory.mktemp("push")
-    new = tiny_model(folder / "new", seed=7)
-    environment = VLLMEngine().environment(2)
-    pushed = in_process(folder, after_a_push, str(tiny_model_path), str(new), environment=environment)
+    new, cache = tiny_model(folder / "new", seed=7), folder / "hub"
     revisions = {"main": tiny_model_path, "v1": with_own_code(folder / "own", seed=7)}
-    model = Pretrained(on_the_hub(folder / "hub", revisions), "v1", trust_remote_code=True)
-    environment |= {"HF_HUB_CACHE": str(folder / "hub"), "HF_MODULES_CACHE": str(folder / "modules")}
-    return pushed, in_process(folder, fresh, model, pushed["running"].token_ids, environment=environment)
+    model = Pretrained(on_the_hub(cache, revisions), "v1", trust_remote_code=True)
+    with in_process() as call:
+        pushed = call(folder, after_a_push, str(tiny_model_path), str(new))
+        return pushed, call(folder, fresh, model, cache, pushed["running"].token_ids)
 
 
 def close(a: Sequence[float], b: Sequence[float]) -> bool:

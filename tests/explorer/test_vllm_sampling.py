@@ -79,7 +79,8 @@ def stop(oracle: Any, tokenizer: Any) -> str:
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path, stop: str) -> Any:
     folder = tmp_path_factory.mktemp("sampling")
-    return in_process(folder, sampled, str(tiny_model_path), stop, environment=VLLMEngine().environment(2))
+    with in_process() as call:
+        return call(folder, sampled, str(tiny_model_path), stop)
 
 
 @pytest.mark.parametrize("way", WAYS)
