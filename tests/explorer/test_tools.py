@@ -271,15 +271,17 @@ def test_it_crosses_to_another_process_with_functions_of_a_notebook(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("no_seed_left_behind")
-def test_a_config_names_them(tiny_model_path: Path) -> None:
+def test_a_config_names_them(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_rft.cli import RFTCLI
 
-    settings = {"functions": [f"{__name__}.add", f"{__name__}.look_up"], "max_turns": 3}
+    monkeypatch.setattr(sys, "argv", ["lightning-rft"])
+
+    settings = {"functions": ["tests.explorer.test_tools.add", "tests.explorer.test_tools.look_up"], "max_turns": 3}
     tools = {"class_path": "lightning_rft.Tools", "init_args": settings}
     data = {"tasks": ["1+1"], "reward": "tests.processes.share_of_letters", "engine": "FakeEngine", "workflow": tools}
     model = {"model": str(tiny_model_path)}
     made = RFTCLI(args={"model": model, "data": data, "trainer": {"logger": False}}, run=False).datamodule.workflow
-    assert [*made.functions.values()] == [add, look_up] and made.max_turns == 3
+    assert made.functions["add"](1, 2) == 3 and [*made.functions] == ["add", "look_up"] and made.max_turns == 3
     data["workflow"] = {
         "class_path": "lightning_rft.Environment",
         "init_args": {"factory": "tests.explorer.test_environment.Door", "action": "builtins.int"},

@@ -63,10 +63,10 @@ class Environment:
 
     def __init__(
         self,
-        factory: Callable[..., Any],
+        factory: type | Callable[..., Any],
         max_turns: int = 16,
         timeout_s: float = 60.0,
-        action: Callable[[str], Any] | None = None,
+        action: type | Callable[[str], Any] | None = None,
         observe: Callable[[Any], str] | None = None,
         parser: str | Parse | None = None,
     ) -> None:
