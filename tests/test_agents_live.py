@@ -49,7 +49,9 @@ def live(tiny_model_path: Path) -> Callable[..., Any]:
 
     def run(test: Callable[[Served], Coroutine[Any, Any, Any]], engine: Scripted) -> Any:
         async def main() -> Any:
-            async with served(tiny_model_path, engine, AutoTokenizer.from_pretrained(tiny_model_path)) as parts:
+            tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+            tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
+            async with served(tiny_model_path, engine, tokenizer) as parts:
                 return await asyncio.wait_for(test(parts), 120)
 
         return asyncio.run(main())

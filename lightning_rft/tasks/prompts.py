@@ -115,13 +115,14 @@ def encode_after(
     tools: Sequence[Mapping[str, Any]] | None = None,
     *,
     end: int | None = None,
+    more: str = "",
 ) -> list[int] | None:
     """Token ids of what the chat template puts after one message, an answer; None if it does not tell.
 
-    ``end`` is the id that the answer ended with, if it did not break off.
+    ``end`` is the id that the answer ended with, if it did not break off; ``more`` is what the message has after it.
     """
     before, message, after = messages[:index], messages[index], messages[index + 1 :]
-    mark = {"role": message["role"], "content": _MARK}
+    mark = {"role": message["role"], "content": _MARK + more}
     behind = _behind_mark(tokenizer, [*before, mark, *after], template, tools)
     if behind is not None or end is None:
         return behind
@@ -137,7 +138,7 @@ def _behind_mark(
     tools: Sequence[Mapping[str, Any]] | None,
 ) -> list[int] | None:
     chat = [plain_message(message) for message in messages]
-    continues = ends_open(chat) and chat[-1]["content"] != _MARK
+    continues = ends_open(chat) and not chat[-1]["content"].startswith(_MARK)
     try:
         (text,) = _apply(tokenizer, [chat], continues, template, tools, tokenize=False)
     except ConfigurationError:

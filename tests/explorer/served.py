@@ -22,7 +22,10 @@ from lightning_rft.sampling import Sampling
 
 
 class Scripted(FakeEngine):
-    """Says what a function makes of the prompt's text, once its gate is open."""
+    """Says what a function makes of the prompt's text, once its gate is open.
+
+    It begins with a token that has no text: what is decoded and encoded again is not what was sampled.
+    """
 
     def __init__(self, says: Callable[[str], str] = lambda prompt: "ok", **settings: Any) -> None:
         super().__init__(**settings)
@@ -43,7 +46,8 @@ class Scripted(FakeEngine):
         for running in self._batch():
             running.limit = running.request.sampling.max_new_tokens or 0
             text = self.says(self._tokenizer.decode(running.request.prompt_ids))
-            for token in (*self._tokenizer(text)["input_ids"], self._tokenizer.eos_token_id):
+            ids = self._tokenizer(text)["input_ids"]
+            for token in (self._tokenizer.unk_token_id, *ids, self._tokenizer.eos_token_id):
                 running.extend([token], [-0.5], self.version)
                 if running.request.sampling.keeps_support:
                     running.choose_from({token: -0.5, token + 1: -1.0})

@@ -110,7 +110,7 @@ def test_three_clients(serve: Callable[..., None]) -> None:
             stream = await client.chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True})
             chunks = [chunk async for chunk in stream]
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "ok"
-        assert chunks[-1].usage.completion_tokens == 3
+        assert chunks[-1].usage.completion_tokens == 4
         sync, whole, streamed = policy.turns
         assert said.choices[0].token_ids == whole.token_ids.tolist() == streamed.token_ids.tolist()
         assert said.prompt_token_ids == sync.prompt_ids.tolist()
@@ -151,7 +151,7 @@ def test_texts_and_token_ids(serve: Callable[..., None], tokenizer: Any) -> None
             again = await client.completions.create(model="policy", prompt=[10, 11], stream=True)
             text = "".join([chunk.choices[0].text async for chunk in again])
         assert (said.choices[0].text, said.choices[0].finish_reason, text) == ("o", "stop", "ok")
-        assert said.choices[0].logprobs.token_logprobs == [-0.5, -0.5]
+        assert said.choices[0].logprobs.token_logprobs == [-0.5] * 3
         status, answer = await asked(endpoint, {"token_ids": [10, 11]}, "/inference/v1/generate")
         assert (status, answer["choices"][0]["token_ids"]) == (200, policy.turns[2].token_ids.tolist())
         assert tokenizer.decode(policy.turns[0].prompt_ids) == "1+1="

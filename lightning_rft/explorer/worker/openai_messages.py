@@ -36,7 +36,7 @@ def answer_message(call: Call, reply: Reply, parser: Parser | None, stop: Sequen
         }
         for index, (given, name, arguments) in enumerate(parsed.calls[: None if call.parallel else 1])
     ]
-    message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
+    message: dict[str, Any] = {"role": "assistant", "content": parsed.content if calls else parsed.content or ""}
     if parsed.reasoning:
         message["reasoning_content"] = parsed.reasoning
     if calls:

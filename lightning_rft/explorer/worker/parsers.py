@@ -54,4 +54,7 @@ class Parser:
             end = max((text.rfind(one) for one in stop), default=-1)
             text = self._tokenizer.decode(ids[:-1], skip_special_tokens=plainly) if end < 0 else text[:end]
         reasoning, content, calls = parser.parse(text, request, enable_auto_tools=True, model_output_token_ids=ids)
-        return Parsed(reasoning, content, [(call.id, call.name, call.arguments) for call in calls or ()])
+        if not plainly and content:  # to the client, special tokens have no text
+            for special in self._tokenizer.all_special_tokens:
+                content = content.replace(special, "")
+        return Parsed(reasoning, content or None, [(call.id, call.name, call.arguments) for call in calls or ()])

@@ -167,6 +167,9 @@ class Conversations:
                 if not _contradict(earlier, call) and (likest is None or (exact and not likest[2])):
                     likest = earlier, earlier.reply, exact
             if likest is None:
+                gone_on = self._gone_on(call, passed[index].calls, prompt, index, template, tools)
+                if gone_on is not None:
+                    return gone_on
                 continue
             earlier, reply, exact = likest
             end = reply.token_ids[-1] if reply.token_ids and reply.finish_reason == "stop" else None
@@ -177,6 +180,24 @@ class Conversations:
                 rest = self._unsaid(rest, reply.token_ids)
             return _Found((*_ids(earlier), *reply.token_ids, *rest), exact)
         return None
+
+    def _gone_on(
+        self, call: Call, calls: Sequence[Call], prompt: Any, index: int, template: _Template, tools: _Tools
+    ) -> _Found | None:
+        """The longest answer that a message goes on from, as agents do that add to what a text of ``stop`` ended."""
+        content, longest, found = (call.messages or [])[index]["content"], 0, None
+        for earlier in calls:
+            reply = earlier.reply
+            if reply is None or not reply.whole_text or self._is_special(reply.token_ids) or _contradict(earlier, call):
+                continue
+            begun = earlier.opening + reply.whole_text
+            if len(begun) <= longest or not content.startswith(begun):
+                continue
+            rest = encode_after(self._tokenizer, prompt, index, template, tools, more=content[len(begun) :])
+            if rest is not None:
+                longest = len(begun)
+                found = _Found((*_ids(earlier), *reply.token_ids, *rest), _spelled_alike(earlier.said, call.said))
+        return found
 
     def _unsaid(self, rest: list[int], token_ids: tuple[int, ...]) -> list[int]:
         """What comes after an answer, without the end of a turn that the answer has itself."""
