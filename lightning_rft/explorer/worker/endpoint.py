@@ -72,8 +72,12 @@ class Endpoints:
         key = self._key(str(next(self._numbers)))
         session = self._sessions[key] = Session(policy, self._parsers.get(named))
         policy.counts.update(dict.fromkeys(_COUNTED, 0))
-        policy.at_close(session.close)
-        policy.at_close(lambda: self._sessions.pop(key, None))
+
+        def end() -> None:
+            self._sessions.pop(key, None)
+            session.close()
+
+        policy.at_close(end)
         return Endpoint(f"{self._server.url}/v1", key)
 
     def stop(self) -> None:

@@ -251,7 +251,7 @@ class Explorer:
             generate_seconds=round(policy.seconds, 6),
             reward_seconds=round(loop.time() - max(began, group.together.began), 6),
             rewards=score.parts,
-            metrics=_measured(turns, policy) | answer.metrics,
+            metrics={**_measured(turns, policy), **answer.metrics},
         )
 
     async def _score_answer(self, group: _Group, index: int, answered: Answered) -> Score:
