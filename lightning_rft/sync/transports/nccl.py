@@ -93,8 +93,8 @@ class NCCLSender(Sender):
             raise TransportError("NCCL would carry nothing: unset VLLM_DISABLE_PYNCCL")
         meeting.close()
         self._group = group
-        if self._closed:
-            self.close()
+        if self._closed:  # meanwhile
+            self.close()  # type: ignore[unreachable]
 
     @override
     def absent(self) -> list[int]:
