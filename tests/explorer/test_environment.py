@@ -134,6 +134,7 @@ def test_one_that_hangs_fails_its_sample_and_is_closed(run: Any, where: str) -> 
             with pytest.raises(DeadlineError, match=rf"environment's {where}\(\) took longer than .*timeout_s=0.5"):
                 run(Environment(make, timeout_s=0.5, action=int), ["3"])
         assert time.monotonic() - began < 10
+        assert [one.closed for one in Count.made] == {"factory": [], "close": [0]}.get(where, [1])  # while it hangs
     finally:
         freed.set()
     while any(not one.closed for one in Count.made):  # by a thread that was waiting
@@ -406,6 +407,8 @@ def test_shapes() -> None:
 
     task = Task("", answer="x", metadata={"seed": 3, "level": 2, "other": 1})
     assert reset_arguments(reset, task, steps=True) == {"seed": 3, "answer": "x", "level": 2}
+    columns = Task("", metadata={"task": "mine", "num_players": 2})
+    assert reset_arguments(lambda task, num_players: None, columns, steps=True) == columns.metadata
 
 
 def test_it_crosses_to_another_process() -> None:

@@ -45,7 +45,7 @@ def reset_arguments(reset: Callable[..., Any], task: Task, *, steps: bool) -> di
     columns = {**task.metadata, "seed": task_seed(task)}
     if not steps:  # as TRL does, while an OpenEnv client would send them all
         columns |= {"prompt": task.prompt, "answer": task.answer}
-    offered = {"prompt": task.prompt, "answer": task.answer, **columns, "task": task, "num_players": 1}
+    offered = {"task": task, "num_players": 1, "prompt": task.prompt, "answer": task.answer, **columns}
     parameters = parameters_of(reset).values()
     named = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
     if any(one.kind == one.VAR_KEYWORD for one in parameters):
