@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_rft as rft
+from lightning_rft.run.validation import Validation
 from tests.trainer_and_data import fake_data, quiet_trainer
 
 pytestmark = [
@@ -127,3 +129,16 @@ def test_answers_are_compared_as_the_module_says(
     trainer = quiet_trainer(tmp_path, rft.Synchronous(), limit_val_batches=1.0)
     trainer.validate(rft.RFTModule(tiny_model_path, final_answer=first_letter), data, verbose=False)
     assert len(seen) == 16
+
+
+def test_every_task_has_random_numbers_of_its_own() -> None:
+    def seeds(count: int, **changes: Any) -> list[tuple[int, ...]]:
+        tasks = [rft.Task("?", id=str(index)) for index in range(count)]
+        sampling = rft.Sampling(max_new_tokens=4, temperature=1.0, seed=0)
+        validation = Validation(tasks, run=1, samples=3, sampling=replace(sampling, **changes))
+        return [question.seeds for question in validation.open(running=set())]
+
+    every = [seed for of_task in seeds(20) for seed in of_task]
+    assert len(set(every)) == 60 and min(every) >= 0 and max(every) < 2**31
+    assert seeds(5) == seeds(20)[:5]  # whatever tasks are beside it, and in every validation
+    assert seeds(5) != seeds(5, seed=1)

@@ -14,6 +14,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, GroupKey, Task
 from lightning_rft.explorer.messages import Explore, Explored
 from lightning_rft.settings import Sampling
+from lightning_rft.tasks.chance import draw
 from lightning_rft.trainer.limits import validation_batches
 from lightning_rft.trainer.loader import ValidationLoader
 
@@ -36,9 +37,12 @@ class Validation:
     """
 
     def __init__(self, tasks: Sequence[Task], *, run: int, samples: int, sampling: Sampling) -> None:
-        seeds = tuple((sampling.seed or 0) + sample for sample in range(samples))
+        def seeds(task: Task) -> tuple[int, ...]:
+            # of each task its own: with the same random numbers tasks would be right or wrong together
+            return tuple(draw("validation", sampling.seed or 0, task.id, n) & 0x7FFFFFFF for n in range(samples))
+
         self._questions = [
-            Explore(run, GroupKey(_BATCH, index), 0, task, seeds, sampling) for index, task in enumerate(tasks)
+            Explore(run, GroupKey(_BATCH, index), 0, task, seeds(task), sampling) for index, task in enumerate(tasks)
         ]
         #: By index of the task; without the samples that failed.
         self.answers: dict[int, Group] = {}

@@ -9,7 +9,7 @@ import pytest
 
 import lightning_rft as rft
 from lightning_rft.errors import ExplorerError
-from lightning_rft.experience import GroupKey
+from lightning_rft.experience import GroupKey, Task
 from lightning_rft.explorer.messages import Ended, Explore, Loaded, Several, Started
 from lightning_rft.explorer.pool import Died
 from lightning_rft.monitor.activity import Activity
@@ -86,7 +86,7 @@ def test_samples_of_another_run_of_validation_or_of_what_was_given_up_make_none(
     assert pool.asked[2:] == [(0, FIRST, 2)]
     dispatcher.handle(0, Ended(7, {(FIRST, 1): 4}))  # of the attempt before
     assert pool.asked[3:] == []
-    dispatcher.ask(Validation([MagicMock()] * 2, run=7, samples=2, sampling=Sampling(8, 0.0)))
+    dispatcher.ask(Validation([Task("?"), Task("!")], run=7, samples=2, sampling=Sampling(8, 0.0)))
     assert [explorer for explorer, key, _ in pool.asked[3:] if Validation.owns(key)] == [0, 1]
     question = pool.asked.pop()[1]
     pool.asked.pop()
