@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from lightning_rft.cli import main
 from lightning_rft.monitor.curves import table
+from tests.processes import Script
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -149,6 +151,28 @@ def test_a_run_from_python_needs_its_config_named(run: Path, capfd: pytest.Captu
     run_command("evaluate", str(run), *elsewhere, *LIGHT)
     assert [row["step"] for row in read_csv(run / "evaluation.csv")] == ["0", "3"]
     assert not (run / "config.yaml").exists()
+
+
+def test_two_ranks_measure_what_one_does(
+    run: Path, tmp_path: Path, start_ranks: Callable[[str], list[Script]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 3):
+        checkpoint(run, step).unlink()
+    (run / "checkpoints" / "last.ckpt").unlink()
+    run_command("evaluate", str(run), *LIGHT)
+    one = (run / "evaluation.csv").read_text()
+    (run / "evaluation.csv").unlink()
+    options = ["evaluate", str(run), *LIGHT, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    scripts = start_ranks(f"""
+        import sys
+        from lightning_rft.cli import main
+        sys.argv += {options}
+        main()
+    """)
+    for script in scripts:
+        assert script.wait(240) == 0, script.stderr
+    assert (run / "evaluation.csv").read_text() == one and len(one.splitlines()) == 3
+    assert ["step" in script.stdout for script in scripts] == [True, False]
 
 
 @pytest.mark.parametrize(

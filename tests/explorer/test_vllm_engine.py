@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -15,7 +15,7 @@ from lightning_rft.explorer.engines.engine import Request
 from lightning_rft.explorer.engines.vllm import VLLMEngine
 from lightning_rft.model_folder import Pretrained
 from lightning_rft.sampling import Sampling
-from tests.explorer.in_process import in_process
+from tests.explorer.in_process import InProcess, in_process
 from tests.explorer.links import MemoryLink
 from tests.hub import on_the_hub, use_cache, with_own_code
 
@@ -128,17 +128,45 @@ def fresh(new: Pretrained, cache: Path, running: Sequence[int]) -> dict[str, Any
     return seen
 
 
+def with_adapter(model: str, adapter: str) -> list[float]:
+    """What vLLM itself computes with a folder of an adapter."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine = LLM(
+        model,
+        dtype="float32",
+        max_model_len=400,
+        enforce_eager=True,
+        enable_lora=True,
+        max_lora_rank=8,
+        kv_cache_memory_bytes=2**26,
+    )
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    (answer,) = engine.generate(
+        {"prompt_token_ids": list(LONG)}, params, lora_request=LoRARequest("saved", 1, adapter), use_tqdm=False
+    )
+    return [entry[token].logprob for token, entry in zip(LONG[1:], answer.prompt_logprobs[1:], strict=True)]
+
+
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def with_vllm() -> Iterator[InProcess]:
+    with in_process() as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def observed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path, with_vllm: InProcess
+) -> tuple[dict[str, Any], dict[str, Any]]:
     from lightning_rft.testing import tiny_model
 
     folder = tmp_path_factory.mktemp("push")
     new, cache = tiny_model(folder / "new", seed=7), folder / "hub"
     revisions = {"main": tiny_model_path, "v1": with_own_code(folder / "own", seed=7)}
     model = Pretrained(on_the_hub(cache, revisions), "v1", trust_remote_code=True)
-    with in_process() as call:
-        pushed = call(folder, after_a_push, str(tiny_model_path), str(new))
-        return pushed, call(folder, fresh, model, cache, pushed["running"].token_ids)
+    pushed = with_vllm(folder, after_a_push, str(tiny_model_path), str(new))
+    return pushed, with_vllm(folder, fresh, model, cache, pushed["running"].token_ids)
 
 
 def close(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -188,3 +216,22 @@ def test_weights_that_come_by_nccl_are_computed_with(observed: Any) -> None:
 
 def test_a_whole_push_after_a_torn_one_is_taken(observed: Any) -> None:
     assert close(observed[0]["recovered"], observed[1]["long"])
+
+
+def test_a_saved_adapter_is_one_of_vllms(tiny_model_path: Path, tmp_path: Path, with_vllm: InProcess) -> None:
+    pytest.importorskip("peft")
+    from lightning_rft.trainer.module import RFTModule
+
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}  # so not zero
+    module = RFTModule(tiny_model_path, peft_config=config)
+    module.configure_model()
+    module.save_pretrained(tmp_path / "adapter")
+    plain = RFTModule(tiny_model_path)
+    plain.configure_model()
+    ids = torch.tensor([LONG])
+    expected, base = (
+        one._policy(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+        for one in (module, plain)
+    )
+    assert not close(expected, base)
+    assert close(with_vllm(tmp_path, with_adapter, str(tiny_model_path), str(tmp_path / "adapter")), expected)

@@ -18,6 +18,7 @@ SCRIPT = """
     import gc, json, sys, time
     from pathlib import Path
     import datasets
+    import pyarrow.json
     import lightning_rft as rft
     from lightning_rft.experience import GroupKey
     from lightning_rft.rewards import exact_match
@@ -27,17 +28,17 @@ SCRIPT = """
     datasets.disable_progress_bars()
     folder = sys.argv[1]
 
-    def rows(count):
-        for index in range(count):
-            yield {"question": f"{index} + {index} =", "answer": str(2 * index), "extra": {"level": index % 7}}
-
     def sources(count):
-        listed = list(rows(count))
         lines, saved = Path(folder) / f"{count}.jsonl", Path(folder) / str(count)
         with open(lines, "w") as file:
-            file.writelines(json.dumps(row) + "\\n" for row in listed)
-        columns = {name: [row[name] for row in listed] for name in listed[0]}
-        datasets.Dataset.from_dict(columns).save_to_disk(saved)
+            file.writelines(
+                f'{{"question": "{i} + {i} =", "answer": "{2 * i}", "extra": {{"level": {i % 7}}}}}\\n'
+                for i in range(count)
+            )
+        datasets.Dataset(pyarrow.json.read_json(lines)).save_to_disk(saved)
+        listed = [
+            {"question": f"{i} + {i} =", "answer": str(2 * i), "extra": {"level": i % 7}} for i in range(count)
+        ]
         stream = rft.TaskSet(str(saved), streaming=True, steps_per_epoch=10)
         return {"dataset": str(saved), "stream": stream, "lines": lines, "list": listed}
 
