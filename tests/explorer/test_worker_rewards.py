@@ -258,8 +258,34 @@ async def outgrows(task: Task, policy: Policy) -> str:
         text += "x" * 10
 
 
-def test_a_conversation_that_fills_the_context_ends_with_its_last_answer(tiny_model_path: Path) -> None:
-    (answer,) = answers(tiny_model_path, GROUP, workflow=outgrows, reward=lambda completion, task: len(completion))
+async def outgrows_in_a_task_group(task: Task, policy: Policy) -> str:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(outgrows(task, policy))
+    return "never"
+
+
+async def outgrows_and_says_so(task: Task, policy: Policy) -> str:
+    try:
+        return await outgrows(task, policy)
+    except ContextFull as error:
+        raise RuntimeError("my agent's own") from error
+
+
+async def outgrows_as_an_openai_client(task: Task, policy: Policy) -> str:
+    client = policy.endpoint().openai()
+    text = str(task.prompt)
+    while True:
+        done = await client.completions.create(model="m", prompt=text)
+        text += done.choices[0].text + "x" * 10
+
+
+@pytest.mark.parametrize(
+    "workflow", [outgrows, outgrows_in_a_task_group, outgrows_and_says_so, outgrows_as_an_openai_client]
+)
+def test_a_conversation_that_fills_the_context_ends_with_its_last_answer(tiny_model_path: Path, workflow: Any) -> None:
+    if workflow is outgrows_as_an_openai_client:
+        pytest.importorskip("openai")
+    (answer,) = answers(tiny_model_path, GROUP, workflow=workflow, reward=lambda completion, task: len(completion))
     assert len(answer.experiences) == 2 and answer.failures == ()
     for one in answer.experiences:
         last = one.turns[-1]
@@ -276,6 +302,16 @@ def test_a_first_prompt_that_does_not_fit_is_a_failure(tiny_model_path: Path) ->
 
     assert isinstance(fails_with(tiny_model_path, workflow=workflow), ContextFull)
     assert asked == [50, 50]  # it would not fit the next time either
+
+
+def test_an_error_on_the_way_out_of_a_full_context_is_an_error(tiny_model_path: Path) -> None:
+    async def workflow(task: Task, policy: Policy) -> str:
+        try:
+            return await outgrows(task, policy)
+        except ContextFull:
+            raise KeyError("summary") from None
+
+    assert isinstance(fails_with(tiny_model_path, workflow=workflow, tolerance=ONCE), KeyError)
 
 
 def test_a_workflow_may_go_on_when_the_context_is_full(tiny_model_path: Path) -> None:

@@ -26,8 +26,8 @@ async def ask(workflow: Any, task: Task, policy: Policy, limit_s: float) -> Answ
     late = f"took longer than Timeouts(sample_s={limit_s:g}): make the workflow faster or raise the setting"
     try:
         returned = await in_time(_call(workflow, task, policy), limit_s, f"a sample of task {task_id!r} {late}")
-    except ContextFull:
-        if not policy.replies:
+    except Exception as error:
+        if not (_is_full(error) and policy.replies):
             raise
         returned = policy.replies[-1]
     finally:
@@ -40,6 +40,15 @@ async def ask(workflow: Any, task: Task, policy: Policy, limit_s: float) -> Answ
             what = f"the workflow set the reward of a turn of task {task_id!r} to"
             reply.reward = finite(reply.reward, what, ": set a finite number")
     return answer
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether an error says that the context is full: ours, a client's of the endpoint, or either in a task group's."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_full, error.exceptions))
+    if isinstance(error, ContextFull) or getattr(error, "code", None) == "context_length_exceeded":
+        return True
+    return error.__cause__ is not None and _is_full(error.__cause__)
 
 
 async def _call(workflow: Any, task: Task, policy: Policy) -> Any:
