@@ -2,18 +2,18 @@
 
     python -m benchmarks.weight_sync
 
-Pushes, by collective (Gloo) and by checkpoint, go to one and to two explorers with vLLM, in fits with the synchronous
-strategy that train nothing: the seconds of the trainer's span, from the policy's ``state_dict`` until the explorers
-compute with it. Beside them, in the same rounds:
+Pushes, by collective (Gloo) and by checkpoint, in memory and on a ``disk``, go to one and to two explorers with vLLM,
+in fits with the synchronous strategy that train nothing: the seconds of the trainer's span, from the policy's
+``state_dict`` until the explorers compute with it. Beside them, in the same rounds:
 
 - ``reload``: a process of its own has one of these engines, with the threads of a single explorer, and loads the same
   tensors, every alias included, by the same way, but out of its memory;
 - ``memcpy``: ``copy_`` of the same bytes (an alias counted once) between two buffers that were in use before, with the
   trainer's threads.
 
-``collective_extra_memcpys`` and ``checkpoint_extra_memcpys`` are (push - reload) / memcpy, to one explorer: how often
-the bytes could have been copied meanwhile. All are medians; the first push of every fit, which makes the group, does
-not count. Writes ``benchmarks/results/weight_sync.json``.
+``collective_extra_memcpys``, ``checkpoint_extra_memcpys`` and ``disk_extra_memcpys`` are (push - reload) / memcpy, to
+one explorer: how often the bytes could have been copied meanwhile. All are medians; the first push of every fit, which
+makes the group, does not count. Writes ``benchmarks/results/weight_sync.json``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -39,14 +39,19 @@ from benchmarks.rollout import DEADLINE_S, Consumes, beside
 from lightning_rft.channel import Channel
 from lightning_rft.experience import TensorInfo
 from lightning_rft.hardware import available_cpus, fast_dtype
-from lightning_rft.sync.transports.transport import Named, announce, nbytes
+from lightning_rft.sync.transports.transport import Named, Transport, announce, nbytes
 from lightning_rft.testing import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 RESULTS = Path(__file__).parent / "results"
 MAX_MODEL_LEN, MAX_NUM_SEQS = 128, 4
-TRANSPORTS = {"collective": lambda: rft.CollectiveTransport("gloo"), "checkpoint": rft.CheckpointTransport}
+# each with a folder for what it writes
+TRANSPORTS: dict[str, Callable[[Path], Transport]] = {
+    "collective": lambda folder: rft.CollectiveTransport("gloo"),
+    "checkpoint": lambda folder: rft.CheckpointTransport(),
+    "disk": lambda folder: rft.CheckpointTransport(folder / "checkpoints", keep=1),
+}
 
 
 class Held:
@@ -93,9 +98,9 @@ def reload(fd: int) -> None:
         version += 1
 
 
-def pushes(model: Path, data: rft.RFTDataModule, transport: str, steps: int) -> list[float]:
+def pushes(model: Path, data: rft.RFTDataModule, transport: Transport, steps: int) -> list[float]:
     """Seconds of every push of a fit but the first."""
-    found = spans(rft.Synchronous(transport=TRANSPORTS[transport]()), Consumes(model), data, steps)
+    found = spans(rft.Synchronous(transport=transport), Consumes(model), data, steps)
     mine = [span for span in found if span.track == "trainer" and span.what in ("sync", "write checkpoint")]
     return [span.end - span.begin for span in sorted(mine, key=lambda span: span.begin)[1:]]
 
@@ -159,9 +164,9 @@ def main() -> None:
             for explorers in (1, 2):
                 with data_of(explorers) as data:
                     for _ in range(arguments.rounds):
-                        for transport in TRANSPORTS:
+                        for transport, made in TRANSPORTS.items():
                             name = f"{transport}_{explorers}_explorer{'s' * (explorers > 1)}_s"
-                            seconds.setdefault(name, []).extend(pushes(model, data, transport, arguments.pushes))
+                            seconds.setdefault(name, []).extend(pushes(model, data, made(folder), arguments.pushes))
                             print(name, *(f"{second:.3f}" for second in seconds[name]), flush=True)
                         for _ in range(arguments.pushes):
                             channel.send("reload")

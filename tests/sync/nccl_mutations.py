@@ -19,6 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MUTATED = ROOT / "lightning_rft" / "sync" / "transports" / "nccl.py"
 MODULE = "lightning_rft.sync.transports.nccl"
+IMPORTERS = [  # which hold what it defines
+    "lightning_rft.sync.transports.collective",
+    "lightning_rft.explorer.engines.vllm_weights",
+    "tests.sync.test_nccl",
+]
 TESTS = ROOT / "tests" / "sync" / "test_nccl.py"
 LIMIT_S = 120.0
 FIELDS = ("body", "orelse", "finalbody")
@@ -58,8 +63,9 @@ def survives(source: str) -> bool:
             os.dup2(nowhere.fileno(), 2)
         import pytest
 
-        module = types.ModuleType(MODULE)
-        sys.modules[MODULE] = module
+        for name in IMPORTERS:
+            sys.modules.pop(name, None)
+        module = sys.modules[MODULE] = types.ModuleType(MODULE)
         module.__file__ = str(MUTATED)
         exec(compile(source, MUTATED, "exec"), vars(module))
         quiet = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
@@ -80,8 +86,8 @@ def main() -> None:
     os.chdir(ROOT)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import vllm.distributed.weight_transfer.nccl_engine
-        import vllm.model_executor.model_loader.reload.layerwise  # noqa: F401
+        import tests.conftest
+        import tests.sync.test_nccl  # noqa: F401
     source = MUTATED.read_text(encoding="utf-8")
     if not survives(source):
         raise SystemExit("the tests fail as it is")
