@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lightning_rft.experience import GroupKey
-from lightning_rft.sync.schedule import Rule
 from lightning_rft.simulation.events import Crash, Event
 from lightning_rft.simulation.run import Circumstances, History, Run
+from lightning_rft.sync.schedule import Rule
 
 __all__ = ["drive"]
 

@@ -10,11 +10,11 @@ from math import inf
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import GroupKey, Progress
-from lightning_rft.sync.order import Order
-from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Push, Rule, Schedule
 from lightning_rft.simulation.clock import Clock
 from lightning_rft.simulation.events import Event
 from lightning_rft.simulation.explorer import SimulatedExplorer, Work
+from lightning_rft.sync.order import Order
+from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Push, Rule, Schedule
 
 __all__ = ["Circumstances", "History", "Run"]
 
