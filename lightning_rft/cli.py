@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -15,9 +16,13 @@ from typing_extensions import override
 
 import lightning_rft
 from lightning_rft.datamodule import RFTDataModule
-from lightning_rft.errors import ConfigurationError
+from lightning_rft.errors import ConfigurationError, ExplorerError
+from lightning_rft.plan.command import main as plan_of_figures
+from lightning_rft.plan.command import needs_config, plan_run
+from lightning_rft.plan.measure import MEASURING
+from lightning_rft.plan.settings import PlanSettings
 from lightning_rft.renamed import moved_in_config
-from lightning_rft.run.debug import debug, folder_for_debug
+from lightning_rft.run.debug import debug, folder_to_remove
 from lightning_rft.run.evaluate import evaluate, trainer_settings
 from lightning_rft.run.folder import check_checkpoints, check_run, config_of
 from lightning_rft.run.placement import devices_beside
@@ -105,6 +110,22 @@ class ExploringTrainer(L.Trainer):
         """
         debug(self, model, datamodule, task, samples, ckpt_path, weights_only)
 
+    def plan(self, model: RFTModule, datamodule: RFTDataModule, plan: PlanSettings | None = None) -> None:
+        """Say what each sync strategy would gain, from a few steps that are measured.
+
+        The schedule of real runs is driven with the measured seconds on a fake clock. Nothing is kept but the picture.
+
+        Args:
+            model: The module.
+            datamodule: The tasks and the explorers.
+            plan: What is compared, and seconds that are known.
+        """
+        try:
+            plan_run(self, model, datamodule, plan or PlanSettings())
+        finally:
+            if not isinstance(sys.exc_info()[1], ExplorerError):  # whose log is to be read
+                shutil.rmtree(self.default_root_dir, ignore_errors=True)
+
 
 class _Parser(LightningArgumentParser):
     """Lightning's, which also says where a setting has moved."""
@@ -116,8 +137,8 @@ class _Parser(LightningArgumentParser):
 class RFTCLI(LightningCLI):
     """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning.
 
-    Its subcommands are ``fit``, ``validate``, ``explore``, ``debug`` and ``evaluate``, which takes the folder of a run.
-    A config has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the
+    Its subcommands are ``fit``, ``validate``, ``explore``, ``debug``, ``plan`` and ``evaluate``, which takes the folder of
+    a run. A config has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the
     sync strategy is one of ``trainer.callbacks``. The name alone is the ``class_path`` of a class that this package
     exports::
 
@@ -185,6 +206,7 @@ class RFTCLI(LightningCLI):
             "explore": given,
             "debug": given,
             "evaluate": given,
+            "plan": given,
         }
 
     @override
@@ -203,10 +225,12 @@ class RFTCLI(LightningCLI):
         if self.subcommand == "evaluate":
             folder: Path | None = Path(self._get(self.config_init, "run")) / "rft" / "evaluation"
         else:
-            folder = folder_for_debug() if self.subcommand == "debug" else None
+            folder = folder_to_remove() if self.subcommand in ("debug", "plan") else None
         if folder is not None:
             self.save_config_callback = None  # it would replace the config of the run
             kwargs |= trainer_settings(self._get(self.config_init, "trainer"), folder)
+            if self.subcommand == "plan":
+                kwargs |= MEASURING
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         auto = config.get("devices") == "auto" and config.get("accelerator") in ("auto", "gpu", "cuda")
         if auto and self.datamodule.explorers:
@@ -226,6 +250,9 @@ class RFTCLI(LightningCLI):
 
 def main(args: ArgsType = None) -> None:
     """Runs the command line, or ``args`` in its place."""
+    options = sys.argv[1:] if args is None else args
+    if isinstance(options, list) and options[:1] == ["plan"] and not needs_config(options[1:]):
+        return plan_of_figures(options[1:])
     about = {
         "prog": "lightning-rft",
         "description": "Reinforcement fine-tuning of language models. `lightning-rft report RUN` makes a run's page.",

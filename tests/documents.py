@@ -24,6 +24,8 @@ import yaml
 
 import lightning_rft as rft
 from lightning_rft.cli import RFTCLI
+from lightning_rft.plan.command import main as plan
+from lightning_rft.plan.command import needs_config
 from lightning_rft.report.command import main as report
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +118,9 @@ def parse(arguments: list[str], stdin: str) -> str:
             if arguments[0] == "report":
                 with patch("lightning_rft.report.command.write_report"):
                     report(arguments[1:])
+            elif arguments[0] == "plan" and not needs_config(arguments[1:]):
+                with patch("lightning_rft.plan.command.shown", return_value=""):
+                    plan(arguments[1:])
             else:
                 Parsed()
     except SystemExit as end:  # also once --help or --print_config has printed

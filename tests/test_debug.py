@@ -67,7 +67,7 @@ def config(tmp_path: Path, tiny_model_path: Path) -> Path:
 
 
 def left() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("lightning-rft-debug-*"))
+    return set(Path(tempfile.gettempdir()).glob("lightning-rft-*"))
 
 
 def test_one_sample_of_one_task(config: Path, capfd: pytest.CaptureFixture[str]) -> None:

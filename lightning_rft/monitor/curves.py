@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_rft.monitor.style import BLUE, ORANGE, style
+
 __all__ = ["draw_curves", "table"]
 
 Rows = Sequence[Mapping[str, Any]]
 
-_INK, _FAINT, _GRID = "#333333", "#777777", "#EAEAEA"
-_BLUE, _ORANGE = "#2A6CAB", "#D98324"
 _WIDTH, _HEIGHT, _DPI = 12.0, 2.9, 160  # inches, of which a row of panels has the height
 
 
@@ -41,14 +41,14 @@ def draw_curves(rows: Rows, path: Path) -> None:
     from matplotlib.figure import Figure
 
     sets = _sets(rows)
-    with matplotlib.style.context(["default", _style()]):
+    with matplotlib.style.context(["default", style()]):
         figure = Figure(figsize=(_WIDTH, _HEIGHT * len(sets)), dpi=_DPI, facecolor="white", layout="constrained")
         panels = figure.subplots(len(sets), 4, sharex=True, sharey="col", squeeze=False)
         for name, (reward, passed, length, truncated) in zip(sets, panels, strict=True):
-            _plot(reward, rows, name, {"reward": _BLUE})
+            _plot(reward, rows, name, {"reward": BLUE})
             _plot(passed, rows, name, _colours(_metrics(rows, name)))
-            _plot(length, rows, name, {"completion_length": _BLUE})
-            _plot(truncated, rows, name, {"truncated_share": _BLUE})
+            _plot(length, rows, name, {"completion_length": BLUE})
+            _plot(truncated, rows, name, {"truncated_share": BLUE})
             if len(sets) > 1:
                 reward.set_ylabel(name or "all", fontweight="bold")
         first = panels[0]
@@ -82,9 +82,9 @@ def _colours(metrics: Sequence[str]) -> dict[str, Any]:
 
     passes = [metric for metric in metrics if metric.startswith("pass_at_")]
     if len(passes) == 1:
-        return {passes[0]: _BLUE}
+        return {passes[0]: BLUE}
     shades = {metric: colormaps["Blues"](0.4 + 0.6 * i / (len(passes) - 1)) for i, metric in enumerate(passes)}
-    return shades | {metric: _ORANGE for metric in metrics if metric.startswith("maj_at_")}
+    return shades | {metric: ORANGE for metric in metrics if metric.startswith("maj_at_")}
 
 
 def _sets(rows: Rows) -> list[str]:
@@ -105,19 +105,3 @@ def _prefix(name: str) -> str:
 
 def _number(metric: str, value: float | None) -> str:
     return "" if value is None else f"{value:.1f}" if metric == "completion_length" else f"{value:.3f}"
-
-
-def _style() -> dict[str, Any]:
-    return {
-        **{"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "text.color": _INK, "axes.labelcolor": _INK},
-        **{"xtick.color": _FAINT, "ytick.color": _FAINT, "axes.edgecolor": _GRID, "axes.spines.top": False},
-        **{
-            "axes.ymargin": 0.1,
-            "lines.markersize": 3.5,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.color": _GRID,
-            "axes.axisbelow": True,
-        },
-        **{"lines.linewidth": 1.6, "legend.frameon": False, "xtick.major.size": 0, "ytick.major.size": 0},
-    }

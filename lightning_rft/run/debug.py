@@ -30,7 +30,7 @@ from lightning_rft.trainer.objectives.reinforce import REINFORCE
 if TYPE_CHECKING:
     from lightning_rft.datamodule import RFTDataModule
 
-__all__ = ["debug", "folder_for_debug"]
+__all__ = ["debug", "folder_to_remove"]
 
 _told = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # where Lightning and a run log what is not wrong
 _NO_FAILURE = 1e-6  # share of samples that may fail: the first error is what one wants to see
@@ -49,9 +49,9 @@ class _Explored(Callback):
         self.groups += batch.groups
 
 
-def folder_for_debug() -> Path:
-    """A folder for what a run leaves, which :func:`debug` removes unless there is an error to look for."""
-    return Path(tempfile.mkdtemp(prefix="lightning-rft-debug-"))
+def folder_to_remove() -> Path:
+    """A folder for what a run leaves, which is removed after it unless there is an error to look for."""
+    return Path(tempfile.mkdtemp(prefix="lightning-rft-"))
 
 
 def debug(

@@ -7,9 +7,9 @@ from random import Random
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import GroupKey
+from lightning_rft.simulation.driver import drive
+from lightning_rft.simulation.events import Crash, Event
 from lightning_rft.sync.schedule import Rule
-from lightning_rft.testing.driver import drive
-from lightning_rft.testing.events import Crash, Event
 
 __all__ = ["check_events", "check_strategy"]
 

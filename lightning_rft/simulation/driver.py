@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lightning_rft.experience import GroupKey
+from lightning_rft.simulation.events import Crash, Event
+from lightning_rft.simulation.run import Circumstances, History, Run
 from lightning_rft.sync.schedule import Rule
-from lightning_rft.testing.events import Crash, Event
-from lightning_rft.testing.simulation import Circumstances, History, Run
 
 __all__ = ["drive"]
 
@@ -23,6 +23,7 @@ def drive(
     score_time: float = 0.0,
     train_time: float = 1.0,
     push_time: float = 0.0,
+    load_time: float = 0.0,
     fails: Callable[[GroupKey, int], bool] = lambda group, attempt: False,
     deaths: Sequence[tuple[float, int]] = (),
     joins: Sequence[tuple[float, int]] = (),
@@ -49,6 +50,7 @@ def drive(
         score_time: Seconds from the end of a group's last sample until the group comes back.
         train_time: Seconds to train a batch.
         push_time: Seconds to push a version, and for an explorer that loads by itself to load it.
+        load_time: Seconds in which such an explorer loads and samples nothing; 0 has it sample while it loads.
         fails: Whether that attempt at a group ends in an error instead of experience.
         deaths: When which explorer dies; ignored for one that is not there.
         joins: When which explorer joins; ignored for one that was there before, as a replacement has a new index.
@@ -78,6 +80,7 @@ def drive(
         score_time=score_time,
         train_time=train_time,
         push_time=push_time,
+        load_time=load_time,
         fails=fails,
         deaths=deaths,
         joins=joins,

@@ -9,7 +9,7 @@ from functools import partial
 from math import inf
 
 from lightning_rft.experience import GroupKey
-from lightning_rft.testing.clock import Clock
+from lightning_rft.simulation.clock import Clock
 
 __all__ = ["SimulatedExplorer", "Work"]
 
@@ -34,6 +34,7 @@ class SimulatedExplorer:
         self._clock = clock
         self._room = inf if room is None else room
         self._ended = ended
+        self._held_s = 0.0  # seconds that it stood still in all
         self._queue: deque[tuple[Work, float]] = deque()  # samples that wait, with their seconds
         self._sampling: list[Work] = []  # one entry per running sample
 
@@ -48,6 +49,10 @@ class SimulatedExplorer:
         self._sampling = [other for other in self._sampling if other is not work]
         self._begin()
 
+    def hold(self, seconds: float) -> None:
+        """Stands still, so that whatever it samples ends later."""
+        self._held_s += seconds
+
     def die(self) -> None:
         """Gives everything up."""
         self._queue.clear()
@@ -59,10 +64,12 @@ class SimulatedExplorer:
             if not work.begun:
                 work.version, work.begun = self.loaded, True
             self._sampling.append(work)
-            self._clock.after(seconds, partial(self._end, work))
+            self._clock.after(seconds, partial(self._end, work, self._held_s))
 
-    def _end(self, work: Work) -> None:
-        if work in self._sampling:  # else it was given up
+    def _end(self, work: Work, held_s: float) -> None:
+        if self._held_s > held_s:
+            self._clock.after(self._held_s - held_s, partial(self._end, work, self._held_s))
+        elif work in self._sampling:  # else it was given up
             self._sampling.remove(work)
             work.left -= 1
             self._begin()

@@ -10,11 +10,11 @@ from math import inf
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import GroupKey, Progress
+from lightning_rft.simulation.clock import Clock
+from lightning_rft.simulation.events import Event
+from lightning_rft.simulation.explorer import SimulatedExplorer, Work
 from lightning_rft.sync.order import Order
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Push, Rule, Schedule
-from lightning_rft.testing.clock import Clock
-from lightning_rft.testing.events import Event
-from lightning_rft.testing.explorer import SimulatedExplorer, Work
 
 __all__ = ["Circumstances", "History", "Run"]
 
@@ -31,6 +31,7 @@ class Circumstances:
     score_time: float
     train_time: float
     push_time: float
+    load_time: float
     fails: Callable[[GroupKey, int], bool]
     deaths: Sequence[tuple[float, int]]
     joins: Sequence[tuple[float, int]]
@@ -139,7 +140,9 @@ class Run:
                 self._push(action.version)
             elif isinstance(action, Load) and self._rule.asynchronous:
                 self._note("loading", action.version, explorer=action.explorer)
-                self._clock.after(self._given.push_time, partial(self._load_newest, action.explorer))
+                self._explorers[action.explorer].hold(self._given.load_time)
+                seconds = self._given.load_time or self._given.push_time
+                self._clock.after(seconds, partial(self._load_newest, action.explorer))
             elif isinstance(action, Load):
                 self._late.append(action.explorer)
             elif isinstance(action, Drop):

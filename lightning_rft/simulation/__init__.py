@@ -1,0 +1,1 @@
+"""Explorers and trainer on a fake clock, under the schedule that real runs have."""
