@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_rft.errors import ConfigurationError, ContextFull
 from lightning_rft.experience import Task
+from lightning_rft.explorer.worker.openai_requests import FULL
 from lightning_rft.explorer.worker.users_code import in_time
 from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.scores import Answer, finite
@@ -26,8 +27,8 @@ async def ask(workflow: Any, task: Task, policy: Policy, limit_s: float) -> Answ
     late = f"took longer than Timeouts(sample_s={limit_s:g}): make the workflow faster or raise the setting"
     try:
         returned = await in_time(_call(workflow, task, policy), limit_s, f"a sample of task {task_id!r} {late}")
-    except ContextFull:
-        if not policy.replies:
+    except Exception as error:
+        if not policy.replies or not _is_of_a_full_context(error):
             raise
         returned = policy.replies[-1]
     finally:
@@ -40,6 +41,15 @@ async def ask(workflow: Any, task: Task, policy: Policy, limit_s: float) -> Answ
             what = f"the workflow set the reward of a turn of task {task_id!r} to"
             reply.reward = finite(reply.reward, what, ": set a finite number")
     return answer
+
+
+def _is_of_a_full_context(error: BaseException | None) -> bool:
+    """Whether an error comes of a call that did not fit, also one that an agent was told of by the endpoint."""
+    while error is not None:
+        if isinstance(error, ContextFull) or getattr(error, "code", None) == FULL:
+            return True
+        error = error.__cause__
+    return False
 
 
 async def _call(workflow: Any, task: Task, policy: Policy) -> Any:
