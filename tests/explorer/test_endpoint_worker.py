@@ -78,3 +78,23 @@ def test_a_sample_that_is_cut_short_does_not_take_the_endpoint_along(tiny_model_
     (explored,) = answers(tiny_model_path, replace(GROUP, seeds=(7,)), workflow=workflow, timeouts=limits)
     assert not explored.failures and len(explored.experiences) == 1
     assert len(tries) == 2 and len(set(tries)) == 1
+
+
+def test_an_agent_that_comes_to_the_end_of_the_context_ends_with_its_last_answer(tiny_model_path: Path) -> None:
+    async def workflow(task: Task, policy: Policy) -> str:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": "1+1"}]
+        async with policy.endpoint().openai(max_retries=0) as client:
+            while True:
+                try:
+                    said = await client.chat.completions.create(model="policy", messages=messages)
+                except openai.BadRequestError as error:
+                    raise RuntimeError("an agent's own") from error
+                answer = {"role": "assistant", "content": said.choices[0].message.content}
+                messages += [answer, {"role": "user", "content": "Sure?"}]
+
+    (explored,) = answers(tiny_model_path, GROUP, workflow=workflow, max_model_len=100)
+    assert not explored.failures and explored.retried == 0
+    for experience in explored.experiences:
+        last = experience.turns[-1]
+        assert len(experience.turns) > 1 and len(last.prompt_ids) + last.num_tokens > 60
+        assert experience.metrics["endpoint_refused"] == 1.0

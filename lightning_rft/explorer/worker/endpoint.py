@@ -19,7 +19,7 @@ import msgspec
 from lightning_rft.errors import ConfigurationError, ContextFull
 from lightning_rft.explorer.worker import openai_requests, openai_responses
 from lightning_rft.explorer.worker.openai_messages import answer_message
-from lightning_rft.explorer.worker.openai_requests import Call, Refusal, plain_message
+from lightning_rft.explorer.worker.openai_requests import FULL, Call, Refusal, plain_message
 from lightning_rft.explorer.worker.parsers import Parser
 from lightning_rft.explorer.worker.session import Response, Session, ended
 from lightning_rft.explorer.workflows.endpoint import Endpoint
@@ -136,7 +136,7 @@ class Endpoints:
         try:
             return await policy(call.prompt, tools=call.tools, **sampling)
         except ContextFull as error:
-            raise Refusal(str(error), call.prompt_name, "context_length_exceeded") from error
+            raise Refusal(str(error), call.prompt_name, FULL) from error
         except ConfigurationError as error:
             named = (name for setting, (name, _) in call.settings.items() if str(error).startswith(f"{setting}="))
             raise Refusal(str(error), next(named, call.prompt_name)) from error

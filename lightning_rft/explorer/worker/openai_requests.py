@@ -28,7 +28,9 @@ from lightning_rft.explorer.worker.openai_types import (
     ToolCall,
 )
 
-__all__ = ["Call", "Refusal", "chat_call", "completion_call", "generate_call", "plain_message"]
+__all__ = ["FULL", "Call", "Refusal", "chat_call", "completion_call", "generate_call", "plain_message"]
+
+FULL = "context_length_exceeded"  # OpenAI's code for a prompt that does not fit
 
 _T = TypeVar("_T")
 _REPLACED = ("temperature", "top_p", "top_k", "min_p", "seed")
