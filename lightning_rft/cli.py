@@ -137,10 +137,10 @@ class _Parser(LightningArgumentParser):
 class RFTCLI(LightningCLI):
     """:class:`~lightning.pytorch.cli.LightningCLI` for reinforcement fine-tuning.
 
-    Its subcommands are ``fit``, ``validate``, ``explore``, ``debug``, ``plan`` and ``evaluate``, which takes the folder of
-    a run. A config has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``, and the
-    sync strategy is one of ``trainer.callbacks``. The name alone is the ``class_path`` of a class that this package
-    exports::
+    Its subcommands are ``fit``, ``validate``, ``explore``, ``debug``, ``plan`` and ``evaluate``, which takes the folder
+    of a run. A config has the blocks ``model`` (:class:`RFTModule`), ``data`` (:class:`RFTDataModule`) and ``trainer``,
+    and the sync strategy is one of ``trainer.callbacks``. The name alone is the ``class_path`` of a class that this
+    package exports::
 
         trainer:
           callbacks:

@@ -82,12 +82,12 @@ def test_a_second_explorer_takes_half_of_the_work() -> None:
     assert row(one, rft.MultiExplorerAsynchronous(max_staleness=4), 2).step_s == pytest.approx(6.25, rel=0.05)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(train=seconds, push=st.sampled_from([0.0, 0.25, 1.0]), lengths=st.lists(seconds, min_size=4, max_size=4))
 def test_no_strategy_beats_its_slower_side(train: float, push: float, lengths: list[float]) -> None:
     one = figures(train, 0.0, push, sample_s=[lengths[:2], lengths[2:]], at_once=2)
     work = sum(lengths) / 2  # of an explorer with two places
-    for found in plan(one, cases([1], [1, 2], [1, 3])):
+    for found in plan(one, cases([1], [1, 2], [2])):
         rule = found.case.rule
         assert found.step_s >= max(train, 0.95 * work)
         assert found.staleness_mean <= found.staleness_max <= rule.max_staleness

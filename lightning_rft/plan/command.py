@@ -42,7 +42,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--plan", type=PlanSettings, default=PlanSettings())
     given = parser.parse_args(list(args))
     try:
-        settings = parser.instantiate_classes(given).plan
+        settings = PlanSettings(**given.plan.as_dict())
         if settings.missing:
             options = ", ".join(f"--plan.{name}" for name in settings.missing)
             raise ConfigurationError(f"give {options}, or a --config to measure with")
