@@ -53,8 +53,12 @@ def main(args: Sequence[str]) -> None:
 
 def plan_run(trainer: L.Trainer, module: RFTModule, data: RFTDataModule, settings: PlanSettings) -> None:
     """Measures what is not given, and prints the plan."""
-    counts = {"tasks_per_step": data.tasks_per_step, "samples_per_task": data.samples_per_task}
-    settings = replace(settings, **counts, explorers=settings.explorers or [data.explorers])
+    settings = replace(
+        settings,
+        tasks_per_step=data.tasks_per_step,
+        samples_per_task=data.samples_per_task,
+        explorers=settings.explorers or [data.explorers],
+    )
     figures = _measured(trainer, module, data, settings) if settings.missing else _given(settings)
     if figures is not None:
         trainer.print(shown(figures, settings))

@@ -28,11 +28,7 @@ async def ask(workflow: Any, task: Task, policy: Policy, limit_s: float) -> Answ
     try:
         returned = await in_time(_call(workflow, task, policy), limit_s, f"a sample of task {task_id!r} {late}")
     except Exception as error:
-<<<<<<< HEAD
         if not (_is_full(error) and policy.replies):
-=======
-        if not policy.replies or not _is_of_a_full_context(error):
->>>>>>> wip/endpoint
             raise
         returned = policy.replies[-1]
     finally:
@@ -47,23 +43,13 @@ async def ask(workflow: Any, task: Task, policy: Policy, limit_s: float) -> Answ
     return answer
 
 
-<<<<<<< HEAD
 def _is_full(error: BaseException) -> bool:
     """Whether an error says that the context is full: ours, a client's of the endpoint, or either in a task group's."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(_is_full, error.exceptions))
-    if isinstance(error, ContextFull) or getattr(error, "code", None) == "context_length_exceeded":
+    if isinstance(error, ContextFull) or getattr(error, "code", None) == FULL:
         return True
     return error.__cause__ is not None and _is_full(error.__cause__)
-=======
-def _is_of_a_full_context(error: BaseException | None) -> bool:
-    """Whether an error comes of a call that did not fit, also one that an agent was told of by the endpoint."""
-    while error is not None:
-        if isinstance(error, ContextFull) or getattr(error, "code", None) == FULL:
-            return True
-        error = error.__cause__
-    return False
->>>>>>> wip/endpoint
 
 
 async def _call(workflow: Any, task: Task, policy: Policy) -> Any:
