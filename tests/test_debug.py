@@ -18,6 +18,7 @@ from lightning_rft.experience import Experience, Group, GroupKey, Task, Turn
 from lightning_rft.run.debug import debug
 from lightning_rft.run.transcript import transcript
 from lightning_rft.scores import Answer
+from tests.processes import share_of_letters
 from tests.test_evaluate import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,12 +76,12 @@ def test_one_sample_of_one_task(config: Path, capfd: pytest.CaptureFixture[str])
     run_command("debug", "--config", str(config), "--task", "sum-3")
     said = capfd.readouterr().out
     assert "Task 'sum-3', 1 sample\n" in said and "\x1b" not in said
-    assert "Sample 0 · reward 0.75 (right 0.5, short 0.25) · drift 0, words " in said
+    assert "Sample 0 · reward 1 (right 0.5, short 0.25) · drift 0, turn_rewards 0.25, words " in said
     about = r"\d+ tokens read, \d sampled · version 0 · (stop|length) · temperature 1"
     assert re.search(rf"Turn 0 · {about} · reward 0.25\n", said)
     assert re.search(rf"Turn 1 · goes on from turn 0 · {about}\n", said)
     assert re.search(r"<\|user\|>3 \+ 1 =<\|end\|><\|assistant\|>⟦[^⟧]+⟧\n  read    [\d ]+\n  sampled [\d ]+\n", said)
-    assert re.search(r"Would be trained: \d+ tokens in 2 lines of \d+ tokens \(\d+ if every turn had", said)
+    assert re.search(r"Would be trained: \d+ tokens in 2 lines, of \d+ tokens in all \(\d+ if every turn had", said)
     assert re.search(r"Line of turns 0.0, 0.1 · \d+ tokens, \d+ trained\n<\|user\|>3 \+ 1 =.*⟦[^⟧]+⟧.*And\?.*⟦", said)
     assert "Line of turns 0.2 · " in said
     assert left() == before and {path.name for path in config.parent.iterdir()} == {"given.yaml"}
@@ -101,7 +102,7 @@ def test_a_failure_is_shown_at_once(config: Path) -> None:
     ],
 )
 def test_what_there_is_not(tmp_path: Path, tiny_model_path: Path, asked: tuple[str, int], message: str) -> None:
-    data = rft.RFTDataModule([f"{index} + 1 =" for index in range(6)], len, rft.FakeEngine())
+    data = rft.RFTDataModule([f"{index} + 1 =" for index in range(6)], share_of_letters, rft.FakeEngine())
     trainer = L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path / "made")
     (tmp_path / "made").mkdir()
     with pytest.raises(ConfigurationError, match=message):
@@ -126,7 +127,7 @@ def test_colours_say_what_is_trained(tiny_model_path: Path) -> None:
     assert f"\x1b[2m{escaped}\x1b[0m\x1b[1;32mone\x1b[0m\x1b[2m more\x1b[0m\x1b[1;32mtwo\x1b[0m" in said  # the line
     assert " · version 0, 2 · " in said and "[5000 characters]" in said and "… [8976] …" in said
     # "s" is predicted from the "Q" of the longer line, and is no part of it
-    assert re.search(r"Would be trained: 8 tokens in 1 line of \d+ tokens", said)
+    assert re.search(r"Would be trained: 8 tokens in 1 line, of \d+ tokens in all", said)
     assert "8 trained" in said and said.count("token 1 is also \x1b[1;32ms\x1b[0m, where a turn ends") == 2
     empty = Group(GroupKey(0, 0), "t", (Experience("t", 0, turns[3:], 0.0),))
     assert "nothing would be trained" in transcript(empty, tokenizer, colour=False)

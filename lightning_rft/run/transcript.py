@@ -83,7 +83,7 @@ class _Page:
         alone = sum(len(turn.prompt_ids) + turn.num_tokens for turn in turns)
         columns = sum(len(turns[members[-1]].prompt_ids) + turns[members[-1]].num_tokens for members in lines.turns)
         yield self.title(
-            f"Would be trained: {_count(total, 'token')} in {_count(len(lines), 'line')} of {columns} tokens "
+            f"Would be trained: {_count(total, 'token')} in {_count(len(lines), 'line')}, of {columns} tokens in all "
             f"({alone} if every turn had a line of its own)"
         )
         for members, common in zip(lines.turns, lines.common.tolist(), strict=True):

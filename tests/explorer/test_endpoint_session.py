@@ -88,14 +88,21 @@ async def test_a_call_ends_when_its_last_client_hangs_up(desk: Desk) -> None:
     assert said(later) == "two"
 
 
-@in_loop
-async def test_a_retry_does_not_join_a_call_that_is_about_to_end(desk: Desk) -> None:
-    first = await desk.asks()
-    first.cancel()
-    await asyncio.sleep(0)  # the client is gone; what it asked for is told, and has not ended yet
-    again = await desk.asks(retry=1)
-    await desk.answer(1, "two")
-    assert said(again) == "two"
+@pytest.mark.parametrize("moments", range(6))
+def test_a_retry_at_any_moment_of_hanging_up_is_answered(moments: int) -> None:
+    @in_loop
+    async def test(desk: Desk) -> None:
+        first = await desk.asks()
+        first.cancel()
+        for _ in range(moments):  # of the loop: the client is gone, the call is told to end, and has ended
+            await asyncio.sleep(0)
+        again = asyncio.ensure_future(desk.session.ask(b"x", 1, desk.sample))
+        await settled()
+        (running,) = (index for index, answer in enumerate(desk.answers) if not answer.cancelled())
+        await desk.answer(running, "one")
+        assert said(again) == "one"
+
+    test()
 
 
 @in_loop
