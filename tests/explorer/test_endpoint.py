@@ -440,7 +440,7 @@ def test_what_must_be_installed(serve: Callable[..., None], monkeypatch: pytest.
         with monkeypatch.context() as without:
             without.delitem(sys.modules, "lightning_rft.explorer.worker.http_server")
             without.setitem(sys.modules, "aiohttp", None)
-            with pytest.raises(ConfigurationError, match="pip install aiohttp"):
+            with pytest.raises(ConfigurationError, match=r"pip install .lightning-rft\[agents\]"):
                 parts.policy().endpoint()
         endpoint = parts.policy().endpoint()
         with monkeypatch.context() as without:
