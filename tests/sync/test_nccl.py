@@ -410,6 +410,7 @@ def test_a_missing_member_costs_one_deadline(cuda: CUDA, explorers: Any) -> None
     assert "did not join the weight transport in time" in to.ended[1]
     assert_holds(to.workers[0], 0)
     assert [group.rank for group in cuda.groups].count(0) == 1  # no group was begun without the missing one
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "weight-push"])
     by.close()
 
 

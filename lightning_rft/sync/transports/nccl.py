@@ -57,6 +57,8 @@ class NCCLLink(MeetingPlace):
 class NCCLSender(Sender):
     """Rank 0 of an NCCL group with vLLM's workers; ``device`` holds the weights."""
 
+    _made: Any  # from begin on, the stream on which the trainer makes weights
+
     def __init__(self, device: torch.device, timeout_s: float, bucket_bytes: int) -> None:
         self._device = device
         self._timeout_s = timeout_s
@@ -65,7 +67,6 @@ class NCCLSender(Sender):
         self._group: Any = None
         self._connecting = False
         self._closed = False
-        self._made: Any = None  # the stream on which the trainer makes weights
         self._packs: Any = None  # the stream on which they are packed and sent
 
     @property
