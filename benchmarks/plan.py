@@ -2,8 +2,9 @@
 
     python -m benchmarks.plan
 
-Two explorers with FakeEngine and a trainer that sleeps, so that each side is as fast as it is told. The seconds are measured as ``lightning-rft plan`` does it, under ``Synchronous``; then every strategy is
-run. Answers are of all lengths, cut at 60 tokens. Writes ``benchmarks/results/plan.json``.
+Two explorers with FakeEngine and a trainer that sleeps, so that each side is as fast as it is told. The seconds are
+measured as ``lightning-rft plan`` does it, under ``Synchronous``; then every strategy is run. Answers are of all
+lengths, cut at 60 tokens. Writes ``benchmarks/results/plan.json``.
 """
 
 from __future__ import annotations
