@@ -157,9 +157,9 @@ def test_a_config_is_measured(capsys: pytest.CaptureFixture[str], tiny_model_pat
     config = {
         "model": {"model": str(tiny_model_path)},
         "data": {
-            "tasks": [f"{index} + 1 =" for index in range(6)],
-            "reward": "tests.processes.share_of_letters",
-            "engine": {"class_path": "tests.processes.LightEngine", "init_args": {"tokens_per_second": 200.0}},
+            "tasks": [{"prompt": f"{index} + 1 =", "answer": index + 1} for index in range(6)],
+            "reward": "lightning_rft.rewards.last_number",
+            "engine": {"class_path": "tests.processes.LightEngine", "init_args": {"tokens_per_second": 50.0}},
             "tasks_per_step": 2,
             "samples_per_task": 2,
             "max_new_tokens": 6,

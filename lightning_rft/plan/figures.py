@@ -63,8 +63,6 @@ def cases(explorers: Sequence[int], intervals: Sequence[int], bounds: Sequence[i
     pairs = [(interval, bound) for interval in intervals for bound in bounds if bound >= interval - 1]
     found: list[Case] = []
     for count in explorers:
-        if count < 1:
-            raise ConfigurationError(f"explorers={count} must be at least 1: a plan is for runs that explore")
         rules: list[SyncStrategy] = [Synchronous(interval) for interval in sorted({1, *intervals})]
         rules += [OneStepOffPolicy(interval) for interval in intervals]
         rules += [FullyAsynchronous(*pair) for pair in pairs]

@@ -49,6 +49,10 @@ class PlanSettings:
         for name in ("intervals", "bounds", "explorers"):
             if getattr(self, name) == []:
                 raise ConfigurationError(f"{name}=[] leaves nothing to compare")
+        if min(self.explorers or [1]) < 1:
+            raise ConfigurationError(
+                f"explorers={min(self.explorers or [])} must be at least 1: a plan needs both sides"
+            )
 
     @property
     def missing(self) -> list[str]:
