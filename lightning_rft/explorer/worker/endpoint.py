@@ -91,7 +91,9 @@ class Endpoints:
         try:
             from lightning_rft.explorer.worker.http_server import HTTPServer
         except ImportError as error:
-            raise ConfigurationError(f"policy.endpoint() needs aiohttp: pip install 'lightning-rft[agents]' ({error})") from error
+            raise ConfigurationError(
+                f"policy.endpoint() needs aiohttp: pip install 'lightning-rft[agents]' ({error})"
+            ) from error
         return HTTPServer(_DIALECTS, self._session, self._response)
 
     def _key(self, number: str) -> str:
