@@ -128,7 +128,9 @@ def test_vllm_samples_with_the_weights_that_are_trained(
     halfway(data, False)
     objective, note = Gap(), Note()
     module = rft.RFTModule(tiny_model_path, objective, lambda p: torch.optim.AdamW(p, lr=3e-3), peft_config=peft_config)
-    trainer = quiet_trainer(tmp_path, rft.Synchronous(), note, max_steps=4, limit_val_batches=None)
+    trainer = quiet_trainer(
+        tmp_path, rft.Synchronous(), note, max_steps=4, limit_val_batches=None, val_check_interval=4
+    )
     trainer.fit(module, data)
     assert trainer.global_step == trainer.callback_metrics["val/version"] == len(note.logged) == 4
     assert max(step["rft/kl"] for step in note.logged) < (1e-2 if bf16_units else 1e-6)
