@@ -243,7 +243,8 @@ class Explorer:
         score = answer.score
         if score is None:
             wanted = self._scorer.reward.wants_sample
-            sample = Sample(turns, tuple(map(policy.raw_text, turns)), policy.messages) if wanted else None
+            texts = tuple(reply.raw_text for reply in policy.replies)
+            sample = Sample(turns, texts, policy.messages) if wanted else None
             score = await self._score_answer(group, index, Answered(answer.text, task, sample))
         earned = score.reward + sum(turn.reward or 0.0 for turn in turns)
         return Experience(

@@ -190,11 +190,6 @@ class Policy:
             raise ConfigurationError("policy.endpoint() was called after the end of its sample: await every call")
         return self._serve(self, tool_parser=tool_parser, reasoning_parser=reasoning_parser)
 
-    def raw_text(self, turn: Turn) -> str:
-        """A turn's answer as text, special tokens included."""
-        text: str = self.tokenizer.decode(turn.token_ids.tolist(), skip_special_tokens=False)
-        return text
-
     def at_close(self, end: Callable[[], None]) -> None:
         """Has a function called when the sample ends."""
         self._endings.append(end)

@@ -64,13 +64,7 @@ class Tools:
 
     Example::
 
-        async def search(words: str) -> str:
-            '''Finds a page of the encyclopedia.
-
-    Args:
-                words: What the page is about.
-            '''
-            return await pages.find(words)
+        from encyclopedia import search  # async def search(words: str) -> str, with a docstring that has `Args:`
 
         data = RFTDataModule(tasks=tasks, reward=rft.rewards.last_number, workflow=rft.Tools([search]))
     """
