@@ -23,7 +23,8 @@ class Parser:
     """Parsers by the names that vLLM's ``--tool-call-parser`` and ``--reasoning-parser`` take."""
 
     def __init__(self, tokenizer: Any, tool_parser: str | None, reasoning_parser: str | None) -> None:
-        named = f"policy.endpoint(tool_parser={tool_parser!r}, reasoning_parser={reasoning_parser!r})"
+        given = {"tool_parser": tool_parser, "reasoning_parser": reasoning_parser}
+        named = ", ".join(f"{setting}={name!r}" for setting, name in given.items() if name)
         try:
             from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
             from vllm.parser import ParserManager

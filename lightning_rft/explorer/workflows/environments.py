@@ -11,7 +11,7 @@ from lightning_rft.experience import Task
 from lightning_rft.explorer.workflows.episode import Episode
 from lightning_rft.explorer.workflows.policy import Policy, Reply
 from lightning_rft.explorer.workflows.shapes import describe, first_observation, is_game, reset_arguments, tool_methods
-from lightning_rft.explorer.workflows.tool_calls import Call, Parse, error_text
+from lightning_rft.explorer.workflows.tool_calls import Call, NamedParser, Parse, error_text
 from lightning_rft.explorer.workflows.tools import Conversation, as_messages, check_limits, schemas_of
 from lightning_rft.scores import Answer
 from lightning_rft.tasks.prompts import plain_message
@@ -80,7 +80,7 @@ class Environment:
         self.timeout_s = timeout_s
         self.action = action or str.strip
         self.observe = observe or describe
-        self.parser = parser
+        self.parser = NamedParser(parser) if isinstance(parser, str) else parser
         self._resets: asyncio.Lock | None = None
 
     async def __call__(self, task: Task, policy: Policy) -> Answer:

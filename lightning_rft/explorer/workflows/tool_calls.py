@@ -13,7 +13,7 @@ from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.explorer.workflows.reply import Reply
 
 __all__ = [
-    *("Call", "Parse", "Schema", "as_calls", "as_text", "call_message", "error_text", "hermes", "parser_of"),
+    *("Call", "NamedParser", "Parse", "Schema", "as_calls", "as_text", "call_message", "error_text", "hermes"),
     *("problem_of", "protocol", "schema_of", "takes_tools"),
 ]
 
@@ -82,17 +82,25 @@ def hermes(text: str) -> tuple[str, list[tuple[str, Any]]]:
     return (text.partition("<tool_call>")[0].strip() if calls else text), calls
 
 
-def parser_of(name: str, policy: Policy, schemas: Iterable[Schema]) -> Parse:
-    """The parser that vLLM has by a name."""
-    from lightning_rft.explorer.worker.parsers import Parser
+class NamedParser:
+    """The parser that vLLM has by a name; made with the first sample, since that takes longer than many an answer."""
 
-    parser, tools, stop = Parser(policy.tokenizer, name, None), list(map(dict, schemas)), policy.sampling.stop or ()
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._parser: Any = None
 
-    def parse(reply: Reply) -> tuple[str, list[tuple[str, Any]]]:
-        parsed = parser(reply, (stop,) if isinstance(stop, str) else stop, tools, "auto")
-        return parsed.content or "", [(name, arguments) for _, name, arguments in parsed.calls]
+    def parse(self, policy: Policy, schemas: Iterable[Schema]) -> Parse:
+        """Finds the calls in answers of a policy that was told of these tools."""
+        from lightning_rft.explorer.worker.parsers import Parser
 
-    return parse
+        self._parser = parser = self._parser or Parser(policy.tokenizer, self._name, None)
+        tools, stop = list(map(dict, schemas)), policy.sampling.stop or ()
+
+        def parse(reply: Reply) -> tuple[str, list[tuple[str, Any]]]:
+            parsed = parser(reply, (stop,) if isinstance(stop, str) else stop, tools, "auto")
+            return parsed.content or "", [(name, arguments) for _, name, arguments in parsed.calls]
+
+        return parse
 
 
 def as_calls(parsed: Iterable[tuple[str, Any]], schemas: Mapping[str, Schema]) -> list[Call]:

@@ -14,13 +14,13 @@ from lightning_rft.explorer.workflows.own_thread import OwnThread
 from lightning_rft.explorer.workflows.policy import Policy, Reply
 from lightning_rft.explorer.workflows.tool_calls import (
     Call,
+    NamedParser,
     Parse,
     as_calls,
     as_text,
     call_message,
     error_text,
     hermes,
-    parser_of,
     protocol,
     schema_of,
     takes_tools,
@@ -83,7 +83,7 @@ class Tools:
         self.schemas = schemas_of(self.functions)
         self.max_turns = max_turns
         self.timeout_s = timeout_s
-        self.parser = parser
+        self.parser = NamedParser(parser) if isinstance(parser, str) else parser
         self._blamed: set[str] = set()
 
     async def __call__(self, task: Task, policy: Policy) -> Answer:
@@ -117,11 +117,13 @@ class Tools:
 class Conversation:
     """A conversation in which the model calls tools."""
 
-    def __init__(self, policy: Policy, schemas: Mapping[str, Any], parser: str | Parse | None) -> None:
+    def __init__(self, policy: Policy, schemas: Mapping[str, Any], parser: NamedParser | Parse | None) -> None:
         self.metrics = {"tool_calls": 0, "tool_errors": 0}
         self._policy = policy
         self._schemas = schemas
-        self._parse = parser_of(parser, policy, schemas.values()) if isinstance(parser, str) else parser or hermes
+        if isinstance(parser, NamedParser):
+            parser = parser.parse(policy, schemas.values())
+        self._parse = parser or hermes
 
     async def run(
         self,
