@@ -72,7 +72,9 @@ class Zygote:
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-        variables = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | dict(environment or {})
+        # unbuffered, a line is written in pieces, and the lines of two ranks get into each other
+        fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+        variables = os.environ | fixed | dict(environment or {})
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "zygote.py"), *arguments],
             stdin=subprocess.PIPE,
