@@ -103,7 +103,7 @@ class Consumes(rft.RFTModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Counts; the optimizer leaves parameters alone that have no gradient."""
-        self.tokens += batch.batch_tokens
+        self.tokens += sum(group.num_tokens for group in batch.groups)
 
 
 def endless(folder: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def ours(line: str, steps: int, model: str, out: str, *, synchronous: bool) -> d
     class Watch(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             ends.append(time.perf_counter())
-            tokens.append(batch.batch_tokens)
+            tokens.append(sum(group.num_tokens for group in batch.groups))
 
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     strategy = rft.Synchronous() if synchronous else rft.FullyAsynchronous()
