@@ -5,8 +5,8 @@
 
 First two explorers with FakeEngine and a trainer that sleeps, so that each side is as fast as it is told; answers are
 of all lengths, cut at 60 tokens. Then vLLM and the demo's model, with a core for each side. The seconds are measured as
-``lightning-rft plan`` does it, under ``Synchronous``; then every strategy is run. ``recommended_was_fastest`` says if that
-held wherever the plan saw strategies differ by more than a fifth. Writes ``benchmarks/results/plan.json``.
+``lightning-rft plan`` does it, under ``Synchronous``; then every strategy is run. ``recommended_was_fastest`` says if
+that held wherever the plan saw strategies differ by more than a fifth. Writes ``benchmarks/results/plan.json``.
 """
 
 from __future__ import annotations
