@@ -67,7 +67,7 @@ bench: model
 check: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy lightning_rft
+	$(VENV)/bin/mypy lightning_rft benchmarks
 	$(VENV)/bin/python -m pytest --doctest-modules lightning_rft --ignore=lightning_rft/explorer/engines/vllm_weights.py $(ARGS)
 
 format: install

@@ -78,7 +78,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.plot(range(1, len(mean) + 1), mean, color="#238b45", linewidth=2.5, label=f"mean of {len(rows)} seeds")
     axes.set(xlabel="step", ylabel="share of right answers", ylim=(-0.03, 1.05))
     axes.set_title("Sums of three digits with a calculator, through OpenAI's client", fontsize=10)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)

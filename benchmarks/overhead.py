@@ -47,7 +47,7 @@ class Batches(Callback):
         self.times: list[float] = []
         self.batches: list[BatchPart] = []
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: BatchPart, batch_idx: int) -> None:
         """Keeps the batch."""
         self.batches.append(batch)
 

@@ -31,6 +31,7 @@ import torch
 import lightning_rft as rft
 from lightning_rft.monitor.spans import Span
 from lightning_rft.testing import tiny_model
+from lightning_rft.trainer.loader import BatchPart
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -70,7 +71,7 @@ class Sleeps(rft.RFTModule):
 
     seconds = 0.0
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: BatchPart, batch_idx: int) -> torch.Tensor:
         """A step of the tiny model, and the rest of the time asleep: as if an accelerator computed."""
         began = time.monotonic()
         loss = super().training_step(batch, batch_idx)

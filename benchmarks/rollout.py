@@ -43,6 +43,7 @@ from lightning_rft.explorer.engines.engine import Request
 from lightning_rft.hardware import available_cpus, fast_dtype
 from lightning_rft.tasks.prompts import encode_prompt
 from lightning_rft.testing import tiny_model
+from lightning_rft.trainer.loader import BatchPart
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -101,7 +102,7 @@ class Consumes(rft.RFTModule):
 
     tokens = 0
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batch: BatchPart, batch_idx: int) -> None:
         """Counts; the optimizer leaves parameters alone that have no gradient."""
         self.tokens += sum(group.num_tokens for group in batch.groups)
 

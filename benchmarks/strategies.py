@@ -29,6 +29,7 @@ from lightning.pytorch.loggers import CSVLogger
 import lightning_rft as rft
 from lightning_rft.hardware import fast_precision
 from lightning_rft.rewards import last_number
+from lightning_rft.trainer.loader import BatchPart
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from convert_smollm2 import smollm2
@@ -51,7 +52,7 @@ class Steps(Callback):
         self.bound = bound
         self.times: list[float] = []
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: BatchPart, batch_idx: int) -> None:
         """Looks at every token."""
         versions = [v for g in batch.groups for e in g.experiences for turn in e.turns for v in turn.versions]
         assert all(0 <= batch.batch - version <= self.bound for version in versions)

@@ -138,12 +138,15 @@ def ours(line: str, steps: int, model: str, out: str, *, synchronous: bool) -> d
 
     import lightning_rft as rft
     from lightning_rft.rewards import last_number
+    from lightning_rft.trainer.loader import BatchPart
 
     ends: list[float] = []
     tokens: list[int] = []
 
     class Watch(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: BatchPart, batch_idx: int
+        ) -> None:
             ends.append(time.perf_counter())
             tokens.append(sum(group.num_tokens for group in batch.groups))
 
@@ -295,7 +298,8 @@ def main() -> None:
     if importlib.util.find_spec("trl") is None:
         raise SystemExit("This compares with TRL, which is not installed: pip install 'lightning-rft[bench]'")
     if arguments.section:
-        run_section(*arguments.section, arguments.steps, arguments.model)
+        side, line, folder = arguments.section
+        run_section(side, line, folder, arguments.steps, arguments.model)
         return
     model = arguments.model
     if model is None:
