@@ -13,7 +13,7 @@ CONFIG := examples/synchronous.yaml
 # what makes the pages, in a folder that goes before the packages of $(VENV): it wants another docutils
 SPHINX := build/sphinx-$(DEPS)
 BENCHMARKS := $(filter-out __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
-.PHONY: help install model demo train test test-quick chaos bench check format docs dist dist-check tested clean
+.PHONY: help install model demo train test test-quick chaos bench gpu check format docs dist dist-check tested clean
 
 help:
 	@echo "make demo        train a small model with reinforcement, here and now (installs what it needs into .venv)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-quick  the tests that need no vLLM and kill nothing at random"
 	@echo "make chaos       the tests that kill processes, with CHAOS=5 times as many kills"
 	@echo "make bench       all benchmarks, for about five hours; BENCHMARKS='overhead rollout' chooses"
+	@echo "make gpu         what works on this machine's GPUs, how fast, and what was skipped; PYTHON=python3 installs nothing"
 	@echo "make check       lint, formatting, types and the examples in docstrings"
 	@echo "make format      rewrite the code in the project's style"
 	@echo "make docs        the pages of docs/ as a site, in build/docs"
@@ -63,6 +64,10 @@ bench: CONSTRAINT := $(if $(filter tested,$(DEPS)),--constraint .ci/tested.txt)
 bench: model
 	$(VENV)/bin/python -m pip install --quiet $(CONSTRAINT) --editable ".[bench]"
 	@set -e; for name in $(BENCHMARKS); do echo "=== $$name"; $(VENV)/bin/python -m benchmarks.$$name $(ARGS); done
+
+# PYTHON=python3 takes that interpreter as it is, with torch, lightning and transformers, perhaps without a network.
+gpu: $(if $(PYTHON),,install)
+	$(or $(PYTHON),$(VENV)/bin/python) -m benchmarks.gpu $(ARGS)
 
 check: install
 	$(VENV)/bin/ruff check .

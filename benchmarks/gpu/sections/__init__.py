@@ -1,0 +1,1 @@
+"""The parts of the table: each module has ``measurements(machine)``, which yields one measurement for each row."""
