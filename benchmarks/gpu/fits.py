@@ -16,19 +16,24 @@ from lightning.pytorch.callbacks import Checkpoint
 
 import lightning_rft as rft
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.measurement import Figures, Refuted
+from benchmarks.gpu.measurement import Refuted
 from benchmarks.gpu.rewards import restless
 
 __all__ = ["Watch", "best_engine", "data_module", "fit", "loop", "scratch"]
 
 
 class Watch(L.Callback):
-    """Notes the end of every step, its sampled tokens, and what was logged."""
+    """Notes the end of every step, its sampled tokens, what was logged, and the number of weights."""
 
     def __init__(self) -> None:
+        self.weights = 0
         self.ends: list[float] = []
         self.tokens: list[int] = []
         self._logged: list[dict[str, float]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Counts the weights, tied ones once."""
+        self.weights = sum(parameter.numel() for parameter in pl_module.parameters())
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Waits for the device, whose work is only queued."""
@@ -109,13 +114,17 @@ def fit(
     return module
 
 
-def loop(machine: Machine, strategy: rft.SyncStrategy, data: rft.RFTDataModule) -> Figures:
+def loop(
+    machine: Machine, strategy: rft.SyncStrategy, data: rft.RFTDataModule, watch: Watch | None = None
+) -> dict[str, float]:
     """Figures of one run, its first step left out: everything happens for the first time in it."""
-    watch = Watch()
+    watch = watch or Watch()
     if machine.gpus:
         torch.cuda.reset_peak_memory_stats()
     with scratch(machine) as folder:
         fit(machine, strategy, data, folder, callbacks=[watch])
+    if len(watch.ends) != machine.work.steps:
+        raise Refuted(f"{len(watch.ends)} steps were trained, and {machine.work.steps} were asked for")
     stalest = max(watch.logged("rft/staleness_max"))
     if not 0 <= stalest <= strategy.max_staleness:
         raise Refuted(f"a token was {stalest:g} batches old, and the strategy promises {strategy.max_staleness}")

@@ -33,8 +33,8 @@ class Child:
     """A process that runs ``target(send, *arguments)`` and ends with this one; it must be :meth:`ended <end>`.
 
     Args:
-        method: ``"spawn"``, or ``"forkserver"``, which is ready sooner, but not to be used beside a GPU: what is imported
-            before the fork may have asked CUDA something, and CUDA survives no fork.
+        method: ``"spawn"``, or ``"forkserver"``, which is ready sooner, but not for machines with a GPU: what is
+            imported before the fork may have asked CUDA something, and CUDA survives no fork.
         log: Takes its output.
         target: Sends whatever pickles.
         arguments: Its arguments.

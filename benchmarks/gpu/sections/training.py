@@ -1,7 +1,7 @@
 """Speed of training alone: forward, backward and optimizer on made-up batches, without sampling and without Lightning.
 
-Operations are those that torch counts, nearly all of them in matrix products and attention; logits, which the chunked
-head computes twice, count twice. They are set against what the card's data sheet says, and what one large product reaches here.
+Operations are those that torch counts, of matrix products and attention; logits, which the chunked head computes twice,
+count twice. They are set against what the card's data sheet says, and against what one large product reaches here.
 """
 
 from __future__ import annotations

@@ -1,50 +1,48 @@
-"""What a push takes by each transport, the load in the engine included."""
+"""What a push takes by each transport, the load in the engine included, and how long a step is with it."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import lightning_rft as rft
-from benchmarks.gpu.fits import Watch, best_engine, data_module, fit, scratch
+from benchmarks.gpu.fits import Watch, best_engine, data_module, loop
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.measurement import Figures, Measurement, Refuted, Skipped
 
 __all__ = ["measurements"]
 
-# Each with a folder for what it writes. A further way to push is a further line, and perhaps a reason in refusal().
-TRANSPORTS: dict[str, Callable[[Path], rft.SyncStrategy]] = {
-    "Gloo": lambda folder: rft.Synchronous(transport=rft.CollectiveTransport("gloo")),
-    "NCCL": lambda folder: rft.Synchronous(transport=rft.CollectiveTransport("nccl")),
-    "checkpoint in memory": lambda folder: rft.Synchronous(transport=rft.CheckpointTransport()),
-    "checkpoint on a disk": lambda folder: rft.Synchronous(transport=rft.CheckpointTransport(folder / "weights", 1)),
+# A further way to push is a further line, and perhaps a reason in refusal().
+WAYS: dict[str, Callable[[Machine], rft.SyncStrategy]] = {
+    "Gloo": lambda machine: rft.Synchronous(transport=rft.CollectiveTransport("gloo")),
+    "NCCL": lambda machine: rft.Synchronous(transport=rft.CollectiveTransport("nccl")),
+    "checkpoint in memory": lambda machine: rft.Synchronous(transport=rft.CheckpointTransport()),
+    "checkpoint on a disk": lambda machine: rft.Synchronous(
+        transport=rft.CheckpointTransport(machine.folder / "weights", keep=1)
+    ),
 }
 
 
 def measurements(machine: Machine) -> Iterator[Measurement]:
     """One short run each, to the same explorer."""
     with data_module(machine, best_engine(machine)) as data:
-        for name, make in TRANSPORTS.items():
+        for name, make in WAYS.items():
             yield Measurement(name, partial(pushed, machine, name, make, data))
 
 
 def pushed(
-    machine: Machine, name: str, make: Callable[[Path], rft.SyncStrategy], data: rft.RFTDataModule
+    machine: Machine, name: str, make: Callable[[Machine], rft.SyncStrategy], data: rft.RFTDataModule
 ) -> Figures:
-    """The median push; the first of a run, before its first step, makes the connection and does not count."""
+    """The median push, whose first makes the connection and is no part of a step; weights per second follow from it."""
     if name.startswith("NCCL") and (reason := refusal(machine)):
         raise Skipped(reason)
-    watch = Watch()
-    with scratch(machine) as folder:
-        module = fit(machine, make(folder), data, folder, callbacks=[watch])
-    seconds = watch.logged("rft/sync_s")
-    if len(seconds) != machine.work.steps:
-        raise Refuted(f"{machine.work.steps} steps pushed {len(seconds)} times")
-    median = statistics.median(seconds)
-    weights = sum(parameter.numel() for parameter in module.parameters())
-    return {"push_s": median, "million_weights": weights / 1e6, "million_weights_per_second": weights / median / 1e6}
+    strategy, watch = make(machine), Watch()
+    figures = loop(machine, strategy, data, watch)
+    if strategy.asynchronous:  # which training does not wait for
+        return figures
+    if not figures["sync_s"]:
+        raise Refuted("nothing was pushed")
+    return {**figures, "million_weights_per_second": watch.weights / figures["sync_s"] / 1e6}
 
 
 def refusal(machine: Machine) -> str:
