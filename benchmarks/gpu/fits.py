@@ -62,7 +62,7 @@ def data_module(
 ) -> rft.RFTDataModule:
     """Tasks for explorers, which have GPUs of their own where there are enough, and else the trainer's."""
     work = machine.work
-    enough = not engine.gpus or len(machine.gpus) > explorers * engine.gpus
+    enough = not machine.gpus or not engine.gpus or len(machine.gpus) > explorers * engine.gpus
     pool = rft.ExplorerPool(
         engine,
         explorers,
