@@ -78,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         child.end()
     print(head(machine))
     kept = machine.gpus and not machine.quick
-    return run(
-        modules, machine, method, options.deadline, options.out or (RESULTS if kept else folder) / "gpu.json"
-    )
+    return run(modules, machine, method, options.deadline, options.out or (RESULTS if kept else folder) / "gpu.json")
 
 
 if __name__ == "__main__":

@@ -51,15 +51,13 @@ class Watch(L.Callback):
 
 
 def best_engine(machine: Machine) -> rft.Engine:
-    """vLLM where it is; what computes nothing, and is there sooner, for a quick look."""
+    """Makes vLLM's where it is; for a quick look, one that computes nothing and is ready sooner."""
     if machine.quick:
         return rft.FakeEngine(mean_tokens=machine.work.tokens)
     return rft.VLLMEngine() if machine.vllm else rft.TransformersEngine()
 
 
-def data_module(
-    machine: Machine, engine: rft.Engine, explorers: int = 1, placement: Any = None
-) -> rft.RFTDataModule:
+def data_module(machine: Machine, engine: rft.Engine, explorers: int = 1, placement: Any = None) -> rft.RFTDataModule:
     """Tasks for explorers, which have GPUs of their own where there are enough, and else the trainer's."""
     work = machine.work
     enough = not machine.gpus or not engine.gpus or len(machine.gpus) > explorers * engine.gpus
@@ -136,7 +134,7 @@ def loop(
         "staleness_max": stalest,
     }
     for name in ("push_gap", "sampling_gap"):
-        if found := watch.logged(f"rft/{name}"):
+        if data.engine.computes and (found := watch.logged(f"rft/{name}")):
             figures[name] = max(found)
     if machine.gpus:
         figures["trainer_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

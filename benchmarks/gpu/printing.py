@@ -25,7 +25,7 @@ def line(section: str, outcome: Outcome) -> str:
 
     Example:
         >>> line("transports", Outcome("Gloo", {"push_s": 0.02345}))
-        'transports   Gloo                                 push_s 0.0234'
+        'transports   Gloo                                     push_s 0.0234'
     """
     if outcome.failed:
         said = f"FAILED: {outcome.failed}"
@@ -33,7 +33,7 @@ def line(section: str, outcome: Outcome) -> str:
         said = f"skipped: {outcome.skipped}"
     else:
         said = ", ".join(f"{name} {_short(value)}" for name, value in outcome.figures.items())
-    return f"{section:12} {outcome.what:36} {said}"
+    return f"{section:12} {outcome.what:40} {said}"
 
 
 def _short(value: float | str | bool) -> str:

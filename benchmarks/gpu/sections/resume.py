@@ -37,9 +37,7 @@ def resumed(machine: Machine) -> Figures:
         def run(name: str, steps: int, checkpoint: Path | None = None) -> tuple[Tensor, list[str]]:
             saves = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
             place = folder / name
-            module = fit(
-                machine, rft.Synchronous(), data, place, steps=steps, callbacks=[saves], checkpoint=checkpoint
-            )
+            module = fit(machine, rft.Synchronous(), data, place, steps=steps, callbacks=[saves], checkpoint=checkpoint)
             with Ledger.open(place / "rft" / "buffer.sqlite") as ledger:
                 return flat(module), ledger.trained_tasks()
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import lightning_rft as rft
-from benchmarks.gpu.fits import Watch, best_engine, data_module, loop
+from benchmarks.gpu.fits import Watch, best_engine, data_module, loop, scratch
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.measurement import Figures, Measurement, Refuted, Skipped
 
 __all__ = ["measurements"]
 
-# A further way to push is a further line, and perhaps a reason in refusal().
-WAYS: dict[str, Callable[[Machine], rft.SyncStrategy]] = {
-    "Gloo": lambda machine: rft.Synchronous(transport=rft.CollectiveTransport("gloo")),
-    "NCCL": lambda machine: rft.Synchronous(transport=rft.CollectiveTransport("nccl")),
-    "checkpoint in memory": lambda machine: rft.Synchronous(transport=rft.CheckpointTransport()),
-    "checkpoint on a disk": lambda machine: rft.Synchronous(
-        transport=rft.CheckpointTransport(machine.folder / "weights", keep=1)
-    ),
+# Each with a folder for what it writes. A further way to push is a further line, and perhaps a reason in refusal().
+WAYS: dict[str, Callable[[Path], rft.SyncStrategy]] = {
+    "Gloo": lambda folder: rft.Synchronous(transport=rft.CollectiveTransport("gloo")),
+    "NCCL": lambda folder: rft.Synchronous(transport=rft.CollectiveTransport("nccl")),
+    "checkpoint in memory": lambda folder: rft.Synchronous(transport=rft.CheckpointTransport()),
+    "checkpoint on a disk": lambda folder: rft.Synchronous(transport=rft.CheckpointTransport(folder, keep=1)),
 }
 
 
@@ -30,14 +29,14 @@ def measurements(machine: Machine) -> Iterator[Measurement]:
             yield Measurement(name, partial(pushed, machine, name, make, data))
 
 
-def pushed(
-    machine: Machine, name: str, make: Callable[[Machine], rft.SyncStrategy], data: rft.RFTDataModule
-) -> Figures:
+def pushed(machine: Machine, name: str, make: Callable[[Path], rft.SyncStrategy], data: rft.RFTDataModule) -> Figures:
     """The median push, whose first makes the connection and is no part of a step; weights per second follow from it."""
     if name.startswith("NCCL") and (reason := refusal(machine)):
         raise Skipped(reason)
-    strategy, watch = make(machine), Watch()
-    figures = loop(machine, strategy, data, watch)
+    watch = Watch()
+    with scratch(machine) as folder:
+        strategy = make(folder)
+        figures = loop(machine, strategy, data, watch)
     if strategy.asynchronous:  # which training does not wait for
         return figures
     if not figures["sync_s"]:
