@@ -8,10 +8,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.measurement import Figures, Measurement
 from lightning_rft.errors import ConfigurationError
+
+
+def hang(send: Any, folder: Path) -> None:
+    """Says who it is, and what it has started, and does nothing more."""
+    started = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    (folder / "pids").write_text(f"{os.getpid()} {started.pid}")
+    threading.Event().wait()
 
 
 def measurements(machine: Machine) -> Iterator[Measurement]:
@@ -24,9 +33,7 @@ def measurements(machine: Machine) -> Iterator[Measurement]:
         return {}
 
     def hangs() -> Figures:
-        started = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
-        (machine.folder / "pids").write_text(f"{os.getpid()} {started.pid}")
-        threading.Event().wait()
+        hang(None, machine.folder)
         return {}
 
     def raises() -> Figures:

@@ -115,11 +115,11 @@ def test_what_crashes_or_hangs_is_a_row(tmp_path: Path) -> None:
 def test_a_section_ends_with_the_command(tmp_path: Path) -> None:
     source = f"""
         from pathlib import Path
-        from benchmarks.gpu.processes import outcomes
-        from tests.test_gpu_command import machine
+        from benchmarks.gpu.processes import Child
+        from tests.failing_section import hang
 
-        for outcome in outcomes("tests.failing_section", machine(Path({str(tmp_path)!r})), "spawn", 60.0):
-            print(outcome)
+        folder = Path({str(tmp_path)!r})
+        Child("spawn", folder / "log", hang, folder).receive(300.0)
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(source)], cwd=ROOT) as runner:
         try:
