@@ -18,7 +18,10 @@ import pytest
 from benchmarks.gpu import sections
 from benchmarks.gpu.__main__ import SECTIONS, main, run
 from benchmarks.gpu.machine import QUICK, Machine
+from benchmarks.gpu.models import LARGE, LARGE_VOCABULARY, enlarged
 from benchmarks.gpu.peaks import card_tflops
+from lightning_rft.model_folder import Pretrained
+from lightning_rft.testing import tiny_model
 from tests.processes import until
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +132,15 @@ def test_a_section_ends_with_the_command(tmp_path: Path) -> None:
             runner.send_signal(signal.SIGKILL)
     for pid in map(int, pids.read_text().split()):
         until(lambda pid=pid: gone(pid), f"the end of {pid}")
+
+
+def test_the_model_of_a_gpu_has_its_own_shape_and_says_what_it_samples(tmp_path: Path) -> None:
+    folder = enlarged(tiny_model(tmp_path, vocab_size=4096), **LARGE | {"num_hidden_layers": 2, "hidden_size": 128})
+    model, tokenizer = Pretrained.of(folder).load(), Pretrained.of(folder).tokenizer()
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (2, 128)
+    assert model.get_input_embeddings().weight.shape == (4096, 128)
+    assert len({tokenizer.decode([token]) for token in range(2000, 4096)}) == 2096  # so rewards differ
+    assert 0x4E00 + LARGE_VOCABULARY < 0xD800  # the tokens of a real one are characters, too
 
 
 @pytest.mark.parametrize(

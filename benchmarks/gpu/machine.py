@@ -103,6 +103,7 @@ def may_have_gpus() -> bool:
 def _versions(gpus: bool) -> dict[str, str]:
     """Of all that figures depend on."""
     import torch
+    from torch.cuda import nccl
 
     import lightning_rft
 
@@ -114,7 +115,8 @@ def _versions(gpus: bool) -> dict[str, str]:
             continue
     if gpus:
         versions |= {"cuda": str(torch.version.cuda), "driver": _driver()}
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        if torch.distributed.is_nccl_available():
+            versions["nccl"] = ".".join(map(str, nccl.version()))
     return versions
 
 
