@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def outcomes(module: str, machine: Machine, method: str, deadline_s: float) -> Iterator[Outcome]:
+def outcomes(module: str, machine: Machine, method: str, deadline_s: float) -> Generator[Outcome, None, None]:
     """What comes of the measurements of a section, each of which may take ``deadline_s``.
 
     After one that crashes or hangs, another process makes those that follow.
