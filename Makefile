@@ -6,8 +6,8 @@
 DEPS ?= tested
 VENV := $(if $(filter latest,$(DEPS)),.venv-latest,.venv)
 export DEPS VENV
-# two at a time, a file of tests in one process: many wait for processes to start
-PARALLEL := -n 2 --dist loadfile
+# two at a time, a file of tests in one process: many wait for processes to start; tests/conftest.py says in which order
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 MODEL := runs/models/SmolLM2-135M-Instruct
 CONFIG := examples/synchronous.yaml
 # what makes the pages, in a folder that goes before the packages of $(VENV): it wants another docutils

@@ -1,4 +1,4 @@
-"""Fixtures that all tests may use. Nothing here applies by itself but the two environment variables."""
+"""Fixtures that all tests may use. Only two environment variables and the tests' order apply by themselves."""
 
 from __future__ import annotations
 
@@ -8,14 +8,33 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from lightning_rft.testing import tiny_model
+from tests.explorer.in_process import InProcess, in_process
 from tests.explorer.links import MemoryLink
 from tests.processes import Script, Zygote
+
+
+@pytest.hookimpl(trylast=True)  # of what -m and -k have left
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs vLLM where there is none, and hands files out to workers with those first that take longest.
+
+    Otherwise one worker would have nothing to do while the other is at the last of them.
+    """
+    if find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip("needs vLLM"))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = Counter(item.path for item in items)
+        slow = {item.path for item in items if item.get_closest_marker("chaos") or item.get_closest_marker("vllm")}
+        items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))  # which keeps files whole
 
 
 @pytest.fixture(scope="session")
@@ -45,19 +64,26 @@ def no_seed_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    """Runs scripts in processes of their own, without vLLM."""
+    """Runs scripts in processes of their own."""
     started = Zygote()
     yield started
     started.close()
 
 
+@pytest.fixture(scope="session")
+def with_vllm() -> Iterator[InProcess]:
+    """Calls functions in processes of their own, with vLLM."""
+    with in_process() as call:
+        yield call
+
+
 @pytest.fixture
-def start(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Callable[[str], Script]]:
+def start(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Callable[..., Script]]:
     """Starts a script; at the test's end it must have ended, and everything it started too."""
     scripts: list[Script] = []
 
-    def start(source: str) -> Script:
-        scripts.append(zygote.start(source, tmp_path, tiny_model_path))
+    def start(source: str, *, vllm: bool = False) -> Script:
+        scripts.append(zygote.start(source, tmp_path, tiny_model_path, vllm=vllm))
         return scripts[-1]
 
     yield start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning_rft as rft
 from lightning_rft.explorer.engines.engine import Completion, Request
@@ -62,4 +63,11 @@ class HalfwayTransformersEngine(_Halfway, rft.TransformersEngine):
 
 
 class HalfwayVLLMEngine(_Halfway, rft.VLLMEngine):
-    pass
+    """Its grammars of JSON have no white space, of which a model that knows nothing would write too much."""
+
+    def start(self, model: Any, *, max_model_len: int, seed: int) -> None:
+        from vllm.config import StructuredOutputsConfig
+
+        json = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
+        self.engine_args["structured_outputs_config"] = json
+        super().start(model, max_model_len=max_model_len, seed=seed)

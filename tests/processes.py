@@ -90,13 +90,22 @@ class Zygote:
         return json.loads(self._process.stdout.readline())
 
     def start(
-        self, source: str, folder: Path, model: Path, mark: str = "", variables: dict[str, str] | None = None
+        self,
+        source: str,
+        folder: Path,
+        model: Path,
+        mark: str = "",
+        variables: dict[str, str] | None = None,
+        *,
+        vllm: bool = False,
     ) -> Script:
+        """Starts a script, which finds vLLM installed only if it asks for that."""
         script = folder / "script.py"
         script.write_text(textwrap.dedent(source))
         mark = mark or uuid.uuid4().hex
         environment = {MARK: mark, MODEL: str(model), **(variables or {})}
-        return Script(self, self.ask(script=str(script), folder=str(folder), environment=environment), folder, mark)
+        pid = self.ask(script=str(script), folder=str(folder), environment=environment, vllm=vllm)
+        return Script(self, pid, folder, mark)
 
     def start_ranks(self, source: str, folder: Path, model: Path, count: int = 2) -> list[Script]:
         """Starts a script once for each rank, as a cluster does, each in a folder of its own."""

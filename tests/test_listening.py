@@ -88,5 +88,4 @@ def test_a_rank_is_heard_only_with_the_runs_secret() -> None:
 def test_tensor_parallel_workers_listen_on_loopback_alone(
     tiny_model_path: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    pytest.importorskip("vllm")
     check(rft.VLLMEngine(dtype="float32", tensor_parallel_size=2), 1, tiny_model_path, tmp_path, monkeypatch)

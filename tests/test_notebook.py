@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import os
 import subprocess
 import sys
 import uuid
@@ -62,7 +61,6 @@ def test_every_cell_can_be_run_twice_under_nbconvert(tmp_path: Path, tiny_model_
 
 @pytest.mark.vllm
 def test_the_notebook_with_vllm_under_papermill(tmp_path: Path, tiny_model_path: Path) -> None:
-    pytest.importorskip("vllm")
     pytest.importorskip("papermill")
     options = [str(NOTEBOOK), "run.ipynb", "--kernel", "python3", "--no-progress-bar"]
     for name, value in given(tiny_model_path).items():
@@ -74,28 +72,23 @@ def test_the_notebook_with_vllm_under_papermill(tmp_path: Path, tiny_model_path:
 
 
 @pytest.mark.parametrize("engine", ["light", pytest.param("vllm", marks=pytest.mark.vllm)])
-def test_the_script(start: Callable[[str], Script], tmp_path: Path, tiny_model_path: Path, engine: str) -> None:
+def test_the_script(start: Callable[..., Script], tmp_path: Path, engine: str) -> None:
     program = EXAMPLES / "quickstart.py"
     assert len(program.read_text().splitlines()) < 40
-    if engine == "vllm":
-        pytest.importorskip("vllm")
-        environment = os.environ | {"MODEL": str(tiny_model_path), "STEPS": "2", "PYTHONPATH": os.getcwd()}
-        done = subprocess.run(
-            [sys.executable, program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
-        )
-        status, said, errors = done.returncode, done.stdout, done.stderr
-    else:
-        script = start(f"""
-            import os, runpy
-            import lightning_rft
-            from tests.processes import MODEL, LightEngine
+    script = start(
+        f"""
+        import os, runpy
+        import lightning_rft
+        from tests.processes import MODEL, LightEngine
+        if {engine == "light"}:
             lightning_rft.VLLMEngine = lambda **_: LightEngine(mean_tokens=4)
-            os.environ |= {{"MODEL": os.environ[MODEL], "STEPS": "2"}}
-            runpy.run_path({str(program)!r}, run_name="__main__")
-        """)
-        status, said, errors = script.wait(), script.stdout, script.stderr
-    assert status == 0, errors
-    answers = [line for line in said.splitlines() if line.startswith("What is ")]
+        os.environ |= {{"MODEL": os.environ[MODEL], "STEPS": "2"}}
+        runpy.run_path({str(program)!r}, run_name="__main__")
+        """,
+        vllm=engine == "vllm",
+    )
+    assert script.wait(280) == 0, script.stderr
+    answers = [line for line in script.stdout.splitlines() if line.startswith("What is ")]
     assert [line.split("number. ")[0] for line in answers[:3]] == [line.split("number. ")[0] for line in answers[3:]]
     assert len(answers) == 6
     assert (tmp_path / "runs" / "quickstart" / "model" / "model.safetensors").exists()
@@ -193,8 +186,6 @@ fit(engine=rft.VLLMEngine(), reward=reward, timeouts=rft.Timeouts(), tasks=["1 +
     "cell", [STARTING, EXPLORING, TRAINING, PUSHING, REWARDING, pytest.param(VLLM, marks=pytest.mark.vllm)]
 )
 def test_an_interrupt_leaves_no_process_and_the_next_cell_trains(kernel: Kernel, cell: str) -> None:
-    if "VLLMEngine" in cell:
-        pytest.importorskip("vllm")
     running = kernel.begin(cell)
     kernel.wait_for(cell.split('touch("')[1].split('"')[0])
     kernel.interrupt()

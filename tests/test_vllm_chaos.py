@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,38 +14,29 @@ import pytest
 
 from lightning_rft.buffer.ledger import Ledger, State
 from tests.killed_runs import STRATEGIES, TASKS, TASKS_PER_STEP, buffer
-from tests.processes import MARK, MODEL, alive, until
+from tests.processes import Script, Zygote, until
 from tests.test_chaos import CHAOS, check_every_task_ended_once, in_order
 
 pytestmark = [pytest.mark.chaos, pytest.mark.vllm, pytest.mark.timeout(1800)]
-pytest.importorskip("vllm")
 
 OFTEN = ("Synchronous", "MultiExplorerAsynchronous")
 
 
 @pytest.fixture
-def life(tmp_path: Path, tiny_model_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
-    """Starts scripts; at the end none of their processes may be left."""
-    mark = str(tmp_path)
-    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    environment = os.environ | {"PYTHONPATH": path, MARK: mark, MODEL: str(tiny_model_path), "OMP_NUM_THREADS": "1"}
-    started: list[subprocess.Popen[bytes]] = []
+def life(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterator[Callable[[str], Script]]:
+    """Starts scripts."""
+    scripts: list[Script] = []
 
-    def start(source: str) -> subprocess.Popen[bytes]:
-        (tmp_path / "script.py").write_text(textwrap.dedent(source))
-        with open(tmp_path / "stdout", "wb") as out, open(tmp_path / "stderr", "wb") as error:
-            command = [sys.executable, "script.py"]
-            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=error))
-        return started[-1]
+    def start(source: str) -> Script:
+        scripts.append(zygote.start(source, tmp_path, tiny_model_path, vllm=True))
+        return scripts[-1]
 
     yield start
-    for process in started:
-        process.kill()
-        process.wait(10)
-    until(lambda: not alive(mark), f"the end of {alive(mark)}", timeout_s=10)
+    for script in scripts:
+        script.kill()
 
 
-def script(strategy: str, **arguments: int) -> str:
+def source(strategy: str, **arguments: int) -> str:
     return f"""
         import lightning_rft as rft
         from tests.killed_runs import live
@@ -63,9 +50,10 @@ def script(strategy: str, **arguments: int) -> str:
     """
 
 
-def result(folder: Path, process: subprocess.Popen[bytes]) -> dict[str, float]:
-    assert process.wait(timeout=300 + 300 * CHAOS) == 0, (folder / "stderr").read_text()
-    found: dict[str, float] = json.loads((folder / "stdout").read_text().splitlines()[-1])
+def result(script: Script) -> dict[str, float]:
+    assert script.wait(300 + 300 * CHAOS) == 0, script.stderr
+    script.gone()
+    found: dict[str, float] = json.loads(script.stdout.splitlines()[-1])
     return found
 
 
@@ -74,26 +62,26 @@ def result(folder: Path, process: subprocess.Popen[bytes]) -> dict[str, float]:
     "strategy",
     [name if name in OFTEN else pytest.param(name, marks=pytest.mark.exhaustive) for name in STRATEGIES],
 )
-def test_explorers_are_killed(strategy: str, life: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path) -> None:
+def test_explorers_are_killed(strategy: str, life: Callable[[str], Script], tmp_path: Path) -> None:
     epochs = 4 + 6 * CHAOS
-    found = result(tmp_path, life(script(strategy, epochs=epochs, explorer_kills=CHAOS, seed=CHAOS)))
+    found = result(life(source(strategy, epochs=epochs, explorer_kills=CHAOS, seed=CHAOS)))
     assert found["steps"] == epochs * len(TASKS) // TASKS_PER_STEP
     assert found["kills"] == CHAOS
     check_every_task_ended_once(buffer(tmp_path), epochs)
 
 
-def test_the_trainer_is_killed(life: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path) -> None:
+def test_the_trainer_is_killed(life: Callable[[str], Script], tmp_path: Path) -> None:
     draw, lives, epochs = random.Random(CHAOS), min(3, CHAOS), 16
-    source = script("Synchronous", epochs=epochs)
+    one_life = source("Synchronous", epochs=epochs)
     for _ in range(lives):
         (tmp_path / "training").unlink(missing_ok=True)
-        process = life(source)
+        script = life(one_life)
         until((tmp_path / "training").exists, "training", timeout_s=120)
         time.sleep(draw.uniform(0.0, 6.0))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(10) == -signal.SIGKILL, (tmp_path / "stderr").read_text()
-        until(lambda: not alive(str(tmp_path)), "the end of its processes", timeout_s=10)
-    found = result(tmp_path, life(source))
+        script.signal(signal.SIGKILL)
+        assert script.wait(10) == -signal.SIGKILL, script.stderr
+        script.gone()
+    found = result(life(one_life))
     assert found["steps"] == epochs * len(TASKS) // TASKS_PER_STEP
     with Ledger.open(buffer(tmp_path)) as ledger:
         assert ledger.trained_tasks() == in_order(epochs)

@@ -2,13 +2,16 @@
 
 Rule 3 holds for every strategy with either transport. Every version of the weights is kept, and every token that was
 trained is computed again with the version that it says. A version that was not loaded whole, a cache of older weights,
-or a swap in mid-generation that is off by one token shows in its log-prob.
+or a swap in mid-generation that is off by one token shows in its log-prob. So it is for samples that are trees of
+calls, and for those of an agent framework whose calls a grammar shapes.
 
 All runs of a dtype share their explorers, since vLLM takes long to start.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +23,14 @@ import pytest
 import torch
 
 import lightning_rft as rft
+from tests.adding_agent import NUMBERS, AddingAgent
 from tests.halfway_engines import HalfwayVLLMEngine
-from tests.recomputed_tokens import run
+from tests.recomputed_tokens import Keep, run
+from tests.trained_once import Recorded, check_logprobs, check_once, check_trees
 from tests.trainer_and_data import fake_data, quiet_trainer
+from tests.wandering import Chosen, wander
 
-pytestmark = [pytest.mark.vllm]
-pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_thread")]
 
 STEPS = 6
 SAME, OTHER = 1e-3, 1e-2
@@ -47,8 +52,9 @@ def made(bf16_units: bool, explorers: int, folder: Path) -> Iterator[rft.RFTData
         data = fake_data(
             tasks=[f"{i} + 1 =" for i in range(3 * STEPS)],
             val_tasks=["1 + 1 =", "2 + 2 ="],
-            reward=lambda completion, task: float(sum(character.isalpha() for character in completion)),
+            reward=lambda completion, task: 1.0 + sum(character.isalpha() for character in completion),
             engine=engine,
+            workflow=Chosen(folder),
             explorers=explorers,
             tasks_per_step=3,
             samples_per_task=3,
@@ -66,6 +72,11 @@ def in_float32(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rft.RFTData
 @pytest.fixture(scope="module")
 def in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rft.RFTDataModule]:
     yield from made(True, 1, tmp_path_factory.mktemp("engine"))
+
+
+def chosen(data: rft.RFTDataModule) -> Chosen:
+    assert isinstance(data.workflow, Chosen)
+    return data.workflow
 
 
 def halfway(data: rft.RFTDataModule, wait: bool) -> None:
@@ -141,3 +152,109 @@ def test_vllm_samples_with_the_weights_that_are_trained(
         assert min(objective.gaps) > 1e-3, "the engine computes in float32"
     else:
         assert max(objective.gaps) < SAME
+
+
+@dataclass
+class Once:
+    """A run of which every token was trained once, in a folder of its own."""
+
+    folder: Path
+    module: rft.RFTModule
+    keep: Keep = field(default_factory=Keep)
+    objective: Recorded = field(default_factory=Recorded)
+
+    @classmethod
+    def fit(cls, strategy: rft.SyncStrategy, data: rft.RFTDataModule, model: Path, folder: Path, steps: int) -> Once:
+        objective = Recorded()
+        module = rft.RFTModule(model, objective, lambda parameters: torch.optim.AdamW(parameters, lr=3e-3))
+        once = cls(folder, module, objective=objective)
+        quiet_trainer(folder, once.keep, strategy, max_steps=steps).fit(module, data)
+        assert len(once.keep.samples) == 9 * steps
+        check_once(once.keep, objective, once.buffer)
+        return once
+
+    @property
+    def buffer(self) -> Path:
+        return self.folder / "rft" / "buffer.sqlite"
+
+
+def test_trees_of_calls_are_trained_once_with_their_own_versions(
+    in_float32: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    halfway(in_float32, True)
+    with chosen(in_float32).as_(wander):
+        once = Once.fit(rft.FullyAsynchronous(max_staleness=3), in_float32, tiny_model_path, tmp_path, STEPS)
+    check_trees(once.keep)
+    check_logprobs(once.keep, once.module.policy, 3, SAME)
+
+
+@pytest.fixture(scope="module")
+def of_agents(
+    in_float32: rft.RFTDataModule, tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Once, list[dict[str, Any]]]:
+    """A run in which an agent framework makes the calls, and what its HTTP client wrote down of each sample."""
+    pytest.importorskip("openai")
+    pytest.importorskip("pydantic_ai")
+    halfway(in_float32, False)
+    folder, heard = tmp_path_factory.mktemp("agents"), tmp_path_factory.mktemp("heard")
+    sampling = rft.Sampling(max_new_tokens=100, top_k=64).filled(in_float32.sampling)
+    with pytest.MonkeyPatch.context() as patch, chosen(in_float32).as_(AddingAgent(heard)):
+        patch.setattr(in_float32, "sampling", sampling)
+        once = Once.fit(rft.Synchronous(), in_float32, tiny_model_path, folder, 2)
+    return once, [json.loads(path.read_text()) for path in heard.iterdir()]
+
+
+def test_the_ledger_holds_the_calls_of_an_agent_framework(of_agents: tuple[Once, list[dict[str, Any]]]) -> None:
+    """Exactly those that its client heard of, token for token."""
+    once, heard = of_agents
+
+    def as_one(prompts: Any, answers: Any) -> tuple[Any, ...]:
+        return tuple(zip(map(tuple, prompts), map(tuple, answers), strict=True))
+
+    said = [(sample["task"], [said for _, said in sample["calls"]]) for sample in heard]
+    calls = Counter(
+        (task, as_one([one["prompt_token_ids"] for one in of], [one["choices"][0]["token_ids"] for one in of]))
+        for task, of in said
+    )
+    rows = list(rft.read_buffer(once.buffer))
+    assert Counter((row["task_id"], as_one(row["prompt_ids"], row["token_ids"])) for row in rows) == calls
+    assert calls.total() == 18 and {row["state"] for row in rows} == {"trained"}
+    assert max(len(of) for _, of in said) > 2
+    for sample in once.keep.samples:  # the conversation, and a call beside it
+        *conversation, beside = [turn.parent for turn in sample.turns]
+        assert conversation == [None, *range(len(conversation) - 1)] and beside is None
+        assert sample.metrics["drift"] == sample.metrics["endpoint_unparsed"] == 0
+
+
+def test_a_tool_that_must_be_called_is_called(of_agents: tuple[Once, list[dict[str, Any]]]) -> None:
+    """By a model that knows nothing, since vLLM's grammar leaves it nothing else to say."""
+    kinds = set()
+    for sample in of_agents[1]:
+        called = []
+        for asked, said in sample["calls"]:
+            (choice,) = said["choices"]
+            (call,) = choice["message"]["tool_calls"]
+            assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+            arguments, name = json.loads(call["function"]["arguments"]), call["function"]["name"]
+            if asked["tool_choice"] == "required":
+                kinds.add(("required", name))
+            else:
+                kinds.add(("named", asked["tool_choice"]["function"]["name"]))
+                assert name == asked["tool_choice"]["function"]["name"]
+            if name == "add":
+                assert list(arguments) == ["a", "b"] and set(arguments.values()) <= set(NUMBERS)
+                called.append(list(arguments.values()))
+            else:
+                assert list(arguments) == ["total"] and 2 <= arguments["total"] <= 6
+        assert sample["sums"] == called[:-1]  # the tool ran, but for the call that was asked for by name
+    assert kinds == {("required", "add"), ("required", "final_result"), ("named", "add")}
+
+
+def test_what_a_grammar_forces_is_not_trained(of_agents: tuple[Once, list[dict[str, Any]]]) -> None:
+    once, _ = of_agents
+    turns = once.keep.turns
+    forced = sum(turn.num_tokens - turn.num_free for turn in turns)
+    chosen = sum(turn.num_free for turn in turns)
+    assert len(once.objective.trained) == chosen < forced  # most of a call's JSON has no alternative
+    assert min(turn.num_free for turn in turns) >= 1
+    assert max(once.objective.trained) < 0.0

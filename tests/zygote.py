@@ -1,8 +1,8 @@
 """Runs scripts in forks of itself: real processes with real exit statuses, that need not import torch each by itself.
 
-Reads a JSON object a line. ``{"script", "folder", "environment"}`` starts one and answers its process id, ``{"poll"}``
-answers the exit status of one, or null as long as it runs. Here and in the forks vLLM is not installed, or with the
-argument ``vllm`` imported.
+Reads a JSON object a line. ``{"script", "folder", "environment", "vllm"}`` starts one and answers its process id,
+``{"poll"}`` answers the exit status of one, or null as long as it runs. In forks where ``vllm`` is false it is not
+installed; with the argument ``vllm`` it is imported before them all.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from importlib.machinery import PathFinder
 
 
 def preload(vllm: bool) -> None:
-    """Imports all that a run needs, and vLLM, or makes that unknown."""
-    find_spec = PathFinder.find_spec
-    if not vllm:
-        PathFinder.find_spec = staticmethod(  # type: ignore[method-assign]
-            lambda name, *rest: None if name.split(".")[0] == "vllm" else find_spec(name, *rest)
-        )
+    """Imports all that a run needs, and vLLM if that is asked for."""
     import torch
     import transformers
 
@@ -53,8 +48,13 @@ def serve() -> str | None:
     return None
 
 
-def become(script: str, folder: str, environment: dict[str, str]) -> None:
-    """Makes this fork look as if it had been started as a command."""
+def become(script: str, folder: str, environment: dict[str, str], vllm: bool) -> None:
+    """Makes this fork look as if it had been started as a command, where vLLM is installed or is not."""
+    find_spec = PathFinder.find_spec
+    if not vllm:
+        PathFinder.find_spec = staticmethod(  # type: ignore[method-assign]
+            lambda name, *rest: None if name.split(".")[0] == "vllm" else find_spec(name, *rest)
+        )
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)

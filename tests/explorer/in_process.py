@@ -39,7 +39,7 @@ def in_process() -> Iterator[InProcess]:
     def call(folder: Path, function: Callable[..., T], *arguments: Any) -> T:
         cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
         (folder / "call.pkl").write_bytes(cloudpickle.dumps((function, arguments)))
-        script = zygote.start(_SCRIPT, folder, folder)
+        script = zygote.start(_SCRIPT, folder, folder, vllm=True)
         try:
             assert script.wait(240) == 0, script.stdout[-2000:] + script.stderr[-6000:]
             script.gone()

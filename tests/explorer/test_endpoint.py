@@ -208,8 +208,6 @@ def test_refusals_are_openais(serve: Callable[..., None]) -> None:
                 ("messages", None),
             ]
             assert not policy.turns and +policy.counts == {"endpoint_refused": len(refused)}
-            with pytest.raises(openai.NotFoundError):
-                await client.responses.create(model="policy", input="x")
         kept = parts.policy(sampling=Sampling(8, 0.7, top_k=4))
         async with kept.endpoint().openai() as client:
             said = await client.chat.completions.create(**ASK, logprobs=True, top_logprobs=2)
@@ -217,6 +215,31 @@ def test_refusals_are_openais(serve: Callable[..., None]) -> None:
         assert len(first.top_logprobs) == 2
 
     serve(test, FakeEngine())
+
+
+def test_another_api_of_openais_is_refused_at_once(serve: Callable[..., None]) -> None:
+    """Responses, which some agents use if nobody tells them otherwise; the error names the paths that there are."""
+    paths = "/v1/chat/completions, /v1/completions, /inference/v1/generate, /v1/models"
+
+    async def test(parts: Served) -> None:
+        policy = parts.policy()
+        endpoint = policy.endpoint()
+        body = {"model": "policy", "input": "1+1"}
+        for method, path in (("POST", "/v1/responses"), ("GET", "/v1/responses/resp_1"), ("DELETE", "/v1/responses/1")):
+            status, answer = await asked(endpoint, body, path, method)
+            assert status == 404 and answer["error"] == {
+                "message": f"no such path: {path}; there are {paths}",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": None,
+            }
+        async with endpoint.openai() as client:  # which would try again for long if there were a reason to
+            for stream in (False, True):
+                with pytest.raises(openai.NotFoundError, match="no such path: /v1/responses; there are /v1/chat/comp"):
+                    await client.responses.create(model="policy", input="1+1" * 10**5, stream=stream)
+        assert not policy.turns and +policy.counts == {"endpoint_refused": 5}
+
+    serve(test)
 
 
 def test_keys(serve: Callable[..., None]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.explorer.in_process import InProcess, in_process
+from tests.explorer.in_process import InProcess
 from tests.explorer.links import MemoryLink
 
 torch = pytest.importorskip("torch")
@@ -94,12 +93,6 @@ def gaps(engine: str, old: str, new: str, ranks: int) -> dict[str, float]:
         found[f"push {push}"] = float((torch.tensor(started.prompt_logprobs(PROMPT)) - truth(new)).abs().max())
     started.stop()
     return found
-
-
-@pytest.fixture(scope="module")
-def with_vllm() -> Iterator[InProcess]:
-    with in_process() as call:
-        yield call
 
 
 def check(kind: str, folder: Path, with_vllm: InProcess | None, ranks: int = 1) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -15,13 +15,12 @@ from lightning_rft.explorer.engines.engine import Request
 from lightning_rft.explorer.engines.vllm import VLLMEngine
 from lightning_rft.model_folder import Pretrained
 from lightning_rft.sampling import Sampling
-from tests.explorer.in_process import InProcess, in_process
+from tests.explorer.in_process import InProcess
 from tests.explorer.links import MemoryLink
 from tests.hub import on_the_hub, use_cache, with_own_code
 
 pytestmark = [pytest.mark.vllm]
 torch = pytest.importorskip("torch")
-pytest.importorskip("vllm")
 
 SHORT = tuple(range(10, 22))
 LONG = tuple(10 + i * 7 % 90 for i in range(300))
@@ -147,12 +146,6 @@ def with_adapter(model: str, adapter: str) -> list[float]:
         {"prompt_token_ids": list(LONG)}, params, lora_request=LoRARequest("saved", 1, adapter), use_tqdm=False
     )
     return [entry[token].logprob for token, entry in zip(LONG[1:], answer.prompt_logprobs[1:], strict=True)]
-
-
-@pytest.fixture(scope="module")
-def with_vllm() -> Iterator[InProcess]:
-    with in_process() as call:
-        yield call
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.engines.vllm import VLLMEngine
 from lightning_rft.sampling import Sampling
 from tests.exact_sampling import PROMPTS, REMOVALS, TRUNCATIONS, drain, gap, masses, naive, paths, requests, turns
-from tests.explorer.in_process import in_process
+from tests.explorer.in_process import InProcess
 
 pytestmark = [pytest.mark.vllm]
-pytest.importorskip("vllm")
 
 SAME, NAIVE = 1e-3, 0.1
 GRAMMARS = {
@@ -77,10 +76,10 @@ def stop(oracle: Any, tokenizer: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path, stop: str) -> Any:
-    folder = tmp_path_factory.mktemp("sampling")
-    with in_process() as call:
-        return call(folder, sampled, str(tiny_model_path), stop)
+def observed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path, stop: str, with_vllm: InProcess
+) -> tuple[dict[str, Completion], dict[str, str]]:
+    return with_vllm(tmp_path_factory.mktemp("sampling"), sampled, str(tiny_model_path), stop)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -86,6 +86,7 @@ def main() -> None:
     os.chdir(ROOT)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        import lightning_rft.explorer.engines.vllm_weights  # noqa: F401
         import tests.conftest
         import tests.sync.test_nccl  # noqa: F401
     source = MUTATED.read_text(encoding="utf-8")

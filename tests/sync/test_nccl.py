@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import queue
 import threading
 import time
@@ -25,17 +26,17 @@ from lightning_rft.sync.transports.transport import Named, Weights, announce
 from tests.sync.cuda_on_cpu import CUDA, Stream
 
 pytestmark = pytest.mark.vllm
-pytest.importorskip("vllm")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of torch's own modules, which vLLM imports
-    from lightning_rft.explorer.engines.vllm_weights import (
-        LinkInitInfo,
-        LinkWeightTransferEngine,
-        ManifestUpdateInfo,
-    )
 
 DEVICE = torch.device("cuda:1")  # not the one that a thread begins with
 LIMIT_S = 20.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm() -> None:
+    """Imports it, which takes too long to do whenever tests are collected."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own modules, which vLLM imports
+        importlib.import_module("lightning_rft.explorer.engines.vllm_weights")
 
 
 @pytest.fixture
@@ -71,6 +72,8 @@ class Worker(threading.Thread):
         self.model = Policy(member, size)
         parallel = SimpleNamespace(rank=member, data_parallel_index=0, world_size=size)
         config: Any = SimpleNamespace(parallel_config=parallel, model_config=None)
+        from lightning_rft.explorer.engines.vllm_weights import LinkWeightTransferEngine
+
         self.engine = LinkWeightTransferEngine(None, config, torch.device("cpu:0"), self.model)  # type: ignore[arg-type]
         self.asked: queue.Queue[tuple[Callable[..., Any], Any, Future[Any]] | None] = queue.Queue()
         self.version = -1
@@ -120,12 +123,16 @@ class Explorers:
         return {explorer: len(workers) for explorer, workers in self.workers.items()}
 
     def connect(self, explorer: int, link: NCCLLink) -> None:
+        from lightning_rft.explorer.engines.vllm_weights import LinkInitInfo
+
         self.links.append(link)
         if explorer not in self.absent:
             for worker in self.workers[explorer]:
                 worker.ask(worker.engine.init_transfer_engine, LinkInitInfo(link))
 
     def load(self, explorer: int, manifest: Sequence[TensorInfo], version: int) -> None:
+        from lightning_rft.explorer.engines.vllm_weights import ManifestUpdateInfo
+
         update = ManifestUpdateInfo(manifest)
         self.loading[explorer] = [
             worker.ask(worker.engine.receive_weights, update) for worker in self.workers[explorer]
