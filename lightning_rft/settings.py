@@ -75,6 +75,8 @@ class Timeouts:
         start_s: Until an engine is ready.
         progress_s: Without progress (no engine step, no reward); an explorer that has work and makes none for this long
             is killed and restarted.
+        sleep_s: Until an explorer that shares the trainer's GPUs sleeps, or is awake again; one that takes longer is
+            killed and restarted.
 
     Raises:
         ConfigurationError: One is not above 0.
@@ -88,6 +90,7 @@ class Timeouts:
     sample_s: float = 600.0
     start_s: float = 600.0
     progress_s: float = 600.0
+    sleep_s: float = 120.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

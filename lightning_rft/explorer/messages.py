@@ -12,7 +12,7 @@ from lightning_rft.settings import Sampling
 
 __all__ = [
     *("Advanced", "Cancel", "Connect", "Died", "Ended", "Explore", "Explored", "Failed", "Load", "LoadFailed"),
-    *("Loaded", "Prepare", "Several", "Started"),
+    *("Loaded", "Prepare", "Several", "Sleep", "Slept", "Started", "Wake", "Woken"),
 ]
 
 
@@ -70,6 +70,20 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Sleep:
+    """To an explorer that has no work: have the engine sleep, at a level of :meth:`Engine.sleep`."""
+
+    level: int
+
+
+@dataclass(frozen=True)
+class Wake:
+    """To an explorer: have parts of its engine wake; a load wakes what still sleeps."""
+
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Started:
     """From an explorer: the engine is ready."""
 
@@ -95,6 +109,18 @@ class Loaded:
 @dataclass(frozen=True)
 class Advanced:
     """From an explorer: it has come further, by an engine step or a reward. A hung one has not."""
+
+
+@dataclass(frozen=True)
+class Slept:
+    """From an explorer: its engine sleeps."""
+
+
+@dataclass(frozen=True)
+class Woken:
+    """From an explorer: these parts of its engine are awake."""
+
+    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Placement:
     @property
     def beside_trainer(self) -> int:
         """Maximum number of explorers on a GPU of the trainer's."""
-        return max((sum(name in gpus for gpus in self.explorers) for name in self.trainer), default=0)
+        return max((sum(_is_one_of(name, gpus) for gpus in self.explorers) for name in self.trainer), default=0)
 
     @property
     def nccl(self) -> bool:
@@ -56,7 +56,9 @@ class Placement:
         if self.tenants == 1:
             return str(self)
         memory = "" if share is None else f", and each engine takes {share:.2g} of its GPU's memory"
-        return f"{self} (shared: weights go by Gloo or checkpoint, since NCCL refuses two processes on a GPU{memory})"
+        turns = "explorers sleep while the trainer trains, " if self.beside_trainer else ""
+        weights = "weights go by Gloo or checkpoint, since NCCL refuses two processes on a GPU"
+        return f"{self} (shared: {turns}{weights}{memory})"
 
     def __str__(self) -> str:
         trainer = "CPU"

@@ -200,6 +200,15 @@ class ExplorerPool:
         return self.running and len(self.up) < self.count
 
     @property
+    def coming_up(self) -> bool:
+        """Whether an engine is just starting, and takes memory for it."""
+        return len(self.up) + self._restarts.vacant < self.count
+
+    def hold(self, held: bool) -> None:
+        """Has those that died wait to be started again, as long as the GPUs are the trainer's."""
+        self._restarts.held = held
+
+    @property
     def ready(self) -> bool:
         """Whether every engine is up."""
         return self.running and not self.starting

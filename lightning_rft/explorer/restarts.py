@@ -31,6 +31,8 @@ class Restarts:
         self._window_s = window_s
         self._deaths: defaultdict[int, deque[float]] = defaultdict(deque)
         self._vacant: dict[int, float] = {}  # slot -> when to start a process again
+        #: Whether starts have to wait.
+        self.held = False
 
     def spent(self, slot: int, now: float) -> bool:
         """Whether the next death in a slot is one too many."""
@@ -38,6 +40,11 @@ class Restarts:
         while deaths and deaths[0] < now - self._window_s:
             deaths.popleft()
         return len(deaths) >= self._maximum
+
+    @property
+    def vacant(self) -> int:
+        """Number of slots in which a process is yet to be started."""
+        return len(self._vacant)
 
     def died(self, slot: int, now: float) -> bool:
         """Plans a restart, after a pause that doubles with every death there; ``False`` if it was one too many."""
@@ -51,12 +58,16 @@ class Restarts:
 
     def due(self, now: float) -> list[int]:
         """Slots in which to start a process now; each is told once."""
-        due = [slot for slot, when in self._vacant.items() if when <= now]
+        due = {slot: when for slot, when in self._vacant.items() if when <= now}
         for slot in due:
             del self._vacant[slot]
-        return due
+        if self.held:  # asked only now, so that another thread that has them wait sees those that are told as taken
+            self._vacant |= due
+            return []
+        return list(due)
 
     def clear(self) -> None:
-        """Forgets all deaths."""
+        """Forgets all deaths, and that starts have to wait."""
+        self.held = False
         self._deaths.clear()
         self._vacant.clear()

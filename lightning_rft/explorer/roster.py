@@ -130,6 +130,18 @@ class Roster:
         record.needs_weights = record.alone = False
         return began, alone
 
+    def sleeps(self, explorer: int, *, forgets: bool) -> None:
+        """Notes that an explorer is told to sleep; one that ``forgets`` has no weights from then on."""
+        record = self._records.get(explorer)
+        if record is not None:
+            record.loaded = None if forgets else record.loaded
+            record.needs_weights = record.alone = False  # before it wakes
+
+    def wants_weights(self) -> None:
+        """Notes that all explorers without weights need some before the next push."""
+        for record in self._records.values():
+            record.needs_weights = record.needs_weights or record.loaded is None
+
     def load_broke_off(self, explorer: int, now: float) -> None:
         """Notes that an explorer's load broke off: it computes nothing until the next one."""
         record = self._records[explorer]

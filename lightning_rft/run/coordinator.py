@@ -13,6 +13,7 @@ from lightning_rft.explorer.listener import GRACE_S
 from lightning_rft.explorer.receivers import Receivers
 from lightning_rft.monitor.status import StatusLine
 from lightning_rft.run.dispatcher import Dispatcher
+from lightning_rft.run.handover import Handover
 from lightning_rft.run.pusher import Pusher
 from lightning_rft.run.validation import Validation
 from lightning_rft.settings import Sampling
@@ -31,9 +32,10 @@ class Coordinator:
         dispatcher: Schedule and explorers.
         transport: How weights travel.
         background: Whether weights are pushed in the background.
-        gathered: As a :class:`~lightning_rft.run.pusher.Pusher` takes it.
+        gathered: As a :class:`~lightning_rft.run.pusher.Pusher` takes it, and a :class:`Handover`.
         folder: The run's own folder.
         status: Shows what is waited for, until the end of the first step.
+        sleep_s: Seconds that explorers may take to sleep or wake, where they share the trainer's GPUs; else ``None``.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class Coordinator:
         transport: Transport,
         *,
         background: bool,
-        gathered: Callable[[str], Iterator[Any]],
+        gathered: Callable[..., Iterator[Any]],
         folder: Path,
         status: StatusLine,
+        sleep_s: float | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._schedule = dispatcher.schedule
@@ -55,16 +58,25 @@ class Coordinator:
         self._roster = dispatcher.roster
         self._status = status
         self._restarts = self._pool.restarts
+        receivers = Receivers(self._pool, self._roster, self._listener, folder, dispatcher.look)
         self._pusher = Pusher(
             transport,
             background=background,
             roster=self._roster,
-            receivers=Receivers(self._pool, self._roster, self._listener, folder, dispatcher.look),
+            receivers=receivers,
             gathered=gathered,
             expect=dispatcher.agreement.expect,
             pushed=lambda version: dispatcher.tell(dispatcher.schedule.pushed, version),
             failed=self._listener.failed,
             observe=self._activity.observe,
+        )
+        self._handover = Handover(
+            dispatcher,
+            self._pusher,
+            receivers,
+            together=gathered,
+            shared=sleep_s is not None,
+            timeout_s=sleep_s or 0.0,
         )
         dispatcher.load = self._pusher.load
 
@@ -99,7 +111,9 @@ class Coordinator:
         if self._groups.leased is None:  # else a hook has ended the epoch before its batch was trained
             self._dispatcher.tell(self._schedule.wanted, batch)
         with self._status:
-            self._wait_for_batch(batch, lambda: self._groups.leased is not None)
+            if self._groups.leased is None:
+                self._handover.to_explorers()
+            self._to_trainer(batch)
         self._status.bar_only = True
         self._status.say(f"training on batch {batch}")
         self._activity.trainer_waited("experience", began, batch=batch)
@@ -129,7 +143,7 @@ class Coordinator:
         with self._status:
             self._listener.wait(lambda: self._pool.ready, "the explorers to start", show=show)
             self._status.say(f"pushing weights (version {self.version})")
-            self._pusher.push(self.version)
+            self._push()
             self._pusher.wait_loaded()
 
     def trained(self, batch: int, sampling_gap: float | None = None) -> dict[str, float]:
@@ -145,7 +159,7 @@ class Coordinator:
         if due:
             self._status.say(f"pushing weights (version {self.version})")
         if due:
-            self._pusher.push(self.version)
+            self._push()
         self._end_status()  # from now on the progress bar moves
         logged = {
             "rft/version": float(self.version),
@@ -164,8 +178,20 @@ class Coordinator:
     def push_last(self) -> None:
         """Pushes the last version if it was not, and returns when explorers have loaded it."""
         if self._pusher.version < self.version:
-            self._pusher.push(self.version)
+            self._push()
+        self._handover.to_explorers()
         self._pusher.wait_loaded()
+
+    def _to_trainer(self, batch: int) -> None:
+        """Waits for a batch, and where GPUs are shared for the end of all exploring, to put explorers to sleep."""
+        self._wait_for_batch(batch, lambda: self._groups.leased is not None and self._handover.idle)
+        self._handover.to_trainer(batch)
+
+    def _push(self) -> None:
+        """Pushes, where GPUs are shared to explorers that wake for it."""
+        self._handover.to_explorers(pushes=True)
+        self._pusher.push(self.version)
+        self._handover.to_explorers()
 
     def failed(self, error: BaseException) -> None:
         """Ends every wait with what went wrong elsewhere; the first error counts."""
@@ -176,6 +202,8 @@ class Coordinator:
     def explore(self, tasks: Sequence[Task], *, samples: int, sampling: Sampling) -> None:
         """Has tasks answered beside the schedule, with the version that is loaded."""
         self._listener.raise_failures()
+        if tasks:
+            self._handover.to_explorers()
         self._dispatcher.ask(Validation(tasks, run=self._groups.incarnation, samples=samples, sampling=sampling))
 
     def explored(self, index: int) -> Group:
@@ -187,6 +215,8 @@ class Coordinator:
                 f"validation task {index}",
                 lambda: self._status.say("exploring validation", *validation.progress, "tasks"),
             )
+            if validation.done and self._groups.leased is not None:  # in the middle of a batch
+                self._to_trainer(self.version)
         return validation.answers[index]
 
     # What is told of the run
@@ -225,6 +255,8 @@ class Coordinator:
     def _wait_for_push(self) -> bool:
         """Whether a push is due now, waiting first for what older weights must still explore."""
         if self._schedule.push_pending:
+            if not self._dispatcher.push_due:
+                self._handover.to_explorers()
             began = time.monotonic()
             self._wait(lambda: self._dispatcher.push_due, "the groups that belong to the old weights")
             self._activity.trainer_waited("push", began, version=self.version)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 from lightning_rft.experience import GroupKey
+from lightning_rft.explorer.engines.sleeping import DROPS
 from lightning_rft.explorer.listener import Listener
 from lightning_rft.explorer.messages import (
     Advanced,
@@ -22,10 +23,14 @@ from lightning_rft.explorer.messages import (
     Explored,
     Loaded,
     LoadFailed,
+    Sleep,
+    Slept,
     Started,
+    Woken,
 )
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.roster import Roster
+from lightning_rft.explorer.turns import Told, Turns
 from lightning_rft.monitor.activity import Activity
 from lightning_rft.run.agreement import Agreement
 from lightning_rft.run.error_rate import ErrorRate
@@ -67,6 +72,8 @@ class Dispatcher:
         self.agreement = agreement
         self.roster = Roster(timeouts.progress_s)
         self.listener = Listener(pool, self.roster, self.handle, check_interrupt)
+        #: Which explorers sleep.
+        self.turns = Turns()
         #: The tasks that are answered beside the schedule.
         self.validation = Validation((), run=groups.incarnation, samples=0, sampling=Sampling())
         #: Has an explorer load the newest version; returns at once.
@@ -149,6 +156,13 @@ class Dispatcher:
         for explorer, messages in asked.items():
             self.pool.send(explorer, *messages)
 
+    def turn(self, told: Told) -> None:
+        """Has explorers sleep or wake; under the lock."""
+        for explorer, message in told:
+            if isinstance(message, Sleep):
+                self.roster.sleeps(explorer, forgets=message.level == DROPS)
+            self.pool.send(explorer, message)
+
     # Validation
 
     def ask(self, validation: Validation | None = None) -> None:
@@ -156,7 +170,7 @@ class Dispatcher:
         with self.listener.locked():
             self.validation = validation or self.validation
             able = self.roster.with_weights
-            if able:
+            if able and not self.turns.trains:
                 questions = self.validation.open(self.roster.work)
                 self._send([(question, able[question.key.slot % len(able)]) for question in questions])
 
@@ -180,10 +194,13 @@ class Dispatcher:
             self.roster.advanced(explorer, now)
         elif isinstance(message, Loaded):
             began, alone = self.roster.loaded(explorer, message.version, now)
+            self.turns.loaded(explorer)
             self.activity.observe(f"explorer {explorer}", self._load_label, began, message.version)
             self.agreement.loaded(explorer, message.version, message.logprobs)
             self._carry_out(self.schedule.loaded(explorer, message.version, alone=alone))
             self.ask()
+        elif isinstance(message, Slept | Woken):
+            self.turns.answered(explorer, message)
         elif isinstance(message, LoadFailed):
             self.roster.load_broke_off(explorer, now)
         elif isinstance(message, Ended) and message.run == self.groups.incarnation:
@@ -203,6 +220,7 @@ class Dispatcher:
     def _join(self, explorer: int, engine: Started) -> None:
         self.roster.started(explorer, engine)
         self._carry_out(self.schedule.joined(explorer, engine.room))
+        self.turn(self.turns.joined(explorer))
 
     def _ended(self, explorer: int, message: Ended) -> None:
         """Has others take the room of samples that ended; validation's are not limited by room, nor take any."""
@@ -225,6 +243,7 @@ class Dispatcher:
     def _died(self, explorer: int, error: Exception) -> None:
         """Has others do what an explorer that died worked on."""
         _log.warning("another explorer is started, since %s", error)
+        self.turns.died(explorer)
         record = self.roster.died(explorer)
         if record is not None:
             self.groups.lost(record.work, error, self.schedule.version)

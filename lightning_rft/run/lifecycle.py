@@ -25,7 +25,7 @@ from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.dispatcher import Dispatcher
 from lightning_rft.run.error_rate import ErrorRate
 from lightning_rft.run.groups import Groups
-from lightning_rft.run.placement import cpu_threads
+from lightning_rft.run.placement import cpu_threads, takes_turns
 from lightning_rft.run.resume import begin_or_resume, buffer_path, progress_at, restore_rng, rng_state
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
 from lightning_rft.sync.order import Order
@@ -84,7 +84,7 @@ class Run:
         folder: Path,
         saved: Mapping[str, Any],
         check_interrupt: Callable[[], None],
-        gathered: Callable[[str], Iterator[Any]],
+        gathered: Callable[..., Iterator[Any]],
         observers: Sequence[Callable[[Span], None]],
     ) -> None:
         self._trainer = trainer
@@ -118,6 +118,7 @@ class Run:
                 gathered=gathered,
                 folder=folder,
                 status=StatusLine(trainer),
+                sleep_s=settings.timeouts.sleep_s if takes_turns(trainer, strategy, pool) else None,
             )
             if self._explores_only:
                 ends.callback(self._tell_explored)

@@ -15,7 +15,7 @@ from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.hardware import available_cpus, share_cores
 from lightning_rft.sync.strategy import SyncStrategy
 
-__all__ = ["cpu_threads", "devices_beside", "gpu_placement"]
+__all__ = ["cpu_threads", "devices_beside", "gpu_placement", "takes_turns"]
 
 _MOST_SHARED = (
     0.8  # of a GPU's memory, by all engines on it; the trainer holds several times the bytes of their weights
@@ -39,6 +39,9 @@ def gpu_placement(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool
         )
     engine = pool.engine
     engine.tenants = placed.tenants if placed.explorers and engine.gpus else 1
+    engine.sleeps = bool(engine.gpus and placed.beside_trainer)
+    if takes_turns(trainer, strategy, pool):
+        engine.check_sharing()
     share, engines = engine.memory_share, placed.beside_trainer
     if share is not None and share * engines > _MOST_SHARED:
         raise ConfigurationError(
@@ -47,6 +50,23 @@ def gpu_placement(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool
         )
     strategy.transport.check(nccl=placed.nccl and not strategy.asynchronous)
     return placed
+
+
+def takes_turns(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool) -> bool:
+    """Whether explorers sleep while the trainer trains, since they share its GPUs.
+
+    Raises:
+        ConfigurationError: The strategy has both work at the same time.
+    """
+    if not pool.engine.sleeps or trainer.state.fn != TrainerFn.FITTING:
+        return False
+    if strategy.overlaps:
+        raise ConfigurationError(
+            f"explorers share the trainer's GPUs, where they take turns, but {type(strategy).__name__} has both work "
+            "at the same time: set Trainer(callbacks=[lightning_rft.Synchronous()]), or give explorers GPUs of their own, "
+            "with fewer Trainer(devices=...) and ExplorerPool(placement='separate')"
+        )
+    return True
 
 
 def devices_beside(pool: ExplorerPool) -> int | str:

@@ -17,8 +17,10 @@ from lightning_rft.monitor.spans import Span
 from lightning_rft.run.checks import check_folder, sync_strategy
 from lightning_rft.run.coordinator import Coordinator
 from lightning_rft.run.lifecycle import Run, RunSettings
+from lightning_rft.run.memory import check_memory
 from lightning_rft.run.placement import cpu_threads, gpu_placement
 from lightning_rft.sync.strategy import SyncStrategy
+from lightning_rft.trainer.offload import Offload, Turn
 from lightning_rft.trainer.ranks import SIGTERM_STATUS, Ranks
 
 __all__ = ["Session"]
@@ -34,9 +36,11 @@ class Session:
     def __init__(self, trainer: L.Trainer, pushed: Callable[[str], Iterator[Any]], *, validates: bool) -> None:
         #: The run's own folder; asked for here, since on several ranks ``log_dir`` is a collective.
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "rft"
-        self.ranks = Ranks.meet(trainer, pushed)
+        self.ranks = Ranks.meet(trainer, self._together)
         #: Whether the run has begun, which only rank 0 has.
         self.begun = False
+        self._pushed = pushed
+        self._offload = Offload(trainer)
         self._trainer = trainer
         self._run: Run | None = None
         self._limit_val_batches: float | None = None
@@ -60,6 +64,7 @@ class Session:
         strategy = sync_strategy(self._trainer)
         placement = gpu_placement(self._trainer, strategy, pool)
         threads, _ = cpu_threads(self._trainer, strategy, pool.count)
+        check_memory(self._trainer, pool, placement)
         check_folder(self.folder)
         if placement.trainer or placement.explorers:
             rank_zero_info(placement.described(spec.engine.memory_share))
@@ -130,6 +135,15 @@ class Session:
             return run.state_dict() if self.fits else {}
         finally:
             run.close()
+
+    def _together(self, what: str | Turn, within_batch: bool = False) -> Iterator[Any]:
+        """What ranks do together: they gather what is pushed in a dtype, or take a turn on the GPUs."""
+        return self._takes(what, within_batch) if isinstance(what, Turn) else self._pushed(what)
+
+    def _takes(self, turn: Turn, within_batch: bool) -> Iterator[Turn]:
+        self._offload.take(turn, within_batch=within_batch)
+        self._trainer.strategy.barrier()  # no explorer takes memory that some rank has not given back
+        yield turn
 
     def _check_interrupt(self) -> None:
         self.ranks.check()

@@ -65,6 +65,11 @@ class Validation:
         """How many tasks are answered, and how many there are."""
         return len(self.answers), len(self._questions)
 
+    @property
+    def done(self) -> bool:
+        """Whether all tasks are answered."""
+        return len(self.answers) == len(self._questions)
+
     def answered(self, message: Explored) -> None:
         """Takes in a group."""
         self.answers[message.key.slot] = Group(message.key, message.task_id, message.experiences)

@@ -51,6 +51,8 @@ class Schedule:
         self.pushed_version = -1
         self.push_pending = False  # from the batch that makes a push due until the push
         self.rule = order.rule
+        #: Whether explorers get no work for now, since they sleep.
+        self.paused = False
         self._samples = samples
         self._explorers: dict[int, Member] = {}
         self._unusable: list[Action] = [Drop(group, None) for group in order.unusable]  # with the first event
@@ -142,12 +144,23 @@ class Schedule:
         self.push_pending = False
         return self._actions()
 
+    def resume(self) -> list[Action]:
+        """Explorers that were :attr:`paused` can work again."""
+        self.paused = False
+        return self._actions()
+
     # Answers
 
     @property
     def version(self) -> int:
         """Batches trained so far."""
         return self.order.version
+
+    @property
+    def idle(self) -> bool:
+        """Whether explorers have no work, and can have none before something is trained or pushed."""
+        working = any(member.groups for member in self._explorers.values())
+        return not working and all(floor > self.pushed_version for _, floor in self.order.candidates())
 
     @property
     def explorers(self) -> list[int]:
@@ -178,6 +191,8 @@ class Schedule:
 
     def _issues(self) -> list[Action]:
         issues: list[Action] = []
+        if self.paused:
+            return issues
         resting, soon = self._resting(), self._soon()
         for group, floor in self.order.candidates():
             able = {

@@ -17,7 +17,7 @@ __all__ = ["check_settings", "hyperparameters", "note_settings"]
 # Plain values alone, which torch.load reads without running code. Whom to trust is not for a file to say.
 _SAVED = (
     *("model", "revision", "reference", "attn_implementation", "max_tokens_per_micro_batch", "pass_threshold"),
-    *("gradient_checkpointing", "peft_config"),
+    *("gradient_checkpointing", "offload_optimizer", "peft_config"),
 )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-__all__ = ["check_adapter", "load_policy", "load_sharded"]
+__all__ = ["check_adapter", "load_policy", "load_sharded", "without_memory"]
 
 _Adapter = Mapping[str, Any] | None  # the settings of one
 
@@ -59,7 +59,7 @@ def load_sharded(
 
     Rank 0 reads the checkpoint and sends it, tensor by tensor.
     """
-    policy = _without_memory(model, attn_implementation, adapter)
+    policy = without_memory(model, attn_implementation, adapter)
     shard(policy, mesh, compute_dtype)
     policy.to_empty(device=device)
     leads = dist.get_rank() == 0
@@ -86,10 +86,11 @@ def _load_whole(model: Pretrained, attn_implementation: str | None, adapter: _Ad
 
 def check_adapter(model: Pretrained, adapter: Mapping[str, Any]) -> None:
     """Raises :class:`ConfigurationError` if an adapter does not fit a model, of which it loads no weights."""
-    _without_memory(model, None, adapter)
+    without_memory(model, None, adapter)
 
 
-def _without_memory(model: Pretrained, attn_implementation: str | None, adapter: _Adapter) -> PreTrainedModel:
+def without_memory(model: Pretrained, attn_implementation: str | None, adapter: _Adapter) -> PreTrainedModel:
+    """Makes a policy whose tensors have shapes alone."""
     config, settings = _settings(model, attn_implementation, adapter)
     with torch.device("meta"):
         policy: PreTrainedModel = model.made(config, **settings)

@@ -33,7 +33,13 @@ from lightning_rft.trainer.micro_batches import Cut, by_group
 from lightning_rft.trainer.objectives.grpo import GRPO
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.plan import planned
-from lightning_rft.trainer.precision import grad_norm, leave_unscaling_to_the_plugin, optimizer_for, zero_gradient
+from lightning_rft.trainer.precision import (
+    adamw,
+    grad_norm,
+    leave_unscaling_to_the_plugin,
+    optimizer_for,
+    zero_gradient,
+)
 from lightning_rft.trainer.saving import write_policy
 from lightning_rft.trainer.scoring import Announcement, encoded_text, score
 from lightning_rft.trainer.shortcuts import FastPath, probe
@@ -46,10 +52,6 @@ if TYPE_CHECKING:
 __all__ = ["RFTModule"]
 
 _NOTHING = WeightedTurn(Turn((0,), (0,), (0.0,), (0,), "length"), 0, 0, 1)
-
-
-def _adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, fused=True)
 
 
 class RFTModule(L.LightningModule):
@@ -84,6 +86,8 @@ class RFTModule(L.LightningModule):
         revision: Branch, tag or commit of a model on the hub, for trainer and explorers; left out, its newest. For a
             private or gated model, set ``HF_TOKEN`` in the environment.
         trust_remote_code: Whether code that comes with model or reference may run, here and in explorers.
+        offload_optimizer: Whether the optimizer's state lies in the CPU's memory while explorers that share the
+            trainer's GPUs explore.
 
     Raises:
         ConfigurationError: A model folder is missing or has no tokenizer, or has a ``revision``; there is no room for a
@@ -98,7 +102,7 @@ class RFTModule(L.LightningModule):
         self,
         model: str | os.PathLike[str],
         objective: Objective | None = None,
-        optimizer: OptimizerCallable = _adamw,
+        optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         attn_implementation: str | None = None,
         max_tokens_per_micro_batch: int | None = None,
@@ -109,6 +113,7 @@ class RFTModule(L.LightningModule):
         peft_config: dict[str, Any] | Any | None = None,  # not a type of peft, which the parser would import
         revision: str | None = None,
         trust_remote_code: bool = False,
+        offload_optimizer: bool = True,
     ) -> None:
         super().__init__()
         self.model = os.fspath(model)
@@ -127,6 +132,7 @@ class RFTModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         self.pass_threshold = pass_threshold
         self.gradient_checkpointing = gradient_checkpointing
+        self.offload_optimizer = offload_optimizer
         self.final_answer = final_answer or last_number_or_text
         self.peft_config = None if peft_config is None else adapter_settings(peft_config)
         if self.peft_config is not None:

@@ -44,6 +44,7 @@ REFUSED = {
     **dict.fromkeys(("logits_processors", "watermark_config", "kv_transfer_config"), "leave it out: .* exact"),
     "kv_offloading_size": "leave it out: .* exact",
     "weight_transfer_config": "leave it out: .* transport",
+    "enable_sleep_mode": r"set ExplorerPool\(placement='shared'\)",
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lightning_rft.explorer.engines.engine import Request
+from lightning_rft.explorer.engines.sleeping import DROPS, WEIGHTS
 from lightning_rft.explorer.engines.vllm import VLLMEngine
 from lightning_rft.model_folder import Pretrained
 from lightning_rft.sampling import Sampling
@@ -70,7 +71,7 @@ def after_a_push(old: str, new: str) -> dict[str, Any]:
     """Everything observable of an engine that started with old weights and was sent new ones."""
     from safetensors.torch import load_file
 
-    from lightning_rft.errors import TransportError
+    from lightning_rft.errors import ScheduleError, TransportError
 
     engine = started(old)
     tensors = load_file(f"{new}/model.safetensors")
@@ -106,6 +107,15 @@ def after_a_push(old: str, new: str) -> dict[str, Any]:
     seen["back"] = engine.prompt_logprobs(LONG)
     load_by_nccl(engine, tensors, VERSION + 4)
     seen["by_nccl"] = engine.prompt_logprobs(LONG)
+    engine.sleep(DROPS)
+    with pytest.raises(ScheduleError, match="step while its weights and kv_cache"):
+        engine.step()
+    assert engine.wake(WEIGHTS) == ["weights"]
+    seen["asleep"] = [engine._alive.is_sleeping()]
+    load(engine, before | {"lm_head.weight": before["model.embed_tokens.weight"]}, VERSION + 5)
+    assert engine.wake() == ["kv_cache"]
+    seen["asleep"].append(engine._alive.is_sleeping())
+    seen["woken"] = engine.prompt_logprobs(LONG)
     engine.stop()
     engine.stop()
     return seen
@@ -125,6 +135,27 @@ def fresh(new: Pretrained, cache: Path, running: Sequence[int]) -> dict[str, Any
     seen["again"] = drain(engine)["again"]
     engine.stop()
     return seen
+
+
+def told_on_a_gpu(model: str, sleeps: bool) -> Any:
+    """What vLLM would be told of sleep if there were a GPU."""
+    from vllm.engine import arg_utils
+    from vllm.platforms import current_platform
+
+    engine = VLLMEngine(dtype="float32")
+    engine.sleeps = sleeps
+    told: dict[str, Any] = {}
+
+    def arguments(**settings: Any) -> Any:
+        told.update(settings)
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arg_utils, "EngineArgs", arguments)
+        patch.setattr(type(current_platform), "is_cpu", lambda self: False)
+        with pytest.raises(InterruptedError):
+            engine.start(model, max_model_len=400, seed=0)
+    return told["enable_sleep_mode"]
 
 
 def with_adapter(model: str, adapter: str) -> list[float]:
@@ -205,6 +236,18 @@ def test_an_unknown_name_is_an_error(observed: Any) -> None:
 def test_weights_that_come_by_nccl_are_computed_with(observed: Any) -> None:
     assert close(observed[0]["back"], observed[0]["before"])
     assert close(observed[0]["by_nccl"], observed[1]["long"])
+
+
+def test_an_engine_that_slept_computes_with_what_was_pushed_when_it_woke(observed: Any) -> None:
+    assert observed[0]["asleep"] == [True, False]  # as vLLM sees it: requests wait until all of it is awake
+    assert close(observed[0]["woken"], observed[0]["before"])
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_vllm_is_told_that_it_will_sleep(
+    sleeps: bool, tiny_model_path: Path, tmp_path: Path, with_vllm: InProcess
+) -> None:
+    assert with_vllm(tmp_path, told_on_a_gpu, str(tiny_model_path), sleeps) is sleeps
 
 
 def test_a_whole_push_after_a_torn_one_is_taken(observed: Any) -> None:

@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.trainer.states import TrainerFn
 
 import lightning_rft as rft
 from lightning_rft.cli import RFTCLI
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.placement import Placement, place
+from lightning_rft.run.memory import Held, check_fit, check_memory
 from lightning_rft.run.placement import devices_beside, gpu_placement
 
 Machine = Callable[..., None]
@@ -151,8 +154,8 @@ def test_one_gpu_is_shared_and_both_have_room(machine: Machine) -> None:
     plan = planned(shares)
     assert shares.engine.memory_share == 0.45
     assert plan.described(shares.engine.memory_share) == (
-        "trainer: GPU 0; explorers: 0 (shared: weights go by Gloo or checkpoint, since NCCL refuses two processes on a "
-        "GPU, and each engine takes 0.45 of its GPU's memory)"
+        "trainer: GPU 0; explorers: 0 (shared: explorers sleep while the trainer trains, weights go by Gloo or "
+        "checkpoint, since NCCL refuses two processes on a GPU, and each engine takes 0.45 of its GPU's memory)"
     )
     with pytest.raises(ConfigurationError, match=r"placement='separate'|makes 1 GPU, but the trainer has 1 of 1"):
         planned(pool(placement="separate"))
@@ -330,3 +333,81 @@ def test_the_command_line_trains_on_the_others(machine: Machine, monkeypatch: py
     for devices, count in (("auto", 2), ("3", 3)):
         trainer = RFTCLI(args=[*given, devices], run=False).trainer
         assert trainer.num_devices == count
+
+
+# Turns on shared GPUs
+
+
+@pytest.mark.parametrize("strategy", [rft.OneStepOffPolicy(), rft.FullyAsynchronous(), rft.MultiExplorerAsynchronous()])
+def test_only_strategies_that_take_turns_share(strategy: rft.SyncStrategy, machine: Machine) -> None:
+    machine(1)
+    trainer, engine = trainer_on(1), rft.VLLMEngine()
+    trainer.state.fn = TrainerFn.FITTING
+    with pytest.raises(ConfigurationError, match=rf"{type(strategy).__name__} has both work at the same time: set"):
+        gpu_placement(trainer, strategy, rft.ExplorerPool(engine))
+    gpu_placement(trainer, rft.Synchronous(), rft.ExplorerPool(engine))
+    assert engine.sleeps
+    machine(2)
+    gpu_placement(trainer, strategy, rft.ExplorerPool(engine))
+    assert not engine.sleeps
+
+
+def test_who_sleeps(machine: Machine) -> None:
+    machine(4, ",".join(UUIDS))
+    for devices, placement, sleeps in (
+        (["GPU-8932"], "shared", True),  # the beginning of a name is one, too
+        (["GPU-1f", "GPU-1f"], "shared", False),  # with each other alone
+        (["GPU-1f"], "auto", False),
+    ):
+        shares = pool(len(devices), devices=devices, placement=placement)
+        planned(shares)
+        assert shares.engine.sleeps is sleeps
+    engine = rft.FakeEngine()
+    planned(rft.ExplorerPool(engine, placement="shared"))
+    assert not engine.sleeps  # it takes none of a GPU
+
+
+def test_allocator_settings_that_sleep_does_not_go_with(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    trainer = trainer_on(1)
+    trainer.state.fn = TrainerFn.FITTING
+    machine(2)
+    gpu_placement(trainer, rft.Synchronous(), pool())
+    machine(1)
+    with pytest.raises(ConfigurationError, match="take expandable_segments out"):
+        gpu_placement(trainer, rft.Synchronous(), pool())
+
+
+@pytest.mark.parametrize(
+    ("half", "reference", "ranks", "weights", "gradients"),
+    [(False, False, 1, 404, 400), (True, False, 1, 202, 200), (False, True, 1, 808, 400), (False, False, 2, 202, 200)],
+)
+def test_what_the_trainer_holds(half: bool, reference: bool, ranks: int, weights: int, gradients: int) -> None:
+    policy = torch.nn.ParameterList([torch.empty(100), torch.nn.Parameter(torch.empty(1), requires_grad=False)])
+    held = Held.count(policy, half=half, reference=reference, ranks=ranks)
+    assert held == Held(weights, gradients)
+
+
+def test_figures_that_do_not_fit_are_refused() -> None:
+    assert "36.0 for engines and 44.0 for the trainer" in check_fit(Held(44e9, 30e9), total=80e9, share=0.45, engines=1)
+    with pytest.raises(ConfigurationError, match=r"2 x 0.3 for engines makes 48.0 GB, .* 44.0 GB: set .* below 0.23"):
+        check_fit(Held(44e9, 30e9), total=80e9, share=0.3, engines=2)
+    with pytest.raises(ConfigurationError, match=r"weights and gradients take 81.0 GB of a GPU, which has 80.0: use"):
+        check_fit(Held(44e9, 37e9), total=80e9, share=0.3, engines=1)
+
+
+@pytest.mark.parametrize("total", [10, 10**9])
+def test_figures_are_checked_before_anything_starts(
+    total: int, machine: Machine, monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path, capsys: Any
+) -> None:
+    machine(1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+    trainer, shares = trainer_on(1), pool()
+    trainer.strategy.connect(rft.RFTModule(tiny_model_path))
+    placed = gpu_placement(trainer, rft.Synchronous(), shares)
+    if total == 10:
+        with pytest.raises(ConfigurationError, match="weights and gradients take"):
+            check_memory(trainer, shares, placed)
+    else:
+        check_memory(trainer, shares, placed)
+    check_memory(trainer, rft.ExplorerPool(rft.FakeEngine()), placed)  # whose engine takes none

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import Support, TensorInfo
+from lightning_rft.explorer.engines.sleeping import DROPS, PARTS, WEIGHTS, Sleeping
 from lightning_rft.explorer.engines.stops import reach, stop_at
 from lightning_rft.model_folder import Pretrained
 from lightning_rft.sampling import Sampling
@@ -120,7 +121,7 @@ class Engine(ABC):
             what its memory holds.
 
     Attributes:
-        version: Version of the weights, ``-1`` before the first :meth:`load`.
+        version: Version of the weights, ``-1`` before the first :meth:`load`, and after a sleep that dropped them.
     """
 
     #: Whether :meth:`connect` takes an NCCL link; decided by :meth:`start`.
@@ -131,6 +132,8 @@ class Engine(ABC):
     world_size: int = 1
     #: Processes on each of its GPUs, itself included; set before it is started.
     tenants: int = 1
+    #: Whether it sleeps while the trainer has its GPUs; set before it is started.
+    sleeps: bool = False
     #: Settings that are whole numbers of at least 1, where they are set.
     counts: tuple[str, ...] = ("max_num_seqs", "max_model_len")
 
@@ -149,6 +152,7 @@ class Engine(ABC):
         self._eos: frozenset[int] = frozenset()  # ids that end an answer
         self._running: dict[str, Running] = {}  # by id, in order of arrival
         self._receiver: WeightReceiver | None = None
+        self._sleeping = Sleeping()
 
     @property
     def gpus(self) -> int:
@@ -169,6 +173,9 @@ class Engine(ABC):
             value = getattr(self, setting)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigurationError(f"{name}({setting}={value!r}): must be a whole number of at least 1.")
+
+    def check_sharing(self) -> None:
+        """Raises :class:`~lightning_rft.errors.ConfigurationError` if it could not sleep where it has to."""
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raises :class:`~lightning_rft.errors.ConfigurationError` for a setting that this engine does not know."""
@@ -203,6 +210,7 @@ class Engine(ABC):
             ConfigurationError: It cannot run: longer than ``max_model_len``, an empty prompt, or a way of sampling that
                 this engine does not know.
         """
+        self._need("add a request")
         self.check_sampling(request.sampling)
         limit = request.sampling.max_new_tokens
         if not request.prompt_ids or limit is None or request.sampling.temperature is None:
@@ -253,10 +261,29 @@ class Engine(ABC):
     def prompt_logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
         """Log-prob (temperature 1) of each prompt token but the first, given those before: what the weights say."""
 
+    def sleep(self, level: int) -> None:
+        """Gives the memory of its GPUs back, where it can, until it is told to :meth:`wake`.
+
+        Level 1 keeps the weights in the CPU's memory, level 2 drops them: it samples again after the next :meth:`load`.
+
+        Raises:
+            ScheduleError: It has work, or sleeps, when :meth:`add`, :meth:`step` and :meth:`load` raise it.
+        """
+        self._sleeping.begin(level, busy=self.has_work)
+        self.version = -1 if level == DROPS else self.version
+
+    def wake(self, parts: Collection[str] = PARTS) -> list[str]:
+        """Takes the memory of ``"weights"`` and ``"kv_cache"`` again, or of one of them; returns what of it slept."""
+        return self._sleeping.end(parts)
+
     def stop(self) -> None:
         """Ends everything that :meth:`start` began; safe to call twice, and before :meth:`start`."""
         self._disconnect()
         self._running.clear()
+
+    def _need(self, what: str, parts: Collection[str] = PARTS) -> None:
+        """Raises ScheduleError if parts that it takes to do this sleep."""
+        self._sleeping.check(what, parts, version=self.version)
 
     def _disconnect(self) -> None:
         receiver, self._receiver = self._receiver, None
@@ -265,6 +292,7 @@ class Engine(ABC):
 
     def _batch(self) -> list[Running]:
         """The requests that sample in the next step."""
+        self._need("step")
         return list(islice(self._running.values(), self.max_num_seqs))
 
     def _finish(self, running: Running, finish_reason: str) -> Completion:
@@ -295,6 +323,7 @@ class Engine(ABC):
         return self._pretrained.tokenizer()
 
     def _receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+        self._need("load", WEIGHTS)
         if self._receiver is None:
             raise TransportError("No weights can be loaded before connect(link).")
         return self._receiver.receive(manifest)

@@ -83,11 +83,12 @@ class FakeEngine(Engine):
 
     @override
     def step(self) -> list[Completion]:
-        if not self._running:
+        batch = self._batch()
+        if not batch:
             return []
         began = time.monotonic()
         finished = []
-        for running in self._batch():
+        for running in batch:
             sampling = running.request.sampling
             choices = min(sampling.truncation.top_k or self.vocab_size, self.vocab_size)
             token_id, logprob = running.rng.randrange(choices), -math.log(choices)
@@ -113,6 +114,7 @@ class FakeEngine(Engine):
 
     @override
     def prompt_logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
+        self._need("score")
         return [-math.log(self.vocab_size)] * (len(prompt_ids) - 1)
 
 

@@ -162,6 +162,7 @@ class TransformersEngine(Engine):
     def prompt_logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
         import torch
 
+        self._need("score")
         ids = torch.tensor([list(prompt_ids)], device=self._device)
         with torch.inference_mode():
             logits = self._forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits

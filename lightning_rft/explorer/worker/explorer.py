@@ -26,7 +26,11 @@ from lightning_rft.explorer.messages import (
     Loaded,
     LoadFailed,
     Several,
+    Sleep,
+    Slept,
     Started,
+    Wake,
+    Woken,
 )
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.answering import ask
@@ -157,7 +161,14 @@ class Explorer:
             except LinkError as error:
                 self._outbox.send(LoadFailed(message.version, Failure.of(error)))
             else:
+                await self._stepper.call(self._spec.engine.wake)  # what still sleeps: scoring takes all
                 self._outbox.send(Loaded(message.version, await self._score(message.text_ids)))
+        elif isinstance(message, Sleep):
+            await self._stepper.call(self._spec.engine.sleep, message.level)
+            self._outbox.send(Slept())
+        elif isinstance(message, Wake):
+            await self._stepper.call(self._spec.engine.wake, message.parts)
+            self._outbox.send(Woken(message.parts))
 
     async def _score(self, text_ids: tuple[int, ...]) -> tuple[float, ...]:
         engine, ids = self._spec.engine, text_ids[: self._max_model_len - 1]
