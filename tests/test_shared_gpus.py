@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import pytest
 
 import lightning_rft as rft
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.explorer.engines.sleeping import PARTS
 from lightning_rft.explorer.placement import Placement
 from lightning_rft.run import session
 from lightning_rft.trainer.offload import Offload
-from tests.processes import LightEngine, Script, until
+from tests.noting import Noting, note, noted
+from tests.processes import Script, until
 from tests.trainer_and_data import SUMS, fake_data, pool_of, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,42 +37,6 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(session, "gpu_placement", planned)
     monkeypatch.setattr(session, "Offload", partial(Offload, moved=("cpu",)))
-
-
-class Noting(LightEngine):
-    """Writes down what it is told, in the file in which the trainer writes what it does."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(mean_tokens=4)
-        self.path = path
-
-    def add(self, request: Any) -> None:
-        super().add(request)
-        note(self.path, "explore")
-
-    def load(self, manifest: Any, version: int) -> None:
-        super().load(manifest, version)
-        note(self.path, f"load {version}")
-
-    def sleep(self, level: int) -> None:
-        super().sleep(level)
-        note(self.path, f"sleep {level}")
-
-    def wake(self, parts: Any = PARTS) -> list[str]:
-        woken = super().wake(parts)
-        if woken:
-            note(self.path, f"wake {'+'.join(woken)}")
-        return woken
-
-
-def note(path: Path, what: str) -> None:
-    with path.open("a") as file:
-        file.write(what + "\n")
-
-
-def noted(path: Path) -> list[str]:
-    """What happened, each in a row of the same once."""
-    return [what for what, _ in groupby(path.read_text().splitlines())]
 
 
 class Steps(L.Callback):
@@ -158,11 +121,13 @@ def test_the_same_explorers_validate_fit_and_fit_again(tiny_model_path: Path, tm
     data = fake_data(tasks=SUMS[:1], val_tasks=SUMS[2:4], engine=Noting(path), tasks_per_step=1, buffer=":memory:")
     module = rft.RFTModule(tiny_model_path)
 
-    def trainer(strategy: rft.SyncStrategy) -> L.Trainer:
-        return quiet_trainer(tmp_path, strategy, Steps(path), max_steps=1)
+    def trainer(strategy: rft.SyncStrategy, **settings: Any) -> L.Trainer:
+        return quiet_trainer(tmp_path, strategy, Steps(path), max_steps=1, **settings)
 
     with data:
-        trainer(rft.OneStepOffPolicy()).validate(module, data, verbose=False)  # which trains nothing
+        trainer(rft.OneStepOffPolicy(), limit_val_batches=None).validate(
+            module, data, verbose=False
+        )  # which trains nothing
         with pytest.raises(ConfigurationError, match="OneStepOffPolicy has both work at the same time"):
             trainer(rft.OneStepOffPolicy()).fit(module, data)
     path.unlink()

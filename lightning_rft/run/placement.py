@@ -63,8 +63,8 @@ def takes_turns(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool) 
     if strategy.overlaps:
         raise ConfigurationError(
             f"explorers share the trainer's GPUs, where they take turns, but {type(strategy).__name__} has both work "
-            "at the same time: set Trainer(callbacks=[lightning_rft.Synchronous()]), or give explorers GPUs of their own, "
-            "with fewer Trainer(devices=...) and ExplorerPool(placement='separate')"
+            "at the same time: set Trainer(callbacks=[lightning_rft.Synchronous()]), or give explorers GPUs of their "
+            "own, with fewer Trainer(devices=...) and ExplorerPool(placement='separate')"
         )
     return True
 
