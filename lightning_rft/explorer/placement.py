@@ -42,7 +42,7 @@ class Placement:
     @property
     def beside_trainer(self) -> int:
         """Maximum number of explorers on a GPU of the trainer's."""
-        return max((sum(_is_one_of(name, gpus) for gpus in self.explorers) for name in self.trainer), default=0)
+        return max((sum(name in gpus for gpus in self.explorers) for name in self.trainer), default=0)
 
     @property
     def nccl(self) -> bool:
@@ -144,7 +144,9 @@ def _chosen(used: tuple[str, ...], devices: Sequence[str], each: int, sharing: S
                 f"ExplorerPool(devices={list(devices)}): several explorers have GPU {_listed(several)}: give each "
                 "GPUs of its own, or set placement='shared'"
             )
-    return Placement(used, explorers)
+    # the trainer's name for a GPU that both have
+    same = {name: other for name in chain(*explorers) for other in used if _is_one_of(name, [other])}
+    return Placement(used, tuple(tuple(same.get(name, name) for name in gpus) for gpus in explorers))
 
 
 def _is_one_of(name: str, used: Iterable[str]) -> bool:

@@ -23,6 +23,7 @@ from lightning_rft.rewards import last_number_or_text
 from lightning_rft.sync.transports.transport import under_all_names
 from lightning_rft.trainer.buffers import uncast_buffers
 from lightning_rft.trainer.checkpoints import check_settings, hyperparameters, note_settings
+from lightning_rft.trainer.default_optimizer import adamw
 from lightning_rft.trainer.evaluation import Evaluation
 from lightning_rft.trainer.gathering import Gathering
 from lightning_rft.trainer.loader import BatchPart
@@ -33,13 +34,7 @@ from lightning_rft.trainer.micro_batches import Cut, by_group
 from lightning_rft.trainer.objectives.grpo import GRPO
 from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.plan import planned
-from lightning_rft.trainer.precision import (
-    adamw,
-    grad_norm,
-    leave_unscaling_to_the_plugin,
-    optimizer_for,
-    zero_gradient,
-)
+from lightning_rft.trainer.precision import grad_norm, leave_unscaling_to_the_plugin, optimizer_for, zero_gradient
 from lightning_rft.trainer.saving import write_policy
 from lightning_rft.trainer.scoring import Announcement, encoded_text, score
 from lightning_rft.trainer.shortcuts import FastPath, probe
@@ -86,8 +81,7 @@ class RFTModule(L.LightningModule):
         revision: Branch, tag or commit of a model on the hub, for trainer and explorers; left out, its newest. For a
             private or gated model, set ``HF_TOKEN`` in the environment.
         trust_remote_code: Whether code that comes with model or reference may run, here and in explorers.
-        offload_optimizer: Whether the optimizer's state lies in the CPU's memory while explorers that share the
-            trainer's GPUs explore.
+        offload_optimizer: Whether its state lies in the CPU's memory while explorers on the trainer's GPUs explore.
 
     Raises:
         ConfigurationError: A model folder is missing or has no tokenizer, or has a ``revision``; there is no room for a

@@ -12,15 +12,10 @@ from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["MasterWeights", "adamw", "grad_norm", "leave_unscaling_to_the_plugin", "optimizer_for", "zero_gradient"]
+__all__ = ["MasterWeights", "grad_norm", "leave_unscaling_to_the_plugin", "optimizer_for", "zero_gradient"]
 
 _SLICE = 1 << 26  # elements; their gradients take 256 MiB in float32
 _Pair = tuple[Tensor, Tensor]  # a parameter and its master, which is itself if it is in float32
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    """The optimizer of a policy whose user chose none."""
-    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, fused=True)
 
 
 def optimizer_for(

@@ -369,9 +369,9 @@ def test_who_sleeps(machine: Machine) -> None:
 
 def test_allocator_settings_that_sleep_does_not_go_with(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    machine(2)
     trainer = trainer_on(1)
     trainer.state.fn = TrainerFn.FITTING
-    machine(2)
     gpu_placement(trainer, rft.Synchronous(), pool())
     machine(1)
     with pytest.raises(ConfigurationError, match="take expandable_segments out"):
