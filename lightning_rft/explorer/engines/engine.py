@@ -12,11 +12,13 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import Support, TensorInfo
+from lightning_rft.explorer.engines.links import WeightLink, WeightReceiver
 from lightning_rft.explorer.engines.stops import reach, stop_at
 from lightning_rft.model_folder import Pretrained
 from lightning_rft.sampling import Sampling
@@ -24,7 +26,7 @@ from lightning_rft.sampling import Sampling
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Completion", "Engine", "Request", "Running", "TensorInfo", "WeightLink", "WeightReceiver", "listing"]
+__all__ = ["Completion", "Engine", "Request", "Running", "TensorInfo", "listing"]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,6 +40,13 @@ class Request:
     #: With ``max_new_tokens`` and ``temperature``. The seed is of the request's own random numbers: the answer does not
     #: depend on its neighbours.
     sampling: Sampling
+    kept: Completion | None = None  #: What was sampled of it before, elsewhere: the answer begins with it.
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """Equal for requests that ask for the same: the same prompt, sampled in the same way from the same seed."""
+        prompt = array("i", self.prompt_ids).tobytes()
+        return blake2b(repr(self.sampling).encode(errors="backslashreplace") + prompt, digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Completion:
     token_ids: tuple[int, ...]  #: The end-of-sequence token included, when it was sampled.
     logprobs: tuple[float, ...]  #: Natural, of the distribution that was drawn from.
     versions: tuple[int, ...]  #: Of the weights that sampled each token.
-    finish_reason: str  #: ``"stop"`` or ``"length"``.
+    finish_reason: str  #: ``"stop"`` or ``"length"``; empty of a part to which others will be added.
     support: Support | None = None  #: What each token was chosen from, where the sampling keeps that.
 
 
@@ -65,6 +74,7 @@ class Running:
     counts: array[int] = field(default_factory=lambda: array("i"))
     choice_ids: array[int] = field(default_factory=lambda: array("i"))
     choice_logprobs: array[float] = field(default_factory=lambda: array("f"))
+    cut: bool = False  #: Whether its next token is its last.
 
     @cached_property
     def rng(self) -> random.Random:
@@ -84,32 +94,34 @@ class Running:
         self.choice_ids.extend(choices)
         self.choice_logprobs.extend(choices.values())
 
+    def resume(self, kept: Completion) -> None:
+        """Begins with what was sampled elsewhere, and with the random numbers that come next: one for each token."""
+        self.token_ids += kept.token_ids
+        self.logprobs += kept.logprobs
+        self.versions += kept.versions
+        if kept.support is not None:
+            self.counts.extend(kept.support.counts.tolist())
+            self.choice_ids.extend(kept.support.token_ids.tolist())
+            self.choice_logprobs.extend(kept.support.logprobs.tolist())
+        for _ in kept.token_ids:
+            self.rng.random()
 
-class WeightReceiver(Protocol):
-    """The receiving half of a transport, in the process that holds the engine's weights."""
-
-    def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields every tensor of the manifest, in order; what anything refers to keeps its contents."""
-        ...
-
-    def close(self) -> None:
-        """Leaves the transport; safe to call twice."""
-        ...
-
-
-class WeightLink(Protocol):
-    """A picklable invitation from a transport; opening it makes the receiver."""
-
-    def open(self, member: int) -> WeightReceiver:
-        """Joins as the ``member``-th weight-holding process of this engine (0 unless tensor-parallel)."""
-        ...
+    def completion(self, finish_reason: str, start: int = 0) -> Completion:
+        """What it has sampled, from its ``start``-th token on."""
+        support = None
+        if self.request.sampling.keeps_support:
+            before = sum(self.counts[:start])
+            support = Support(self.counts[start:], self.choice_ids[before:], self.choice_logprobs[before:])
+        tokens = tuple(self.token_ids[start:]), tuple(self.logprobs[start:]), tuple(self.versions[start:])
+        return Completion(self.request.id, *tokens, finish_reason, support)
 
 
 class Engine(ABC):
     """Base class of the inference engines: vLLM, transformers, fake.
 
-    The order of calls is :meth:`prepare`, :meth:`start`, then any of :meth:`add`, :meth:`abort`, :meth:`step`,
-    :meth:`connect`, :meth:`load` and :meth:`prompt_logprobs`, all on one thread, then :meth:`stop`.
+    The order of calls is :meth:`prepare`, :meth:`start`, then any of :meth:`add`, :meth:`abort`, :meth:`cut`,
+    :meth:`step`, :meth:`sampled`, :meth:`connect`, :meth:`load` and :meth:`prompt_logprobs`, all on one thread, then
+    :meth:`stop`.
 
     Args:
         model: Model path or hub name, when it is not to be the module's.
@@ -217,12 +229,25 @@ class Engine(ABC):
                 f"{limit} make {total}, more than max_model_len={self._longest}. Lower max_new_tokens, shorten the "
                 "prompt or raise max_model_len."
             )
-        self._running[request.id] = Running(request, limit)
+        running = self._running[request.id] = Running(request, limit)
+        if request.kept is not None:
+            running.resume(request.kept)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forgets requests; unknown ids are ignored."""
         for request_id in request_ids:
             self._running.pop(request_id, None)
+
+    def cut(self, request_ids: Sequence[str]) -> None:
+        """Has requests end with their next token, as if ``max_new_tokens`` were reached; unknown ids are ignored."""
+        for request_id in request_ids:
+            if request_id in self._running:
+                self._running[request_id].cut = True
+
+    def sampled(self, known: Mapping[str, int]) -> list[Completion]:
+        """What running requests have sampled beyond the ``known`` number of tokens of each."""
+        running = [(self._running[name], start) for name, start in known.items() if name in self._running]
+        return [one.completion("", start) for one, start in running if len(one.token_ids) > start]
 
     @abstractmethod
     def step(self) -> list[Completion]:
@@ -268,20 +293,15 @@ class Engine(ABC):
         return list(islice(self._running.values(), self.max_num_seqs))
 
     def _finish(self, running: Running, finish_reason: str) -> Completion:
-        request = running.request
-        del self._running[request.id]
-        tokens = tuple(running.token_ids), tuple(running.logprobs), tuple(running.versions)
-        support = None
-        if request.sampling.keeps_support:
-            support = Support(running.counts, running.choice_ids, running.choice_logprobs)
-        return Completion(request.id, *tokens, finish_reason, support)
+        del self._running[running.request.id]
+        return running.completion(finish_reason)
 
     def _reason(self, running: Running) -> str | None:
         """Why a request ends with its last token, if it does."""
         last, sampling = running.token_ids[-1], running.request.sampling
         if last in self._eos or last in (sampling.stop_token_ids or ()) or self._says_stop(running):
             return "stop"
-        return "length" if len(running.token_ids) == running.limit else None
+        return "length" if running.cut or len(running.token_ids) == running.limit else None
 
     def _says_stop(self, running: Running) -> bool:
         """Whether the last token completed a text that ends the answer."""
