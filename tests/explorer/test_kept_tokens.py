@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -22,7 +23,7 @@ from lightning_rft.explorer.engines.engine import Completion, Engine, Request
 from lightning_rft.explorer.engines.fake import FakeEngine
 from lightning_rft.explorer.engines.transformers import TransformersEngine
 from lightning_rft.explorer.engines.vllm_sampling import rest
-from lightning_rft.explorer.messages import Explore, Explored, Sampled, Started
+from lightning_rft.explorer.messages import Advanced, Explore, Explored, Sampled, Started
 from lightning_rft.explorer.partials import Part, joined
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker import explorer as worker
@@ -496,3 +497,39 @@ def test_a_sample_whose_time_is_over_ends_as_length(tiny_model_path: Path, long:
         assert len(experience.turns) == 1 if long else len(experience.turns) > 2
         assert 10 <= experience.num_tokens < 80
     assert engine.tokens < 160
+
+
+def test_who_waits_for_a_users_function_makes_progress_and_an_engine_that_hangs_does_not(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_REPORT_S", 0.02)
+    hanging, go = threading.Event(), threading.Event()
+
+    class Hanging(Counting):
+        def step(self) -> list[Completion]:
+            hanging.set()
+            assert go.wait(DEADLINE_S)
+            return super().step()
+
+    async def run() -> list[Any]:
+        called = asyncio.Event()
+
+        async def workflow(task: Task, policy: Policy) -> str:
+            await called.wait()
+            return await policy(task.prompt)
+
+        async with exploring(tiny_model_path, Hanging(0), workflow=workflow) as rank0:
+            rank0.inbox.put_nowait(group(5))
+            for _ in range(3):
+                await rank0.heard(Advanced)
+            called.set()
+            assert await asyncio.to_thread(hanging.wait, DEADLINE_S)
+            while not rank0.messages.empty():
+                rank0.messages.get_nowait()
+            await asyncio.sleep(0.2)  # ten reports that are not made
+            silent = [rank0.messages.get_nowait() for _ in range(rank0.messages.qsize())]
+            go.set()
+            await rank0.heard(Explored)
+        return silent
+
+    assert asyncio.run(run()) == []

@@ -127,11 +127,11 @@ class Explorer:
 
     async def _report(self) -> None:
         """Tells rank 0 of progress, since that this process is alive says nothing about its engine, and of tokens."""
-        before = (0, 0)
+        before = 0
         while True:
             await asyncio.sleep(_REPORT_S)
-            now = (self._stepper.steps, self._scorer.scored)
-            # Where the engine owes nothing, it is for functions of the user, each of which has a deadline.
+            now = self._stepper.steps
+            # Where the engine owes nothing, the work waits for functions of the user, each of which has a deadline.
             if now != before or (self._work and not self._stepper.owes):
                 self._outbox.send(Advanced())
             before = now
