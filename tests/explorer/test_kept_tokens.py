@@ -114,7 +114,7 @@ def tell(engine: Engine, calls: dict[str, Call], kept: Partials) -> None:
     kept.take(Sampled(1, KEY, 1, tuple(news(calls, sampled))))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(lives=LIVES, last=st.integers(0, 3), top_k=st.sampled_from([None, 4]), tokens=st.integers(1, 30))
 def test_each_token_is_sampled_once_and_kept_as_it_was(
     lives: list[Life], last: int, top_k: int | None, tokens: int
@@ -212,12 +212,11 @@ def test_what_vllm_is_asked_for_is_the_rest() -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("top_k", [None, 8])
-def test_transformers_goes_on_where_another_engine_was(tmp_path: Path, top_k: int | None) -> None:
+def test_transformers_goes_on_where_another_engine_was(tmp_path: Path) -> None:
     """The same tokens as without a break, and after a change of weights the log-probs of the new ones."""
     paths = [tiny_model(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
     requests = [
-        Request(str(index), prompt, Sampling(30, 0.8, seed=index, top_k=top_k))
+        Request(str(index), prompt, Sampling(20, 0.8, seed=index, top_k=(index == 2) * 8))
         for index, prompt in enumerate([(7, 8, 9), (30,), (11, 50, 60, 12, 90)])
     ]
 
@@ -238,10 +237,10 @@ def test_transformers_goes_on_where_another_engine_was(tmp_path: Path, top_k: in
     first = engine(paths[0])
     for request in requests:
         first.add(request)
-    for _ in range(12):
+    for _ in range(8):
         assert not first.step()
     kept = {completion.request_id: completion for completion in first.sampled(dict.fromkeys("012", 0))}
-    assert [len(one.token_ids) for one in kept.values()] == [12, 12, 12]
+    assert [len(one.token_ids) for one in kept.values()] == [8, 8, 8]
     asked = [replace(request, kept=kept[request.id]) for request in requests]
     same = answers(engine(paths[0]), asked)
     other = answers(engine(paths[1]), asked)
@@ -249,20 +248,20 @@ def test_transformers_goes_on_where_another_engine_was(tmp_path: Path, top_k: in
     for request in requests:
         assert same[request.id].token_ids == whole[request.id].token_ids
         assert same[request.id].logprobs == pytest.approx(whole[request.id].logprobs, abs=1e-4)
-        if top_k is not None:
-            supports = [one[request.id].support for one in (same, whole)]
-            assert supports[0].counts.tolist() == supports[1].counts.tolist()
-            assert supports[0].token_ids.tolist() == supports[1].token_ids.tolist()
+        support, expected_support = same[request.id].support, whole[request.id].support
+        if support is not None and expected_support is not None:
+            assert support.counts.tolist() == expected_support.counts.tolist() == [8] * 20
+            assert support.token_ids.tolist() == expected_support.token_ids.tolist()
         gone_on = other[request.id]
-        assert gone_on.token_ids[:12] == whole[request.id].token_ids[:12]
-        assert gone_on.logprobs[:12] == kept[request.id].logprobs
-        if top_k is None:
+        assert gone_on.token_ids[:8] == whole[request.id].token_ids[:8]
+        assert gone_on.logprobs[:8] == kept[request.id].logprobs
+        if support is None:
             ids = torch.tensor([[*request.prompt_ids, *gone_on.token_ids]])
             with torch.no_grad():
                 logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].float() / 0.8
             expected = logits.log_softmax(-1).gather(-1, torch.tensor(gone_on.token_ids)[:, None])[:, 0].tolist()
-            assert gone_on.logprobs[12:] == pytest.approx(expected[12:], abs=1e-4)
-            assert gone_on.logprobs[:12] != pytest.approx(expected[:12], abs=1e-2)  # those are the old weights'
+            assert gone_on.logprobs[8:] == pytest.approx(expected[8:], abs=1e-4)
+            assert gone_on.logprobs[:8] != pytest.approx(expected[:8], abs=1e-2)  # those are the old weights'
 
 
 # Explorers

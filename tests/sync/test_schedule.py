@@ -889,6 +889,7 @@ def check(
     unissued, now = sorted(every_group), 0.0
     ready: dict[GroupKey, int] = {}
     waiting_again: set[GroupKey] = set()
+    begun: dict[GroupKey, set[int]] = {}  # the versions that a group was explored with, as tokens may be kept
     undisturbed = not any(event.what == "died" for event in events)
 
     def load(explorer: int | None) -> int:
@@ -952,6 +953,7 @@ def check(
             assert load(explorer) == min(load(i) for i in able(group))
             assert most is None or load(explorer) < most
             running[group], left[group] = event, samples
+            begun.setdefault(group, set()).add(event.version)
             assert capacity is None or outstanding() <= capacity
         elif event.what == "ended":
             assert group is not None
@@ -960,7 +962,8 @@ def check(
             assert left[group] >= 0
         elif event.what in ("ready", "failed"):
             assert group is not None
-            assert running.pop(group).version == event.version
+            assert event.version <= running.pop(group).version
+            assert event.version in begun.pop(group)
             assert left.pop(group) == 0
             if event.what == "ready":
                 ready[group] = event.version
