@@ -28,7 +28,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 import lightning_rft as rft
-from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.worker.endpoint import Endpoints
 from lightning_rft.explorer.worker.stepper import Stepper
 from lightning_rft.explorer.workflows.policy import Policy

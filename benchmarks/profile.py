@@ -34,7 +34,7 @@ from benchmarks.overlap import restless, spans, trains
 from benchmarks.packing import chunked, group, plain
 from benchmarks.rollout import DEADLINE_S, beside, endless, questions
 from lightning_rft.channel import Channel
-from lightning_rft.explorer.engines.engine import Request
+from lightning_rft.explorer.engines.requests import Request
 from lightning_rft.hardware import fast_precision
 from lightning_rft.monitor.spans import Span, union
 from lightning_rft.trainer.packing import pack

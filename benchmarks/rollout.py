@@ -39,7 +39,7 @@ import torch
 import lightning_rft as rft
 from benchmarks.overlap import restless, spans
 from lightning_rft.channel import Channel, spawn
-from lightning_rft.explorer.engines.engine import Request
+from lightning_rft.explorer.engines.requests import Request
 from lightning_rft.hardware import available_cpus, fast_dtype
 from lightning_rft.tasks.prompts import encode_prompt
 from lightning_rft.testing import tiny_model

@@ -68,13 +68,17 @@ class Tolerance:
 class Timeouts:
     """How long the work of an explorer may take, in seconds.
 
+    An answer takes as long as its tokens do: only what makes no progress is ended.
+
     Args:
         reward_s: For one reward, from its turn on.
         sample_s: For the workflow of one sample, from the moment when the engine has room for it; the reward's time is
-            not included.
+            not included. Then the answers that are being sampled end, with finish reason ``"length"``, and the sample
+            with the last of them. Left out, no limit.
         start_s: Until an engine is ready.
-        progress_s: Without progress (no engine step, no reward); an explorer that has work and makes none for this long
-            is killed and restarted.
+        progress_s: Without progress (no engine step, though there are requests, or no sign of life); an explorer that
+            has work and makes none for this long is killed and restarted.
+        workflow_s: For the workflow of a sample between two calls of the policy, before the first and after the last.
         sleep_s: Until an explorer that shares the trainer's GPUs sleeps, or is awake again; one that takes longer is
             killed and restarted.
 
@@ -87,15 +91,17 @@ class Timeouts:
     """
 
     reward_s: float = 60.0
-    sample_s: float = 600.0
+    sample_s: float | None = None
     start_s: float = 600.0
     progress_s: float = 600.0
+    workflow_s: float = 600.0
     sleep_s: float = 120.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ConfigurationError(f"Timeouts({field.name}={getattr(self, field.name)}) must be above 0")
+            seconds = getattr(self, field.name)
+            if not (seconds is None and field.default is None) and not seconds > 0:
+                raise ConfigurationError(f"Timeouts({field.name}={seconds}) must be above 0")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_rft.experience import Truncation, Turn
-from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.sampling import Sampling
 from lightning_rft.trainer.passes import logprobs_of
 from lightning_rft.trainer.shortcuts import FastPath, probe

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning_rft as rft
-from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.requests import Completion, Request
 
 _TOKENS = 5  # sampled with the old weights
 _POLL_S = 0.005

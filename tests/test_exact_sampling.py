@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lightning_rft as rft
-from lightning_rft.explorer.engines.engine import Completion
+from lightning_rft.explorer.engines.requests import Completion
 from tests.exact_sampling import REMOVALS, TRUNCATIONS, drain, gap, masses, naive, paths, requests, turns
 from tests.test_on_policy import Watched
 from tests.trainer_and_data import fake_data, pool_of, quiet_trainer

@@ -16,7 +16,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_rft as rft
-from lightning_rft.explorer.engines.engine import Completion
+from lightning_rft.explorer.engines.requests import Completion
 from lightning_rft.monitor.spans import Span
 from tests.processes import LightEngine
 from tests.trainer_and_data import SUMS, fake_data, pool_of, quiet_trainer

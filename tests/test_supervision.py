@@ -197,7 +197,7 @@ def test_a_workflow_that_waits_for_ever(start: Start) -> None:
             if once("hung"):
                 await asyncio.sleep(3600)
             return await policy(task.prompt)
-        report(fit(workflow=workflow, timeouts=rft.Timeouts(sample_s=1), tolerance=rft.Tolerance(1)))
+        report(fit(workflow=workflow, timeouts=rft.Timeouts(workflow_s=1), tolerance=rft.Tolerance(1)))
     """)
     found = outcome(script)
     assert (found["steps"], found["retried_samples"]) == (3, 1)

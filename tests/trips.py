@@ -17,7 +17,7 @@ import torch
 
 import lightning_rft as rft
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.engines.engine import Completion
+from lightning_rft.explorer.engines.requests import Completion
 from tests.processes import LightEngine
 
 PACKAGE = str(Path(rft.__file__).parent) + os.sep

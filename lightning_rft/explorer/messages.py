@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning_rft.channel import Failure
 from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo
+from lightning_rft.explorer.partials import Part
 from lightning_rft.settings import Sampling
 
 __all__ = [
     *("Advanced", "Cancel", "Connect", "Died", "Ended", "Explore", "Explored", "Failed", "Load", "LoadFailed"),
-    *("Loaded", "Prepare", "Several", "Sleep", "Slept", "Started", "Wake", "Woken"),
+    *("Loaded", "Prepare", "Sampled", "Several", "Sleep", "Slept", "Started", "Wake", "Woken"),
 ]
 
 
@@ -36,6 +37,7 @@ class Explore:
     task: Task
     seeds: tuple[int, ...]  # one for each sample
     sampling: Sampling  # with nothing left out
+    kept: tuple[Part, ...] = ()  # what an explorer that died had sampled, to go on with
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,17 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Advanced:
-    """From an explorer: it has come further, by an engine step or a reward. A hung one has not."""
+    """From an explorer: its engine has made a step or owes nothing, and it answers. A hung one does not."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """From an explorer: what the samples of a group that takes long have sampled since the last one."""
+
+    run: int
+    key: GroupKey
+    attempt: int
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)

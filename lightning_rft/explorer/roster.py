@@ -91,7 +91,7 @@ class Roster:
         return record.work.pop(key).since
 
     def advanced(self, explorer: int, now: float) -> None:
-        """Notes progress: an engine step or a reward."""
+        """Notes that an explorer made progress, or owes nothing by itself."""
         record = self._records.get(explorer)
         if record is not None:
             record.progressed = now

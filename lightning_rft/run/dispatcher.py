@@ -23,6 +23,7 @@ from lightning_rft.explorer.messages import (
     Explored,
     Loaded,
     LoadFailed,
+    Sampled,
     Sleep,
     Slept,
     Started,
@@ -129,7 +130,9 @@ class Dispatcher:
     def _carry_out(self, actions: Sequence[Action]) -> None:
         issues = [(action.group, action.explorer) for action in actions if isinstance(action, Issue)]
         for action in actions:
-            if isinstance(action, Lease):
+            if isinstance(action, Issue):
+                self.groups.partials.drop_older(action.group, action.oldest)
+            elif isinstance(action, Lease):
                 self.groups.lease(action.groups, self.schedule.version)
             elif isinstance(action, Push):
                 self.push_due = True
@@ -205,6 +208,8 @@ class Dispatcher:
             self.roster.load_broke_off(explorer, now)
         elif isinstance(message, Ended) and message.run == self.groups.incarnation:
             self._ended(explorer, message)
+        elif isinstance(message, Sampled) and self._is_expected(message):
+            self.groups.partials.take(message)
         elif isinstance(message, Explored) and self._is_expected(message):
             began = self.roster.answered(explorer, message.key, now)
             self.error_rate.take(message, f"explorer {explorer}")
@@ -213,7 +218,7 @@ class Dispatcher:
             else:
                 self._explored(explorer, message, judged, began)
 
-    def _is_expected(self, message: Explored) -> bool:
+    def _is_expected(self, message: Explored | Sampled) -> bool:
         """Whether a group belongs to this run, and was not given up since it was issued."""
         return message.run == self.groups.incarnation and self.groups.expects(message.key, message.attempt)
 
@@ -247,5 +252,5 @@ class Dispatcher:
         record = self.roster.died(explorer)
         if record is not None:
             self.groups.lost(record.work, error, self.schedule.version)
-            self._carry_out(self.schedule.died(explorer))
+            self._carry_out(self.schedule.died(explorer, {key for key in record.work if key in self.groups.partials}))
             self.ask()

@@ -13,6 +13,7 @@ from lightning_rft.buffer.selection import Filter, ReplayMemory
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group, GroupKey, Progress
 from lightning_rft.explorer.messages import Explore, Explored
+from lightning_rft.run.partials import Partials
 from lightning_rft.run.resume import run_state
 from lightning_rft.run.validation import Validation
 from lightning_rft.settings import Buffer, Sampling
@@ -75,6 +76,8 @@ class Groups:
         self._attempts: Counter[GroupKey] = Counter()
         self._refusals: Counter[GroupKey] = Counter()
         self._deaths: Counter[GroupKey] = Counter()
+        #: What samples that are still explored have sampled.
+        self.partials = Partials()
 
     # While a group is explored
 
@@ -88,11 +91,13 @@ class Groups:
     def _asks(self, key: GroupKey) -> Explore:
         seeds = tuple(self._cursor.sample_seed(key, sample) for sample in range(self.samples_per_task))
         self._attempts[key] += 1
-        return Explore(self.incarnation, key, self._attempts[key], self._cursor.task(key), seeds, self._sampling)
+        kept = self.partials.of(key)
+        return Explore(self.incarnation, key, self._attempts[key], self._cursor.task(key), seeds, self._sampling, kept)
 
     def drop(self, key: GroupKey) -> None:
         """Gives a group up, to be issued again."""
         self._dropped += 1
+        self.partials.forget(key)
         self._ledger.dropped(key)
         self._attempts[key] += 1  # an answer on its way is too late
 
@@ -125,6 +130,7 @@ class Groups:
         filter, and ScheduleError if the group's tokens were too old several times.
         """
         key = judged.group.key
+        self.partials.forget(key)
         if judged.failure:
             self._fail(key, judged.failure, version)
             return False
@@ -220,6 +226,7 @@ class Groups:
     def _fail(self, key: GroupKey, why: str, version: int) -> None:
         self._failed += 1
         self._deaths.pop(key, None)
+        self.partials.forget(key)
         _log.warning("task %r failed and is replaced: %s", self._cursor.task(key).id, why.strip().splitlines()[-1])
         self._ledger.failed(key, why, step=version)
         self._cursor.replace(key)

@@ -31,6 +31,7 @@ def drive(
     capacity: int | None = None,
     room: int | None = None,
     score: Callable[[GroupKey], float] = lambda group: 0.0,
+    keeps: bool = False,
 ) -> list[Event]:
     """Runs the real schedule of a strategy with a fake clock: no process, no tensor, no waiting.
 
@@ -58,6 +59,7 @@ def drive(
         capacity: Maximum groups that are issued and not yet trained.
         room: Maximum samples that one explorer works on at the same time.
         score: Score of a group, for strategies that train the highest first.
+        keeps: Whether others go on with what a dead explorer has sampled.
 
     Returns:
         What happened, in order.
@@ -87,6 +89,7 @@ def drive(
         capacity=capacity,
         room=room,
         score=score,
+        keeps=keeps,
     )
     history = History()
     run = Run(rule, given, history)

@@ -22,8 +22,8 @@ class Event:
             loaded by every explorer or, if pushes happen in the background, about to be), ``"resumed"`` (a new run, to
             which all later events belong).
         version: The version that it happened with. For a group: the one that its explorer had loaded when it was
-            issued, or from then on when the first of its samples began; for ``"trained"``: the batch, which is the
-            version that it is trained by.
+            issued, or from then on when the first of its samples began, wherever that was; for ``"trained"``: the
+            batch, which is the version that it is trained by.
         group: The group, if it is about one.
         explorer: The explorer, if it is about one.
         groups: Those of the batch that is trained, or those that a resumed run starts with.

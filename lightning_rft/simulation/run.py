@@ -38,6 +38,7 @@ class Circumstances:
     capacity: int | None
     room: int | None
     score: Callable[[GroupKey], float]
+    keeps: bool
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Run:
         self._explorers: dict[int, SimulatedExplorer] = {}
         self._known: set[int] = set()  # explorers, the dead ones too
         self._running: dict[GroupKey, Work] = {}
+        self._kept: dict[GroupKey, int] = {}  # what dead explorers had begun, with the version they began with
         self._background: list[int] = []  # versions on their way to be loadable
         self._busy = False  # the trainer: it trains, pushes, or brings weights to one explorer
         self._late: deque[int] = deque()  # explorers that wait for that
@@ -133,7 +135,7 @@ class Run:
     def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
             if isinstance(action, Issue):
-                self._issue(action.group, action.explorer)
+                self._issue(action)
             elif isinstance(action, Lease):
                 self._job = partial(self._train, action)
             elif isinstance(action, Push):
@@ -163,14 +165,21 @@ class Run:
             dead = self._explorers.pop(explorer)
             dead.die()
             self._note("died", dead.loaded, explorer=explorer)
+            lost = [work for work in self._running.values() if work.explorer == explorer]
             self._running = {group: work for group, work in self._running.items() if work.explorer != explorer}
-            self._carry_out(self._schedule.died(explorer))
+            kept = {work.group: work.version for work in lost if work.begun and self._given.keeps}
+            self._kept |= kept
+            self._carry_out(self._schedule.died(explorer, kept))
 
-    def _issue(self, group: GroupKey, explorer: int) -> None:
+    def _issue(self, issue: Issue) -> None:
+        group, explorer = issue.group, issue.explorer
         attempt, samples, version = self._history.attempts[group], self._given.samples, self._explorers[explorer].loaded
         self._history.attempts[group] += 1
         work = self._running[group] = Work(group, explorer, attempt, version, samples)
         self._note("issued", version, group, explorer)
+        kept = self._kept.pop(group, None)
+        if kept is not None and issue.oldest <= kept <= version:
+            work.version, work.begun = kept, True
         seconds = self._given.duration(group, attempt)
         self._explorers[explorer].add(work, [seconds] * samples if isinstance(seconds, int | float) else seconds)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_rft.experience import GroupKey
 
@@ -11,10 +11,11 @@ __all__ = ["Action", "Drop", "Issue", "Lease", "Load", "Push"]
 
 @dataclass(frozen=True)
 class Issue:
-    """Explore ``group`` on ``explorer``."""
+    """Explore ``group`` on ``explorer``, going on with what is kept of it that is no older than version ``oldest``."""
 
     group: GroupKey
     explorer: int
+    oldest: int = field(default=-1, compare=False)
 
 
 @dataclass(frozen=True)

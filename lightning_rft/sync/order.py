@@ -55,6 +55,7 @@ class Order:
         self._ready: dict[GroupKey, int] = {}
         self._leased: dict[GroupKey, int] = {}
         self._again: dict[GroupKey, int] = {}  # to be issued once more
+        self._kept: set[GroupKey] = set()  # of those, with tokens that are at least of that version
         self._scores = dict(scores or {})  # of what is ready or leased
         check_rule(rule, self._first, stop)
         self._check_capacity()
@@ -160,12 +161,17 @@ class Order:
             if group == self._next:
                 return  # not issued, and admit never decreases: no later one could be
 
-    def issue(self, group: GroupKey, version: int) -> None:
-        """Has a candidate explored with a version."""
-        if self._again.pop(group, None) is None:
+    def issue(self, group: GroupKey, version: int) -> int:
+        """Has a candidate explored with a version; returns the oldest that any of its tokens may be of."""
+        before = self._again.pop(group, None)
+        if before is None:
             self._passed.add(group)
             self._skip()
+        elif group in self._kept:
+            self._kept.remove(group)
+            version = before
         self._running[group] = version
+        return version
 
     def _skip(self) -> None:
         """Moves on to the next group that was never issued."""
@@ -209,9 +215,11 @@ class Order:
         self._ready[group] = issued if version is None else version
         self._scores[group] = score
 
-    def repeat(self, group: GroupKey) -> None:
-        """Has a group that is being explored issued once more."""
+    def repeat(self, group: GroupKey, *, kept: bool = False) -> None:
+        """Has a group that is being explored issued once more, perhaps to go on with tokens that were ``kept``."""
         self._repeat(group, self._running.pop(group))
+        if kept:
+            self._kept.add(group)
 
     def _repeat(self, group: GroupKey, version: int) -> None:
         """Has a group issued once more.

@@ -10,7 +10,7 @@ version >= ``admit(b)``, and the trainer pushes after the batches for which ``pu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import inf
 
 from lightning_rft.errors import ScheduleError
@@ -70,10 +70,10 @@ class Schedule:
         self._explorers[explorer] = Member(inf if room is None else room)
         return self._actions()
 
-    def died(self, explorer: int) -> list[Action]:
-        """An explorer is gone; its groups go to others."""
+    def died(self, explorer: int, kept: Collection[GroupKey] = ()) -> list[Action]:
+        """An explorer is gone; its groups go to others, which go on with tokens that were ``kept`` of some."""
         for group in self._explorers.pop(explorer).groups:
-            self.order.repeat(group)
+            self.order.repeat(group, kept=group in kept)
         return self._actions()
 
     def loaded(self, explorer: int, version: int, alone: bool = False) -> list[Action]:
@@ -205,8 +205,8 @@ class Schedule:
             if explorer in able:
                 member = self._explorers[explorer]
                 member.groups[group] = self._samples
-                self.order.issue(group, member.loaded)
-                issues.append(Issue(group, explorer))
+                oldest = self.order.issue(group, member.loaded)
+                issues.append(Issue(group, explorer, oldest))
         return issues
 
     def _usable(self, member: Member) -> int:

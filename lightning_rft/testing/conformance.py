@@ -68,7 +68,7 @@ def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
         >>> check_strategy(OneStepOffPolicy(sync_interval=2), runs=10)
     """
     random = Random(seed)
-    for _ in range(runs):
+    for number in range(runs):
         size = random.randint(1, 4)
         sizes = {5: random.randint(1, size)}  # a short batch somewhere
         batches = random.randint(1, 12)
@@ -111,6 +111,7 @@ def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
             capacity=random.choice([None, size, 2 * size]),
             room=random.choice([None, 1, 3]),
             score=score,
+            keeps=number % 2 == 1,
         )
         check_events(rule, events, batches=batches, groups_per_batch=groups, crashes=crashes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.settings import Sampling
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from lightning_rft.explorer.engines.engine import Completion, Engine, Request
+from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.engines.fake import FakeEngine
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.worker.endpoint import Endpoints
 from lightning_rft.explorer.worker.stepper import Stepper
 from lightning_rft.explorer.workflows.policy import Policy

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_rft.errors import ConfigurationError, ContextFull
 from lightning_rft.experience import Experience
-from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.engines.fake import FakeEngine
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.workflows.policy import Policy, Reply
 from lightning_rft.settings import Sampling
 from lightning_rft.tasks.prompts import encode_prompt

@@ -74,7 +74,7 @@ def test_a_sample_that_is_cut_short_does_not_take_the_endpoint_along(tiny_model_
             await asyncio.Event().wait()
         return str(said.choices[0].text)
 
-    limits = Timeouts(reward_s=30.0, sample_s=3.0)
+    limits = Timeouts(reward_s=30.0, workflow_s=3.0)
     (explored,) = answers(tiny_model_path, replace(GROUP, seeds=(7,)), workflow=workflow, timeouts=limits)
     assert not explored.failures and len(explored.experiences) == 1
     assert len(tries) == 2 and len(set(tries)) == 1

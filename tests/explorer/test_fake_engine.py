@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lightning_rft.errors import ConfigurationError, TransportError
-from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.engines.fake import FakeEngine
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.sampling import Sampling
 
 

@@ -44,7 +44,7 @@ def make_pool(
         "max_model_len": 50,
         "seed": 0,
         "tolerance": Tolerance(retries=0),
-        "timeouts": Timeouts(reward_s=30.0, sample_s=30.0, start_s=start_s),
+        "timeouts": Timeouts(reward_s=30.0, workflow_s=30.0, start_s=start_s),
     }
     spec = ExplorerSpec(**settings | changes)
     pool = ExplorerPool(spec.engine, count, log_dir=log_dir, max_restarts=max_restarts)

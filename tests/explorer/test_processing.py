@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from lightning_rft.explorer.engines.engine import Request, Running
 from lightning_rft.explorer.engines.processing import choices, drawn_from
+from lightning_rft.explorer.engines.requests import Request, Running
 from lightning_rft.sampling import Sampling
 
 VOCABULARY, EOS = 13, 1

@@ -10,7 +10,7 @@ import torch
 
 import lightning_rft as rft
 from lightning_rft.errors import ConfigurationError, ScheduleError
-from lightning_rft.explorer.engines.engine import Request
+from lightning_rft.explorer.engines.requests import Request
 from lightning_rft.explorer.engines.sleeping import DROPS, KEEPS, WEIGHTS
 from lightning_rft.settings import Sampling
 from tests.explorer.links import MemoryLink

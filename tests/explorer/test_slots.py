@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from lightning_rft.experience import GroupKey, Task
-from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.engines.fake import FakeEngine
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.messages import Ended, Explore, Explored, Several, Started
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.explorer import Explorer

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.errors import LinkError
 from lightning_rft.explorer.engines.fake import FakeEngine
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.worker.stepper import Stepper
 from lightning_rft.sampling import Sampling
 
@@ -220,6 +221,55 @@ def test_an_error_in_abort_reaches_all_who_wait() -> None:
             await second
 
     served(engine, use)
+
+
+def test_a_load_that_broke_off_costs_no_token() -> None:
+    """What runs then goes on once weights have come."""
+
+    class Loading(Engine):
+        failed = False
+
+        def load(self, manifest: Any, version: int) -> None:
+            if not self.failed:
+                self.failed = True
+                raise LinkError("a member is gone")
+            self.version = version
+
+    engine = Loading(hold=True)
+
+    async def use(stepper: Stepper) -> tuple[Completion, int]:
+        sample = asyncio.ensure_future(stepper.sample(request(max_new_tokens=90)))
+        await seen(engine.stepping)
+        broken = asyncio.ensure_future(stepper.load([], 1))
+        await asyncio.sleep(0)
+        engine.go.set()
+        with pytest.raises(LinkError):
+            await broken
+        steps = engine.calls.count("step")
+        await stepper.call(lambda: None)
+        assert engine.calls.count("step") == steps  # with half of the new weights it computes nothing
+        await stepper.load([], 2)
+        return await sample, steps
+
+    completion, steps = served(engine, use)
+    assert completion.versions == (-1,) * steps + (2,) * (90 - steps) and 0 < steps < 90
+    assert engine.calls.count("step") == 90 and "abort" not in engine.calls
+
+
+def test_a_cut_reaches_requests_that_are_on_their_way() -> None:
+    engine = Engine(hold=True)
+
+    async def use(stepper: Stepper) -> list[Completion]:
+        running = asyncio.ensure_future(stepper.sample(request("running", max_new_tokens=90)))
+        await seen(engine.stepping)
+        coming = asyncio.ensure_future(stepper.sample(request("coming", max_new_tokens=90)))
+        await asyncio.sleep(0)  # asked for, and not yet handed over
+        stepper.cut(["running", "coming", "unknown"])
+        asyncio.get_running_loop().call_soon(engine.go.set)
+        return await asyncio.gather(running, coming)
+
+    done = served(engine, use)
+    assert [(len(one.token_ids), one.finish_reason) for one in done] == [(2, "length"), (1, "length")]
 
 
 def test_stop_gives_up_on_an_engine_that_hangs() -> None:

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lightning_rft.explorer.engines.engine import Completion, Request
 from lightning_rft.explorer.engines.fake import FakeEngine
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.engines.stops import reach, stop_at
 from lightning_rft.explorer.engines.transformers import TransformersEngine
 from lightning_rft.sampling import Sampling

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_rft.errors import ConfigurationError, RFTError, TransportError
-from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.engines.transformers import TransformersEngine
 from lightning_rft.sampling import Sampling
 from lightning_rft.testing import tiny_model

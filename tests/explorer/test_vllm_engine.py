@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightning_rft.explorer.engines.engine import Request
+from lightning_rft.explorer.engines.requests import Request
 from lightning_rft.explorer.engines.sleeping import DROPS, WEIGHTS
 from lightning_rft.explorer.engines.vllm import VLLMEngine
 from lightning_rft.model_folder import Pretrained

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.engines.vllm import VLLMEngine
 from lightning_rft.sampling import Sampling
 from tests.exact_sampling import PROMPTS, REMOVALS, TRUNCATIONS, drain, gap, masses, naive, paths, requests, turns
@@ -46,6 +46,13 @@ def sampled(folder: str, stop: str) -> tuple[dict[str, Completion], dict[str, st
         Request("all", PROMPTS[0], Sampling(8, 1.0, 5)),
     ]
     done = drain(engine, [*requests(WAYS), *others])
+    whole = done["greedy"]
+    kept = Completion("kept", whole.token_ids[:4], whole.logprobs[:4], (7,) * 4, "")  # of an engine that is gone
+    engine.add(Request("cut", PROMPTS[0], greedy))
+    for _ in range(3):
+        engine.step()
+    engine.cut(["cut", "unknown"])
+    done |= drain(engine, [Request("kept", PROMPTS[0], greedy, kept)])
     engine.stop()
     return done, messages
 
@@ -101,8 +108,8 @@ def test_the_oracle_leaves_the_same_tokens(way: str, observed: Any, tiny_model_p
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lightning_rft.explorer.engines.engine import Running
     from lightning_rft.explorer.engines.processing import choices, drawn_from
+    from lightning_rft.explorer.engines.requests import Running
 
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
     for request in requests({way: WAYS[way]}):
@@ -116,6 +123,19 @@ def test_the_oracle_leaves_the_same_tokens(way: str, observed: Any, tiny_model_p
         found = [set(part.tolist()) for part in torch.tensor(one.support.token_ids.tolist()).split(counts)]
         different = sum(ours != theirs for ours, theirs in zip(found, truth, strict=True))
         assert different <= 1  # where a token is just at the border
+
+
+def test_an_answer_goes_on_from_what_was_kept_of_it(observed: Any) -> None:
+    done, _ = observed
+    assert done["kept"].token_ids == done["greedy"].token_ids
+    assert done["kept"].versions[:5] == (7, 7, 7, 7, -1)
+    assert done["kept"].logprobs == pytest.approx(done["greedy"].logprobs, abs=SAME)
+    assert done["kept"].finish_reason == done["greedy"].finish_reason
+
+
+def test_an_answer_that_is_cut_ends_with_its_next_token(observed: Any) -> None:
+    cut, whole = observed[0]["cut"], observed[0]["greedy"]
+    assert cut.token_ids == whole.token_ids[:4] and cut.finish_reason == "length"
 
 
 def test_what_a_grammar_forces_is_known(observed: Any, tokenizer: Any) -> None:

@@ -19,7 +19,7 @@ from lightning_rft.channel import Channel
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import GroupKey, Task
 from lightning_rft.explorer.engines.fake import FakeEngine
-from lightning_rft.explorer.messages import Advanced, Cancel, Ended, Explore, Explored, Several, Started
+from lightning_rft.explorer.messages import Advanced, Cancel, Ended, Explore, Explored, Sampled, Several, Started
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.explorer import Explorer
 from lightning_rft.explorer.worker.users_code import note_programs
@@ -45,7 +45,7 @@ def line() -> Iterator[tuple[Channel, Channel]]:
 
 def heard(channel: Channel, ended: list[Ended]) -> Any:
     """The next message that is more than a sign of life or of samples that have ended; the latter are kept."""
-    while isinstance(message := channel.receive(30), Advanced | Ended):
+    while isinstance(message := channel.receive(30), Advanced | Ended | Sampled):
         if isinstance(message, Ended):
             ended.append(message)
     return message
@@ -64,7 +64,7 @@ def answers(
         "max_model_len": 50,
         "seed": 0,
         "tolerance": Tolerance(retries=2),
-        "timeouts": Timeouts(reward_s=30.0, sample_s=30.0),
+        "timeouts": Timeouts(reward_s=30.0, workflow_s=30.0),
     }
 
     engine = (settings | changes)["engine"]
@@ -421,9 +421,9 @@ def test_what_a_sample_has_started_ends_with_it(tiny_model_path: Path, monkeypat
         workflow=workflow,
         engine=endless,
         tolerance=Tolerance(retries=0),
-        timeouts=Timeouts(sample_s=0.3),
+        timeouts=Timeouts(workflow_s=0.3),
     )
-    assert "took longer than Timeouts(sample_s=0.3)" in str(error)
+    assert "made no call and did not return for Timeouts(workflow_s=0.3)" in str(error)
     assert ended == ["helper", "helper"]
     assert [program.wait(10) for program in programs] == [-9, -9]
 
@@ -456,4 +456,5 @@ def test_a_samples_clock_starts_when_the_engine_has_room_for_it(tiny_model_path:
     group = replace(GROUP, seeds=tuple(range(6)))
     engine = FakeEngine(mean_tokens=1, tokens_per_second=5.0, max_num_seqs=1)
     (answer,) = answers(tiny_model_path, group, engine=engine, timeouts=Timeouts(sample_s=1.0))
-    assert not answer.failures  # 1.2 s in all
+    reasons = [experience.turns[0].finish_reason for experience in answer.experiences]
+    assert reasons == ["stop"] * 6  # 1.2 s in all

@@ -205,7 +205,7 @@ def test_a_reward_of_all_samples_that_hangs_ends_in_time(tiny_model_path: Path) 
         await asyncio.sleep(3600)
         return []
 
-    error = fails_with(tiny_model_path, reward=reward, tolerance=ONCE, timeouts=Timeouts(reward_s=0.1, sample_s=30.0))
+    error = fails_with(tiny_model_path, reward=reward, tolerance=ONCE, timeouts=Timeouts(reward_s=0.1, workflow_s=30.0))
     assert "the reward of task 't' took longer than Timeouts(reward_s=0.1)" in str(error)
 
 
@@ -216,7 +216,7 @@ def test_a_sample_that_hangs_holds_the_others_up_only_until_its_time_is_over(tin
             await asyncio.sleep(3600)
         return text
 
-    timeouts = Timeouts(reward_s=30.0, sample_s=0.5)
+    timeouts = Timeouts(reward_s=30.0, workflow_s=0.5)
     judge = Judge()
     (answer,) = answers(tiny_model_path, FOUR, reward=judge, workflow=workflow, tolerance=ONCE, timeouts=timeouts)
     assert list(map(len, judge.calls)) == [3] and len(answer.failures) == 1

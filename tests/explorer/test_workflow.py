@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Task, Turn
-from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.workflows.policy import Encoded, Policy
 from lightning_rft.explorer.workflows.single_turn import SingleTurn
 from lightning_rft.settings import Sampling

@@ -19,7 +19,7 @@ import torch
 import lightning_rft as rft
 from lightning_rft.errors import ExplorerError
 from lightning_rft.experience import Experience, Task, Turn
-from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.engines.sleeping import PARTS
 from lightning_rft.explorer.messages import (
     Died,

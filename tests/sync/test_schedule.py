@@ -310,6 +310,27 @@ def test_explorers_that_die_while_a_push_goes_on_are_not_waited_for():
     assert schedule.died(1) == [issue(1, 0, 3)]
 
 
+def test_a_group_with_kept_tokens_is_as_old_as_they_are():
+    schedule, _ = started(rft.FullyAsynchronous(max_staleness=2), size=1, explorers=2)
+    running = schedule.order._running
+    groups = sorted(running)
+    assert len(groups) == 3 and set(running.values()) == {0}
+    schedule.ready(groups[0])
+    schedule.wanted(0)
+    schedule.trained(0)
+    schedule.pushed(1)
+    schedule.loaded(1, 1)
+    of_first = [group for group in groups[1:] if group in schedule._explorers[0].groups]
+    assert of_first
+    actions = schedule.died(0, kept=of_first)
+    assert [action.oldest for action in actions if isinstance(action, Issue) and action.group in of_first] == [0]
+    assert running[of_first[0]] == 0
+    schedule.joined(2)
+    schedule.loaded(2, 1)
+    (again,) = [action for action in schedule.died(1) if isinstance(action, Issue) and action.group in of_first]
+    assert again.oldest == 1 == running[of_first[0]]  # nothing was kept this time
+
+
 def ready_with_scores(schedule: Schedule, scores: dict[tuple[int, int], float]) -> list[Action]:
     return [action for group, score in scores.items() for action in schedule.ready(GroupKey(*group), score=score)]
 
@@ -568,6 +589,7 @@ CIRCUMSTANCES: dict[str, Any] = {
     "samples": st.sampled_from([1, 1, 2, 4]),
     "score_time": st.sampled_from([0.0, 0.5]),
     "scored": st.booleans(),
+    "keeps": st.booleans(),
     "seed": st.integers(0, 2**32),
 }
 
@@ -594,6 +616,7 @@ def run(
     samples: int,
     score_time: float,
     scored: bool,
+    keeps: bool,
     seed: int,
     crashes: Sequence[Crash] = (),
 ) -> tuple[list[Event], Callable[[int], int], int | None]:
@@ -622,6 +645,7 @@ def run(
         capacity=capacity,
         room=most,
         score=lambda group: draw("score", group).random() if scored else 0.0,
+        keeps=keeps,
     )
     return events, size, capacity
 
@@ -865,6 +889,7 @@ def check(
     unissued, now = sorted(every_group), 0.0
     ready: dict[GroupKey, int] = {}
     waiting_again: set[GroupKey] = set()
+    begun: dict[GroupKey, set[int]] = {}  # the versions that a group was explored with, as tokens may be kept
     undisturbed = not any(event.what == "died" for event in events)
 
     def load(explorer: int | None) -> int:
@@ -928,6 +953,7 @@ def check(
             assert load(explorer) == min(load(i) for i in able(group))
             assert most is None or load(explorer) < most
             running[group], left[group] = event, samples
+            begun.setdefault(group, set()).add(event.version)
             assert capacity is None or outstanding() <= capacity
         elif event.what == "ended":
             assert group is not None
@@ -936,7 +962,8 @@ def check(
             assert left[group] >= 0
         elif event.what in ("ready", "failed"):
             assert group is not None
-            assert running.pop(group).version == event.version
+            assert event.version <= running.pop(group).version
+            assert event.version in begun.pop(group)
             assert left.pop(group) == 0
             if event.what == "ready":
                 ready[group] = event.version

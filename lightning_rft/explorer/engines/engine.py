@@ -6,17 +6,16 @@ pickles. In the explorer process :meth:`Engine.start` brings it to life, and fro
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lightning_rft.errors import ConfigurationError, TransportError
-from lightning_rft.experience import Support, TensorInfo
+from lightning_rft.experience import TensorInfo
+from lightning_rft.explorer.engines.links import WeightLink, WeightReceiver
+from lightning_rft.explorer.engines.requests import Completion, Request, Running
 from lightning_rft.explorer.engines.sleeping import DROPS, PARTS, WEIGHTS, Sleeping
 from lightning_rft.explorer.engines.stops import reach, stop_at
 from lightning_rft.model_folder import Pretrained
@@ -25,92 +24,17 @@ from lightning_rft.sampling import Sampling
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Completion", "Engine", "Request", "Running", "TensorInfo", "WeightLink", "WeightReceiver", "listing"]
+__all__ = ["Engine", "TensorInfo", "listing"]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to sample."""
-
-    id: str  #: Unique among the running requests.
-    prompt_ids: tuple[int, ...]
-    #: With ``max_new_tokens`` and ``temperature``. The seed is of the request's own random numbers: the answer does not
-    #: depend on its neighbours.
-    sampling: Sampling
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The answer to a :class:`Request`; the three tuples are equally long."""
-
-    request_id: str
-    token_ids: tuple[int, ...]  #: The end-of-sequence token included, when it was sampled.
-    logprobs: tuple[float, ...]  #: Natural, of the distribution that was drawn from.
-    versions: tuple[int, ...]  #: Of the weights that sampled each token.
-    finish_reason: str  #: ``"stop"`` or ``"length"``.
-    support: Support | None = None  #: What each token was chosen from, where the sampling keeps that.
-
-
-@dataclass(eq=False)
-class Running:
-    """A request and what it has sampled so far; the three lists are equally long."""
-
-    request: Request
-    limit: int  #: Maximum tokens to sample.
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    # Of the tokens to choose from, where the sampling keeps them: how many for each token, their ids and log-probs.
-    counts: array[int] = field(default_factory=lambda: array("i"))
-    choice_ids: array[int] = field(default_factory=lambda: array("i"))
-    choice_logprobs: array[float] = field(default_factory=lambda: array("f"))
-
-    @cached_property
-    def rng(self) -> random.Random:
-        """The request's own random numbers."""
-        # Not a torch.Generator: on a CPU that one reads only the low 32 bits of its seed.
-        return random.Random(self.request.sampling.seed)
-
-    def extend(self, token_ids: Sequence[int], logprobs: Iterable[float], version: int) -> None:
-        """Adds what one step sampled."""
-        self.token_ids += token_ids
-        self.logprobs += logprobs
-        self.versions += [version] * len(token_ids)
-
-    def choose_from(self, choices: Mapping[int, float]) -> None:
-        """Keeps the ids that a token was chosen from, with their log-probs."""
-        self.counts.append(len(choices))
-        self.choice_ids.extend(choices)
-        self.choice_logprobs.extend(choices.values())
-
-
-class WeightReceiver(Protocol):
-    """The receiving half of a transport, in the process that holds the engine's weights."""
-
-    def receive(self, manifest: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields every tensor of the manifest, in order; what anything refers to keeps its contents."""
-        ...
-
-    def close(self) -> None:
-        """Leaves the transport; safe to call twice."""
-        ...
-
-
-class WeightLink(Protocol):
-    """A picklable invitation from a transport; opening it makes the receiver."""
-
-    def open(self, member: int) -> WeightReceiver:
-        """Joins as the ``member``-th weight-holding process of this engine (0 unless tensor-parallel)."""
-        ...
 
 
 class Engine(ABC):
     """Base class of the inference engines: vLLM, transformers, fake.
 
-    The order of calls is :meth:`prepare`, :meth:`start`, then any of :meth:`add`, :meth:`abort`, :meth:`step`,
-    :meth:`connect`, :meth:`load` and :meth:`prompt_logprobs`, all on one thread, then :meth:`stop`.
+    The order of calls is :meth:`prepare`, :meth:`start`, then any of :meth:`add`, :meth:`abort`, :meth:`cut`,
+    :meth:`step`, :meth:`sampled`, :meth:`connect`, :meth:`load` and :meth:`prompt_logprobs`, all on one thread, then
+    :meth:`stop`.
 
     Args:
         model: Model path or hub name, when it is not to be the module's.
@@ -225,12 +149,25 @@ class Engine(ABC):
                 f"{limit} make {total}, more than max_model_len={self._longest}. Lower max_new_tokens, shorten the "
                 "prompt or raise max_model_len."
             )
-        self._running[request.id] = Running(request, limit)
+        running = self._running[request.id] = Running(request, limit)
+        if request.kept is not None:
+            running.resume(request.kept)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forgets requests; unknown ids are ignored."""
         for request_id in request_ids:
             self._running.pop(request_id, None)
+
+    def cut(self, request_ids: Sequence[str]) -> None:
+        """Has requests end with their next token, as if ``max_new_tokens`` were reached; unknown ids are ignored."""
+        for request_id in request_ids:
+            if request_id in self._running:
+                self._running[request_id].cut = True
+
+    def sampled(self, known: Mapping[str, int]) -> list[Completion]:
+        """What running requests have sampled beyond the ``known`` number of tokens of each."""
+        running = [(self._running[name], start) for name, start in known.items() if name in self._running]
+        return [one.completion("", start) for one, start in running if len(one.token_ids) > start]
 
     @abstractmethod
     def step(self) -> list[Completion]:
@@ -296,20 +233,15 @@ class Engine(ABC):
         return list(islice(self._running.values(), self.max_num_seqs))
 
     def _finish(self, running: Running, finish_reason: str) -> Completion:
-        request = running.request
-        del self._running[request.id]
-        tokens = tuple(running.token_ids), tuple(running.logprobs), tuple(running.versions)
-        support = None
-        if request.sampling.keeps_support:
-            support = Support(running.counts, running.choice_ids, running.choice_logprobs)
-        return Completion(request.id, *tokens, finish_reason, support)
+        del self._running[running.request.id]
+        return running.completion(finish_reason)
 
     def _reason(self, running: Running) -> str | None:
         """Why a request ends with its last token, if it does."""
         last, sampling = running.token_ids[-1], running.request.sampling
         if last in self._eos or last in (sampling.stop_token_ids or ()) or self._says_stop(running):
             return "stop"
-        return "length" if len(running.token_ids) == running.limit else None
+        return "length" if running.cut or len(running.token_ids) == running.limit else None
 
     def _says_stop(self, running: Running) -> bool:
         """Whether the last token completed a text that ends the answer."""

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError
-from lightning_rft.explorer.engines.engine import Completion, Engine, Request, TensorInfo
+from lightning_rft.explorer.engines.engine import Engine, TensorInfo
+from lightning_rft.explorer.engines.requests import Completion, Request
+from lightning_rft.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +80,11 @@ class FakeEngine(Engine):
     def add(self, request: Request) -> None:
         super().add(request)
         running = self._running[request.id]
+        running.rng.seed(request.sampling.seed)  # from the start, whatever was kept
         length = max(_geometric(running.rng, self.mean_tokens), request.sampling.min_new_tokens or 0)
         running.limit = min(running.limit, length)
+        for _ in running.token_ids:
+            running.rng.randrange(self._choices(request.sampling))
 
     @override
     def step(self) -> list[Completion]:
@@ -90,15 +95,15 @@ class FakeEngine(Engine):
         finished = []
         for running in batch:
             sampling = running.request.sampling
-            choices = min(sampling.truncation.top_k or self.vocab_size, self.vocab_size)
+            choices = self._choices(sampling)
             token_id, logprob = running.rng.randrange(choices), -math.log(choices)
             running.extend([token_id], [logprob], self.version)
             if sampling.keeps_support:
                 running.choose_from(dict.fromkeys(range(choices), logprob))
             sampled = len(running.token_ids)
             ends = token_id in (sampling.stop_token_ids or ()) and sampled > (sampling.min_new_tokens or 0)
-            if ends or sampled >= running.limit:
-                cut = not ends and running.limit == sampling.max_new_tokens
+            if ends or running.cut or sampled >= running.limit:
+                cut = not ends and (running.cut or running.limit == sampling.max_new_tokens)
                 finished.append(self._finish(running, "length" if cut else "stop"))
         if self.tokens_per_second is not None:
             # The one sleep that is no waiting for something: the time that computing would take is what is simulated.
@@ -116,6 +121,10 @@ class FakeEngine(Engine):
     def prompt_logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
         self._need("score")
         return [-math.log(self.vocab_size)] * (len(prompt_ids) - 1)
+
+    def _choices(self, sampling: Sampling) -> int:
+        """How many tokens there are to choose from."""
+        return min(sampling.truncation.top_k or self.vocab_size, self.vocab_size)
 
 
 def _geometric(rng: random.Random, mean: int) -> int:

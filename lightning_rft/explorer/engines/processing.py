@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_rft.experience import Truncation
-from lightning_rft.explorer.engines.engine import Running
+from lightning_rft.explorer.engines.requests import Running
 from lightning_rft.sampling import BAN, MAX_SUPPORT
 
 __all__ = ["choices", "drawn_from"]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError, RFTError, TransportError
-from lightning_rft.explorer.engines.engine import Completion, Engine, Request, Running, TensorInfo, listing
+from lightning_rft.explorer.engines.engine import Engine, TensorInfo, listing
+from lightning_rft.explorer.engines.requests import Completion, Request, Running
 from lightning_rft.hardware import fast_dtype
 from lightning_rft.model_folder import Pretrained, checkpoint_weights, right_attention
 from lightning_rft.sampling import Sampling

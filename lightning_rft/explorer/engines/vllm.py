@@ -13,10 +13,12 @@ from typing_extensions import override
 
 from lightning_rft.errors import ConfigurationError, TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.engines.engine import Completion, Engine, Request, WeightLink
+from lightning_rft.explorer.engines.engine import Engine
+from lightning_rft.explorer.engines.links import WeightLink
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.engines.sleeping import PARTS, WEIGHTS
 from lightning_rft.explorer.engines.vllm_args import REFUSED, check_allocator
-from lightning_rft.explorer.engines.vllm_sampling import EQUALS, choices, sampling_params
+from lightning_rft.explorer.engines.vllm_sampling import EQUALS, choices, rest, sampling_params
 from lightning_rft.hardware import fast_dtype
 from lightning_rft.model_folder import Pretrained
 from lightning_rft.sampling import MAX_SUPPORT
@@ -212,12 +214,14 @@ class VLLMEngine(Engine):
         from vllm.exceptions import VLLMValidationError
 
         super().add(request)
-        sampling, listed = request.sampling, 0
+        running = self._running[request.id]
+        sampling, listed = rest(running), 0
         if sampling.keeps_support:
             listed = min(sampling.truncation.top_k + self._equals, self._vocabulary)
         try:
             params = sampling_params(sampling, self._eos, listed=listed)
-            self._alive.add_request(request.id, {"prompt_token_ids": list(request.prompt_ids)}, params)
+            ids = [*request.prompt_ids, *running.token_ids]
+            self._alive.add_request(request.id, {"prompt_token_ids": ids}, params)
         except (ValueError, VLLMValidationError) as error:
             super().abort([request.id])
             raise ConfigurationError(f"vLLM refuses {sampling}: {error}") from error
@@ -313,10 +317,12 @@ class VLLMEngine(Engine):
                 for _, entry in entries:
                     running.choose_from(choices(entry))
             says_stop = bool(entries) and self._says_stop(running)
-            if says_stop and not output.finished:
+            ends_early = says_stop or (bool(entries) and running.cut)
+            if ends_early and not output.finished:
                 self._alive.abort_request([output.request_id])
-            if says_stop or output.finished:
-                finished.append(self._finish(running, "stop" if says_stop else sample.finish_reason))
+            if ends_early or output.finished:
+                reason = sample.finish_reason if output.finished else "length"
+                finished.append(self._finish(running, "stop" if says_stop else reason))
         return finished, others
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lightning_rft.explorer.engines.requests import Running
 from lightning_rft.sampling import BAN, Sampling
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-__all__ = ["EQUALS", "choices", "sampling_params"]
+__all__ = ["EQUALS", "choices", "rest", "sampling_params"]
 
 # Of the tokens that are as likely as the k-th, vLLM's sampler for CPUs keeps all, which in half precision are some more
 # than k, rarely more than by so many.
@@ -47,3 +49,14 @@ def choices(entry: Mapping[int, Any]) -> dict[int, float]:
     """The ids that a token was chosen from with their log-probs, given vLLM's list of the most likely ones."""
     logprobs = {token: one.logprob for token, one in entry.items()}
     return {token: logprob for token, logprob in logprobs.items() if logprob > -math.inf}
+
+
+def rest(running: Running) -> Sampling:
+    """How what is left of a request is sampled, which vLLM takes for a request of its own."""
+    sampling, kept = running.request.sampling, len(running.token_ids)
+    if not kept:
+        return sampling
+    least = max(0, (sampling.min_new_tokens or 0) - kept)
+    # With the same seed, its first tokens would be drawn by the numbers that have drawn what was kept.
+    seed = running.rng.getrandbits(31)
+    return replace(sampling, max_new_tokens=running.limit - kept, min_new_tokens=least, seed=seed)

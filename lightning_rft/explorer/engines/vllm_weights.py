@@ -28,7 +28,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from lightning_rft.errors import TransportError
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.engines.engine import WeightLink, WeightReceiver
+from lightning_rft.explorer.engines.links import WeightLink, WeightReceiver
 from lightning_rft.sync.transports.meeting import link_errors
 from lightning_rft.sync.transports.nccl import NCCLLink
 

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from dataclasses import replace
 from typing import Any
 
-from lightning_rft.errors import ConfigurationError, ContextFull
+from lightning_rft.errors import ConfigurationError, ContextFull, DeadlineError
 from lightning_rft.experience import Task
 from lightning_rft.explorer.worker.openai_requests import FULL
 from lightning_rft.explorer.worker.users_code import in_time
 from lightning_rft.explorer.workflows.policy import Policy
 from lightning_rft.scores import Answer, finite
+from lightning_rft.settings import Timeouts
 from lightning_rft.tasks.prompts import text_problem
 
 __all__ = ["ask"]
 
 
-async def ask(workflow: Any, task: Task, policy: Policy, limit_s: float) -> Answer:
-    """What a workflow answers a task with; the policy's last answer if it then came to the end of the context.
+async def ask(workflow: Any, task: Task, policy: Policy, timeouts: Timeouts) -> Answer:
+    """What a workflow answers a task with; the policy's last answer if the context, or the sample's time, was used up.
 
-    Raises :class:`DeadlineError` if it took too long, :class:`ConfigurationError` if it returned no answer or has not
+    Raises :class:`DeadlineError` if it hangs, :class:`ConfigurationError` if it returned no answer or has not
     called the policy, or what it raised.
     """
     task_id = task.id  # a workflow may change its task
-    late = f"took longer than Timeouts(sample_s={limit_s:g}): make the workflow faster or raise the setting"
+    late = (
+        f"the workflow of task {task_id!r} made no call and did not return for Timeouts(workflow_s="
+        f"{timeouts.workflow_s:g}): make it faster or raise the setting"
+    )
+    if timeouts.sample_s is not None:
+        policy.at_close(asyncio.get_running_loop().call_later(timeouts.sample_s, policy.end_answers).cancel)
     try:
-        returned = await in_time(_call(workflow, task, policy), limit_s, f"a sample of task {task_id!r} {late}")
+        returned = await in_time(
+            _call(workflow, task, policy), timeouts.workflow_s, late, progressed=policy.progressed, over=policy.over
+        )
     except Exception as error:
-        if not (_is_full(error) and policy.replies):
+        if policy.over.is_set() and not policy.replies:
+            raise DeadlineError(
+                f"the workflow of task {task_id!r} made its first call after Timeouts(sample_s={timeouts.sample_s:g}): "
+                "make it faster or raise the setting"
+            ) from error
+        if not policy.replies or not (_is_full(error) or policy.over.is_set()):
             raise
         returned = policy.replies[-1]
     finally:

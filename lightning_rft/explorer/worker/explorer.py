@@ -9,12 +9,13 @@ import pickle
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 from lightning_rft.channel import Failure, unpack
 from lightning_rft.errors import ConfigurationError, LinkError
 from lightning_rft.experience import Experience, GroupKey, Task, Turn
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.messages import (
     Advanced,
     Cancel,
@@ -25,6 +26,7 @@ from lightning_rft.explorer.messages import (
     Load,
     Loaded,
     LoadFailed,
+    Sampled,
     Several,
     Sleep,
     Slept,
@@ -34,6 +36,7 @@ from lightning_rft.explorer.messages import (
 )
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.explorer.worker.answering import ask
+from lightning_rft.explorer.worker.calls import Call, go_on, news
 from lightning_rft.explorer.worker.endpoint import Endpoints
 from lightning_rft.explorer.worker.scorer import Scorer
 from lightning_rft.explorer.worker.stepper import Stepper
@@ -47,6 +50,7 @@ from lightning_rft.scores import Sample, Score
 __all__ = ["Explorer", "next_message"]
 
 _REPORT_S = 1.0
+_LONG_S = 2.0  # from which on a group's tokens are worth keeping
 
 
 class _Sends(Protocol):
@@ -59,14 +63,21 @@ class _Group:
 
     asked: Explore
     together: Together
+    began: float
     encoded: Encoded = field(default_factory=dict)  # prompts, which its samples share
     ended: set[int] = field(default_factory=set)  # samples that rank 0 is told of, or about to be
+    calls: dict[str, Call] = field(default_factory=dict)  # of which rank 0 is told if the group takes long
     retried: int = 0
 
     @cached_property
     def task(self) -> bytes:
         """The task, pickled: each sample rebuilds a copy of its own, which it may change."""
         return dumps(self.asked.task)
+
+    @cached_property
+    def kept(self) -> dict[tuple[int, bytes], Turn]:
+        """What an explorer that died had sampled, by sample and fingerprint of the call."""
+        return {(part.sample, part.call): part.tokens for part in self.asked.kept}
 
 
 class Explorer:
@@ -87,7 +98,7 @@ class Explorer:
         self._endpoints = Endpoints()
         self._scorer = Scorer(spec.reward or _no_reward, spec.timeouts.reward_s)
         self._ended: dict[int, Counter[tuple[GroupKey, int]]] = {}  # of each run; rank 0 is about to be told
-        self._work: dict[asyncio.Task[None], Explore] = {}  # running groups
+        self._work: dict[asyncio.Task[None], _Group] = {}  # that runs
         self._inbox: asyncio.Queue[Any]
         self._room = asyncio.Semaphore(1)  # once the engine is up, for as many samples as it takes at the same time
         self._tokenizer: Any = None
@@ -119,14 +130,29 @@ class Explorer:
         self._stepper.stop(timeout_s=5)
 
     async def _report(self) -> None:
-        """Tells when there was progress: that this process is alive says nothing about its engine."""
-        before = (0, 0)
+        """Tells rank 0 of progress, since that this process is alive says nothing about its engine, and of tokens."""
+        before = 0
         while True:
             await asyncio.sleep(_REPORT_S)
-            now = (self._stepper.steps, self._scorer.scored)
-            if now != before:
+            now = self._stepper.steps
+            # Where the engine owes nothing, the work waits for functions of the user, each of which has a deadline.
+            if now != before or (self._work and not self._stepper.owes):
                 self._outbox.send(Advanced())
             before = now
+            await self._tell_sampled()
+
+    async def _tell_sampled(self) -> None:
+        """Tells rank 0 what the groups that take long have sampled, for others to go on with if this process dies."""
+        begun = asyncio.get_running_loop().time() - _LONG_S
+        groups = {task: group for task, group in self._work.items() if group.began < begun and group.calls}
+        told = {name: call.told for group in groups.values() for name, call in group.calls.items() if not call.done}
+        running = await self._stepper.call(self._spec.engine.sampled, told) if told else ()
+        sampled = {completion.request_id: completion for completion in running}
+        for task, group in groups.items():
+            if not task.done():  # else rank 0 has it all
+                parts = tuple(news(group.calls, sampled))
+                if parts:
+                    self._outbox.send(Sampled(group.asked.run, group.asked.key, group.asked.attempt, parts))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs a part of the explorer, whose error ends it."""
@@ -145,12 +171,14 @@ class Explorer:
             for one in message.messages:
                 await self._handle(one)
         elif isinstance(message, Explore):
-            task = self._in_background(self._explore(message))
-            self._work[task] = message
+            together = Together(len(message.seeds), self._scorer.scores)
+            group = _Group(message, together, asyncio.get_running_loop().time())
+            task = self._in_background(self._explore(group))
+            self._work[task] = group
             task.add_done_callback(self._work.pop)
         elif isinstance(message, Cancel):
-            for task, asked in list(self._work.items()):
-                if asked.run == message.run and message.key in (None, asked.key):
+            for task, group in list(self._work.items()):
+                if group.asked.run == message.run and message.key in (None, group.asked.key):
                     task.cancel()
         elif isinstance(message, Connect):
             with contextlib.suppress(LinkError):  # rank 0 was to be in the same group: it notices, and invites again
@@ -176,8 +204,8 @@ class Explorer:
             return ()
         return tuple(await self._stepper.call(engine.prompt_logprobs, ids))
 
-    async def _explore(self, request: Explore) -> None:
-        group = _Group(request, Together(len(request.seeds), self._scorer.scores))
+    async def _explore(self, group: _Group) -> None:
+        request = group.asked
         samples = [asyncio.ensure_future(self._sample(group, index)) for index in range(len(request.seeds))]
         for sample in samples:
             sample.add_done_callback(lambda _: group.together.ended())
@@ -212,6 +240,7 @@ class Explorer:
                     self._end(group, index)
                     raise
                 group.retried += 1
+                group.calls = {name: call for name, call in group.calls.items() if call.sample != index}
             else:
                 self._end(group, index)
                 return experience
@@ -234,19 +263,21 @@ class Explorer:
     async def _try(self, group: _Group, index: int, attempt: int) -> Experience:
         spec, request = self._spec, group.asked
         task: Task = pickle.loads(group.task)
+        trained = request.key.batch >= 0  # validation's groups are of no batch
         policy = Policy(
-            self._stepper.sample,
+            partial(self._call, group, index) if trained else self._stepper.sample,
             self._tokenizer,
             name=f"{request.run}/{request.key.batch}/{request.key.slot}/{request.attempt}/{index}/{attempt}",
             sampling=request.sampling,
             max_model_len=self._max_model_len,
             seed=request.seeds[index],
             encoded=group.encoded,
-            trained=request.key.batch >= 0,  # validation's groups are of no batch
+            trained=trained,
             serve=self._endpoints.open,
+            cut=self._stepper.cut,
         )
         async with self._room:  # validation asks for all at once, and a sample's clock starts when its turn comes
-            answer = await ask(spec.workflow, task, policy, spec.timeouts.sample_s)
+            answer = await ask(spec.workflow, task, policy, spec.timeouts)
         loop, turns = asyncio.get_running_loop(), policy.turns
         began = loop.time()
         if self._scorer.scoring < spec.engine.max_num_seqs:  # else rewards are what is slow: sampling more helps nobody
@@ -265,6 +296,20 @@ class Explorer:
             rewards=score.parts,
             metrics={**_measured(turns, policy), **answer.metrics},
         )
+
+    async def _call(self, group: _Group, index: int, request: Request) -> Completion:
+        """Has the engine answer a call of the policy, or what is left of it."""
+        call = Call(index, request)
+        if group.kept:
+            go_on(call, group.kept, self._spec.engine.version)
+        if call.done is None:
+            group.calls[request.id] = call
+            try:
+                call.done = await self._stepper.sample(call.request)
+            finally:
+                if call.done is None:
+                    group.calls.pop(request.id, None)
+        return call.done
 
     async def _score_answer(self, group: _Group, index: int, answered: Answered) -> Score:
         if self._scorer.reward.batched:

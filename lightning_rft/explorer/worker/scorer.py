@@ -51,8 +51,8 @@ class Scorer:
     def __init__(self, reward: Callable[..., Any], timeout_s: float) -> None:
         #: How the reward is called.
         self.reward = reward_of(reward)
-        #: Samples that are being scored, and that were.
-        self.scoring = self.scored = 0
+        #: Samples that are being scored.
+        self.scoring = 0
         self._plain, self._async = self.reward.half(is_async=False), self.reward.half(is_async=True)
         self._timeout_s = timeout_s
         self._most = min(_MOST_PROCESSES, available_cpus())
@@ -84,7 +84,6 @@ class Scorer:
                 halves.append(await in_time(self._async.awaited_scores(answered), self._timeout_s, late))
         finally:
             self.scoring -= len(answered)
-        self.scored += len(answered)
         return halves[0] if len(halves) == 1 else list(map(total, *halves))
 
     async def _in_process(self, answered: Sequence[Answered]) -> list[Score]:

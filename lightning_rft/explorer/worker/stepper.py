@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lightning_rft.experience import TensorInfo
-from lightning_rft.explorer.engines.engine import Completion, Engine, Request
+from lightning_rft.explorer.engines.engine import Engine
+from lightning_rft.explorer.engines.requests import Completion, Request
 
 __all__ = ["Stepper", "settle"]
 
@@ -28,6 +29,7 @@ class Stepper:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[str, asyncio.Future[Completion]] = {}
         self._requests: list[Request] = []  # that go to the engine together
+        self._calls = 0  # without an answer
         #: The error that the engine failed with, after which it is not used any more.
         self.error: BaseException | None = None
         self._halted = False
@@ -35,6 +37,11 @@ class Stepper:
         self.steps = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def owes(self) -> bool:
+        """Whether the engine has yet to answer anything."""
+        return bool(self._waiting) or self._calls > 0
 
     async def load(self, manifest: Sequence[TensorInfo], version: int) -> None:
         """Has the engine receive weights; after a :class:`LinkError`, which may leave half of them new, it halts.
@@ -64,7 +71,11 @@ class Stepper:
             self._resolve(future, answer)
 
         self._jobs.put(job)
-        return await future
+        self._calls += 1
+        try:
+            return await future
+        finally:
+            self._calls -= 1
 
     async def sample(self, request: Request) -> Completion:
         """Runs one request; cancelling the coroutine aborts the request.
@@ -82,6 +93,11 @@ class Stepper:
         finally:
             if self._waiting.pop(request.id, None) is not None:  # cancelled, or the engine refused it
                 self._jobs.put(lambda: self._engine.abort([request.id]))
+
+    def cut(self, request_ids: Sequence[str]) -> None:
+        """Has requests that were made end with their next token."""
+        # after those have got to the engine that are still on their way
+        self._loop.call_soon(self._jobs.put, lambda: self._engine.cut(request_ids))
 
     def stop(self, timeout_s: float) -> None:
         """Ends the engine and the thread; gives up after ``timeout_s``."""

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -35,11 +35,21 @@ class _Started:
 _started: ContextVar[_Started | None] = ContextVar("started", default=None)
 
 
-async def in_time(work: Awaitable[_T], limit_s: float, late: str) -> _T:
+async def in_time(
+    work: Awaitable[_T],
+    limit_s: float,
+    late: str,
+    *,
+    progressed: Callable[[], float] | None = None,
+    over: asyncio.Event | None = None,
+) -> _T:
     """The result of a user's coroutine; the tasks and programs that it has started end with it when it is cut short.
 
+    The limit is from its start on, or from when it has ``progressed``, on the clock of the event loop. ``over`` cuts it
+    short as well.
+
     Raises:
-        DeadlineError: It took longer than ``limit_s``, with ``late`` as its message.
+        DeadlineError: It took longer than ``limit_s``, or was ``over``, with ``late`` as its message.
         Exception: What it raised; also in place of a ``SystemExit`` or ``CancelledError`` of its own.
     """
     started = _Started()
@@ -47,15 +57,24 @@ async def in_time(work: Awaitable[_T], limit_s: float, late: str) -> _T:
     # not wait_for: its TimeoutError could not be told from one that the coroutine raised itself
     running = asyncio.ensure_future(_contained(work))
     _started.reset(before)
+    ends: list[asyncio.Future[Any]] = [running]
+    if over is not None:
+        ends.append(asyncio.ensure_future(over.wait()))
+    loop = asyncio.get_running_loop()
+    began = loop.time()
     try:
-        await asyncio.wait([running], timeout=limit_s)
-        if not running.done():
-            raise DeadlineError(late)
+        while not running.done():
+            left = limit_s + max(began, progressed() if progressed else began) - loop.time()
+            if left <= 0 or (over is not None and over.is_set()):
+                raise DeadlineError(late)
+            await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         try:
             return running.result()
         except BaseException as error:
             raise as_exception(error, "a workflow or reward") from error.__cause__
     finally:
+        for waiting in ends[1:]:
+            waiting.cancel()
         if not running.done():
             for task in list(started.tasks):
                 task.cancel()

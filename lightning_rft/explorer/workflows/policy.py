@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from lightning_rft.errors import ConfigurationError, ContextFull
 from lightning_rft.experience import Turn
-from lightning_rft.explorer.engines.engine import Completion, Request
+from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.explorer.engines.stops import stop_at
 from lightning_rft.explorer.workflows.conversation import Call, Conversations, Encoded
 from lightning_rft.explorer.workflows.endpoint import Endpoint
@@ -37,8 +37,8 @@ class Policy:
     when it is made.
 
     ``name`` begins the request ids, ``encoded`` holds prompts that the samples of a group share, ``trained`` says
-    whether the turns are for training, which does not take every way of sampling, and ``serve`` opens a session of the
-    policy on an endpoint.
+    whether the turns are for training, which does not take every way of sampling, ``serve`` opens a session of the
+    policy on an endpoint, and ``cut`` ends requests early, by their ids.
 
     Attributes:
         counts: What its endpoint counted, by name, such as ``endpoint_retries``: metrics of the sample.
@@ -71,6 +71,7 @@ class Policy:
         encoded: Encoded | None = None,
         trained: bool = True,
         serve: Callable[..., Endpoint] | None = None,
+        cut: Callable[[Sequence[str]], object] = lambda request_ids: None,
     ) -> None:
         self.seconds = 0.0
         self.counts: Counter[str] = Counter()
@@ -82,9 +83,14 @@ class Policy:
         self._trained = trained
         self._seed = seed
         self._serve = serve
+        self._cut = cut
+        #: Set by the first call after :meth:`end_answers`: it will not be answered.
+        self.over = asyncio.Event()
         self._conversations = Conversations(tokenizer, {} if encoded is None else encoded)
         self._sent: Counter[bytes] = Counter()  # requests, by their prompt's ids
-        self._asking: set[asyncio.Task[Any]] = set()
+        self._asking: dict[asyncio.Task[Any], str] = {}  # to the id of the request that it waits for
+        self._answered_at = 0.0  # the last of them
+        self._ending = False
         self._endings: list[Callable[[], None]] = []
         self._closed = False
 
@@ -150,6 +156,9 @@ class Policy:
                 f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={settings.max_new_tokens} do not fit a "
                 f"context of {self.max_model_len} tokens: shorten the prompt or lower max_new_tokens"
             )
+        if self._ending:
+            self.over.set()
+            await asyncio.Event().wait()  # for the sample's end: whoever caught an error might call again at once
         name, seed = self._own(call.packed_ids)
         settings = replace(settings, seed=seed)
         done = await self._ask(Request(f"{self._name}/{name}", prompt_ids, settings))
@@ -194,6 +203,15 @@ class Policy:
         """Has a function called when the sample ends."""
         self._endings.append(end)
 
+    def progressed(self) -> float:
+        """When a call was last being answered, on the clock of the event loop; 0 before the first."""
+        return asyncio.get_running_loop().time() if self._asking else self._answered_at
+
+    def end_answers(self) -> None:
+        """Ends the answers that are being sampled, as ``length``; a later call ends the sample."""
+        self._ending = True
+        self._cut(list(self._asking.values()))
+
     def close(self) -> None:
         """Ends the calls that still wait, which nobody asks for any more, and refuses others."""
         self._closed = True
@@ -210,11 +228,12 @@ class Policy:
         began = time.perf_counter()
         asking = asyncio.current_task()
         assert asking is not None
-        self._asking.add(asking)
+        self._asking[asking] = request.id
         try:
             done = await self._sample(request)
         finally:
-            self._asking.discard(asking)
+            del self._asking[asking]
+            self._answered_at = asking.get_loop().time()
         self.seconds += time.perf_counter() - began
         return done
 
