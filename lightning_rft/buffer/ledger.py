@@ -26,6 +26,8 @@ from lightning_rft.experience import Group, GroupKey, Progress
 
 __all__ = ["Ledger", "State"]
 
+_LEASED = "groups INDEXED BY groups_leased"  # left to itself, SQLite looks at every group of the run
+
 
 class Ledger:
     """Every group of the runs in a file, and their experiences.
@@ -182,11 +184,11 @@ class Ledger:
     def release(self) -> None:
         """Makes what is leased ready again."""
         with self._file.transaction() as file:
-            file.execute("UPDATE groups SET state = 'ready' WHERE run = ? AND state = 'leased'", self._run)
+            file.execute(f"UPDATE {_LEASED} SET state = 'ready' WHERE run = ? AND state = 'leased'", self._run)
 
     def trained(self, step: int) -> None:
         """Records that what is leased was trained as batch ``step``."""
-        change = "UPDATE groups SET state = 'trained', step = ? WHERE run = ? AND state = 'leased'"
+        change = f"UPDATE {_LEASED} SET state = 'trained', step = ? WHERE run = ? AND state = 'leased'"
         with self._file.transaction() as file:
             if not file.execute(change, step, self._run).rowcount:
                 raise ScheduleError(f"batch {step} cannot go to trained: no group is leased")

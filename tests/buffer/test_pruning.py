@@ -182,6 +182,22 @@ def test_the_file_stops_growing(tmp_path: Path) -> None:
     assert late == early
 
 
+def test_a_batch_is_marked_without_a_look_at_every_group_of_the_run() -> None:
+    plans: list[str] = []
+    with Ledger.open(":memory:") as ledger:
+        ledger.begin()
+        bring(ledger, GroupKey(0, 0), State.LEASED)
+        ledger._file.connection.set_trace_callback(plans.append)
+        ledger.release()
+        ledger.lease([GroupKey(0, 0)])
+        ledger.trained(0)
+        ledger._file.connection.set_trace_callback(None)
+        updates = [plan for plan in plans if plan.startswith("UPDATE") and "WHERE run = 1 AND state" in plan]
+        assert len(updates) == 2
+        for update in updates:
+            assert "USING INDEX groups_leased" in query(ledger, f"EXPLAIN QUERY PLAN {update}")[0][-1]
+
+
 @pytest.mark.parametrize("keep", [0, -1])
 def test_it_counts_batches(keep: int) -> None:
     with pytest.raises(ConfigurationError, match=rf"Buffer\(keep={keep}\) must be at least 1: it counts batches"):
