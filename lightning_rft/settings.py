@@ -120,6 +120,10 @@ class Buffer:
         max_refused: Maximum samples in groups that ``group_filter`` refuses in a row; more end the run, which might
             otherwise explore for ever. The metric ``rft/filtered_share`` shows the share that it refuses.
         shuffle: Whether to shuffle stored experience in every epoch, with ``explorers=0``.
+        keep: How many batches stay in the file once they are trained, at least 1; older ones are deleted, and their
+            space is used again. Left out, all of them stay: reports and ``explorers=0`` have only what is kept. Keep
+            more than are trained between two checkpoints: a run that resumes from further back than it keeps explores
+            again all that was not trained by then.
 
     Raises:
         ConfigurationError: A setting cannot work.
@@ -136,6 +140,7 @@ class Buffer:
     group_filter: Callable[[Group], object] | None = None
     max_refused: int = 4096
     shuffle: bool = True
+    keep: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.path, str) and self.path.startswith("{"):  # what a parser makes of settings it cannot read
@@ -144,6 +149,8 @@ class Buffer:
             raise ConfigurationError(f"Buffer(capacity={self.capacity}) must be at least 1")
         if self.max_refused < 1:
             raise ConfigurationError(f"Buffer(max_refused={self.max_refused}) must be at least 1")
+        if self.keep is not None and self.keep < 1:
+            raise ConfigurationError(f"Buffer(keep={self.keep}) must be at least 1: it counts batches")
         if self.group_filter is not None and not callable(self.group_filter):
             raise ConfigurationError(
                 f"group_filter is {self.group_filter!r}, which cannot be called: give a function "

@@ -163,6 +163,25 @@ def test_without_its_buffer_a_run_goes_on_from_the_cursor_and_says_so(
     assert trained_tasks(tmp_path) != first
 
 
+def test_with_a_pruned_buffer(
+    tmp_path: Path, tiny_model_path: Path, data: rft.RFTDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "whole", tiny_model_path, data=data, steps=6)
+    last = trained_tasks(tmp_path / "whole")[-6:]  # of two batches
+    monkeypatch.setattr(data, "buffer", rft.Buffer(keep=2))
+    train(tmp_path, tiny_model_path, data=data, steps=5)
+    before = attempts(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the buffer")
+        train(tmp_path, tiny_model_path, data=data, steps=6, resume=checkpoint(tmp_path, 4))
+    assert trained_tasks(tmp_path) == last
+    assert before == 4 + 4  # batches 3 and 4; the latter was used again, since nothing newer had explored it
+    assert attempts(tmp_path) == 4 + 2
+    with warned("no longer holds all that was trained since"):
+        train(tmp_path, tiny_model_path, data=data, steps=6, resume=checkpoint(tmp_path, 3))
+    assert trained_tasks(tmp_path) == last
+
+
 def test_in_another_log_folder(tmp_path: Path, tiny_model_path: Path, data: rft.RFTDataModule) -> None:
     train(tmp_path / "one", tiny_model_path, data=data, steps=3)
     train(tmp_path / "two", tiny_model_path, data=data, steps=6, resume=checkpoint(tmp_path / "one", 3))

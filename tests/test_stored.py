@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 import lightning_rft as rft
 from lightning_rft.buffer.ledger import Ledger
+from lightning_rft.buffer.reader import StoredExperience
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from tests.trainer_and_data import quiet_trainer, stored_data
 
@@ -70,6 +72,24 @@ def test_every_epoch_trains_every_group_once(stored: Path, tiny_model_path: Path
     assert first != second
     with Ledger.open(stored) as ledger:  # as it was
         assert len(ledger.trained_tasks()) == 4
+
+
+def test_the_order_of_an_epoch_is_drawn_once(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, drawn = list(range(GROUPS)), []
+    random.Random("1 0").shuffle(order)
+
+    class Counts(random.Random):
+        def shuffle(self, x: Any) -> None:
+            drawn.append(len(x))
+            super().shuffle(x)
+
+    monkeypatch.setattr(random, "Random", Counts)
+    source = StoredExperience(stored, tasks_per_step=4, shuffle=True, seed=1, version=lambda: 0)
+    seen = [[int(group.task_id) for group in source.wanted(batch)] for batch in (0, 1, 2, 3, 4, 5, 1)]
+    assert seen[:3] == [order[:4], order[4:8], order[8:]]  # as ever: runs that resume in mid-epoch go on in it
+    assert sorted(place for batch in seen[3:6] for place in batch) == list(range(GROUPS)) and seen[3] != seen[0]
+    assert seen[6] == seen[1]
+    assert drawn == [GROUPS] * 3
 
 
 def test_in_order_and_resumed_in_mid_epoch(stored: Path, tiny_model_path: Path, tmp_path: Path) -> None:

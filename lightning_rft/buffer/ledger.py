@@ -18,12 +18,15 @@ from typing import Self
 
 from lightning_rft.buffer.codec import COLUMNS, to_group, to_row
 from lightning_rft.buffer.database import File
+from lightning_rft.buffer.pruning import prune, pruned_before
 from lightning_rft.buffer.resume import ENDED, ROUND, Round, apply, current, settle, unsettled
 from lightning_rft.buffer.schema import State
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Group, GroupKey, Progress
 
 __all__ = ["Ledger", "State"]
+
+_LEASED = "groups INDEXED BY groups_leased"  # left to itself, SQLite looks at every group of the run
 
 
 class Ledger:
@@ -87,8 +90,8 @@ class Ledger:
         """Resumes the run from a checkpoint that an incarnation wrote.
 
         Returns the number of the new incarnation, and the oldest version of every ready group; or None, with nothing
-        changed, if the file has another history than the checkpoint. For ``oldest`` and ``expected`` see
-        :func:`~lightning_rft.buffer.resume.settle`; the latter must not call the ledger.
+        changed, if the file has another history than the checkpoint, or is pruned beyond it. For ``oldest`` and
+        ``expected`` see :func:`~lightning_rft.buffer.resume.settle`; the latter must not call the ledger.
         """
         version = progress.version
         with self._file.transaction() as file:
@@ -96,6 +99,8 @@ class Ledger:
             if row is None or row[1] > version:
                 return None
             run: int = row[0]
+            if pruned_before(file, run) > version:
+                return None
             # If a later incarnation resumed from before the checkpoint, the file's history has left the checkpoint's.
             later = "SELECT count(*) FROM incarnations WHERE run = ? AND number > ? AND version < ?"
             if file.execute(later, run, incarnation, version).fetchone()[0]:
@@ -179,14 +184,22 @@ class Ledger:
     def release(self) -> None:
         """Makes what is leased ready again."""
         with self._file.transaction() as file:
-            file.execute("UPDATE groups SET state = 'ready' WHERE run = ? AND state = 'leased'", self._run)
+            file.execute(f"UPDATE {_LEASED} SET state = 'ready' WHERE run = ? AND state = 'leased'", self._run)
 
     def trained(self, step: int) -> None:
         """Records that what is leased was trained as batch ``step``."""
-        change = "UPDATE groups SET state = 'trained', step = ? WHERE run = ? AND state = 'leased'"
+        change = f"UPDATE {_LEASED} SET state = 'trained', step = ? WHERE run = ? AND state = 'leased'"
         with self._file.transaction() as file:
             if not file.execute(change, step, self._run).rowcount:
                 raise ScheduleError(f"batch {step} cannot go to trained: no group is leased")
+
+    def prune(self, before: int) -> None:
+        """Deletes the groups of batches before ``before`` that were trained in steps before it.
+
+        The run can be resumed from version ``before`` or a later one as if nothing had been deleted.
+        """
+        with self._file.transaction() as file:
+            prune(file, self._run, before)
 
     def failed(self, key: GroupKey, error: str, step: int) -> None:
         """Records that the task of an issued group ended in an error at version ``step``."""

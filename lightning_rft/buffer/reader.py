@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning_rft.buffer.schema import check_format, show_as_new
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.experience import Group, GroupKey
 
-__all__ = ["StoredExperience", "read_buffer", "read_prompts", "stored_keys"]
+__all__ = ["StoredExperience", "read_buffer", "read_prompts", "read_pruned", "stored_keys"]
 
 _COLUMNS = (
     *("run", "incarnation", "batch", "slot", "round", "epoch", "task_id", "state", "step", "attempts", "error"),
@@ -49,7 +50,8 @@ def read_buffer(path: str | Path, *, tokens: bool = True) -> Iterator[dict[str, 
     ``task_id``, ``state``, ``step`` (the batch that trained it, or the version at which it failed or was filtered),
     ``attempts`` and ``error``. Columns of the sample: ``sample``, ``reward``, ``rewards`` (its parts by name, as JSON),
     ``metrics`` (of the workflow, by name, as JSON), ``num_tokens``, ``finish_reason``, ``text``, ``oldest_version`` and
-    ``newest_version``; a group without samples is one row, with None for these.
+    ``newest_version``; a group without samples is one row, with None for these. What ``Buffer(keep=...)`` had deleted
+    has no rows; a report counts it.
 
     Args:
         path: The file.
@@ -101,6 +103,14 @@ def read_prompts(path: Path, keys: Iterable[tuple[int, ...]]) -> Iterator[list[i
             yield None if row is None else unpack(*row)[-1].prompt_ids.tolist()
 
 
+def read_pruned(path: Path) -> list[tuple[int, int, int, int]]:
+    """Runs of which groups were deleted: the run, the batch before which they are, and how many groups and samples."""
+    with _connected(path) as connection:
+        if not connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'pruned'").fetchone()[0]:
+            return []  # of an earlier lightning_rft
+        return connection.execute("SELECT run, before, groups, samples FROM pruned ORDER BY run").fetchall()
+
+
 class StoredExperience:
     """The groups of a buffer's file that can be trained, as batches for the loader, epoch after epoch.
 
@@ -116,6 +126,7 @@ class StoredExperience:
         self._seed = seed
         self._version = version
         self._keys = stored_keys(self._path)
+        self._order: tuple[int, Sequence[int]] = -1, ()  # of the groups in an epoch, by its number
         #: How many batches are trained again and again; None for all.
         self.repeated: int | None = None
         if not self._keys:
@@ -139,11 +150,17 @@ class StoredExperience:
     def wanted(self, batch: int) -> list[Group]:
         """Reads a batch; a number always means the same groups."""
         epoch, index = divmod(batch % self.repeated if self.repeated else batch, self.batches)
-        order = list(range(len(self._keys)))
+        if self._order[0] != epoch:
+            self._order = epoch, self._shuffled(epoch)
+        start = index * self._tasks_per_step
+        places = self._order[1][start : start + self._tasks_per_step]
+        return self._read([self._keys[place] for place in places])
+
+    def _shuffled(self, epoch: int) -> Sequence[int]:
+        order = array("q", range(len(self._keys)))
         if self._shuffle:
             random.Random(f"{self._seed} {epoch}").shuffle(order)
-        start = index * self._tasks_per_step
-        return self._read([self._keys[place] for place in order[start : start + self._tasks_per_step]])
+        return order
 
     def _read(self, keys: Sequence[tuple[int, ...]]) -> list[Group]:
         groups = []
@@ -161,8 +178,8 @@ def stored_keys(path: Path) -> list[tuple[int, ...]]:
     """Run, batch, slot and round of every group in a file that can be trained."""
     with _connected(path) as connection:
         return connection.execute(
-            f"SELECT DISTINCT {_KEYS} FROM groups JOIN experiences USING ({_KEYS})"
-            f" WHERE state IN ('ready', 'leased', 'trained') ORDER BY {_KEYS}"
+            f"SELECT {_KEYS} FROM groups"
+            f" WHERE state IN ('ready', 'leased', 'trained') AND samples IS NOT NULL ORDER BY {_KEYS}"
         ).fetchall()
 
 

@@ -41,6 +41,17 @@ class State(StrEnum):
         raise StorageError(f"a group of the buffer is in the unknown state {value!r}: {DAMAGED}")
 
 
+# The version from which on a run can be resumed, and how much was deleted. The table is newer than the format: a file
+# without it is whole, and gets it when it is opened to write.
+_PRUNED = """
+CREATE TABLE IF NOT EXISTS pruned (
+    run INTEGER PRIMARY KEY,
+    before INTEGER NOT NULL,
+    groups INTEGER NOT NULL,
+    samples INTEGER NOT NULL
+);
+"""
+
 # A resumed run is another incarnation of the same run. `round` counts the tasks of a slot from 0; the largest is the
 # current one. `step` is the batch of a trained group, or the version at which a group failed or was filtered, and null
 # in all other states. `incarnation` is the last that issued the group. `samples` reveals experiences lost to a damaged
@@ -94,6 +105,7 @@ CREATE TABLE experiences (
     turns BLOB NOT NULL,
     PRIMARY KEY (run, batch, slot, round, sample)
 );
+{_PRUNED}
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {FORMAT_VERSION};
 """
@@ -141,7 +153,9 @@ def prepare(connection: sqlite3.Connection, path: str | Path) -> None:
     connection.execute("PRAGMA wal_autocheckpoint = 4000")
     if filled and _version(connection) < FORMAT_VERSION:
         connection.executescript(_UPDATE)
-    elif not filled:
+    if filled:
+        connection.execute(_PRUNED)
+    else:
         name = uuid.uuid4().hex
         connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} INSERT INTO identity VALUES ('{name}'); COMMIT;")
 

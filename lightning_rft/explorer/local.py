@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lightning_rft.channel import spawn
+from lightning_rft.explorer.log_tail import log_tail
 
 __all__ = ["GRACE_S", "LocalProcess", "end_all"]
 
@@ -19,7 +20,6 @@ _log = logging.getLogger(__name__)
 
 #: Seconds that a process may take to end when asked, and then to be gone when killed.
 GRACE_S = 3.0
-_LOG_LINES = 20
 
 
 class LocalProcess:
@@ -49,7 +49,7 @@ class LocalProcess:
 
     def log_tail(self) -> str:
         """Last lines of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        return log_tail(self.log)
 
 
 def end_all(processes: Collection[LocalProcess], grace_s: float = GRACE_S) -> None:

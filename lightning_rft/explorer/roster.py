@@ -103,9 +103,10 @@ class Roster:
 
     # Weights
 
-    def want_weights(self, explorer: int) -> None:
-        """Notes that an explorer needs weights before the next push."""
-        self._records[explorer].needs_weights = True
+    def want_weights(self, *explorers: int) -> None:
+        """Notes that explorers need weights before the next push."""
+        for explorer in explorers:
+            self._records[explorer].needs_weights = True
 
     def load_alone(self) -> list[int]:
         """Marks the explorers that need weights before the next push as about to load by themselves; returns them."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lightning_rft.buffer.reader import read_pruned
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.model_folder import Pretrained
 from lightning_rft.monitor.drawing import KINDS
@@ -40,6 +41,12 @@ def gathered(folder: Path, buffer: Path | None) -> dict[str, Any]:
     stored = Stored.read(path, _MOST_SAMPLES) if there else Stored([], _MOST_SAMPLES)
     if not there:
         notes.append("No buffer: it was kept in memory, or elsewhere (give its path with --buffer), or is not begun.")
+    pruned = read_pruned(path) if there else []
+    notes += [
+        f"Run {run}: {groups:,} groups with {samples:,} samples, of batches before {before:,}, are neither counted nor "
+        "shown: Buffer(keep=...) had them deleted."
+        for run, before, groups, samples in pruned
+    ]
     samples, prompts = stored.samples, list[str]()
     if samples:
         tokenizer = _tokenizer(folder)
@@ -56,7 +63,7 @@ def gathered(folder: Path, buffer: Path | None) -> dict[str, Any]:
         "notes": notes,
         "states": dict(stored.states),
         "totals": {"samples": stored.total_samples, "tokens": stored.total_tokens},
-        "curves": _curves(stored.curves(), logged),
+        "curves": _curves(stored.curves(), logged, whole=not pruned),
         "waits": waits,
         "advice": verdict(waits) if waits else "",
         "timeline": timeline,
@@ -66,10 +73,13 @@ def gathered(folder: Path, buffer: Path | None) -> dict[str, Any]:
     }
 
 
-def _curves(stored: Mapping[str, Mapping[int, Curve]], logged: Mapping[str, Curve]) -> list[dict[str, Any]]:
-    """Curves in the order in which they are shown; the buffer knows every batch, a logger only some."""
-    lines = {name: [curve] for name, curve in logged.items() if curve}
-    lines |= {name: list(runs.values()) for name, runs in stored.items()}
+def _curves(
+    stored: Mapping[str, Mapping[int, Curve]], logged: Mapping[str, Curve], *, whole: bool
+) -> list[dict[str, Any]]:
+    """Curves in the order in which they are shown; a ``whole`` buffer knows every batch, a logger only some."""
+    of_logger = {name: [curve] for name, curve in logged.items() if curve}
+    of_buffer = {name: list(runs.values()) for name, runs in stored.items()}
+    lines = of_logger | of_buffer if whole else of_buffer | of_logger
     order = {name: place for place, name in enumerate(_FIRST)}
     return [
         {"name": name, "first": name in order, "lines": [_thinned(line) for line in lines[name]]}

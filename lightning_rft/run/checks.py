@@ -76,10 +76,10 @@ def check_source(
             "explorers=0 trains from a stored buffer: set buffer=... to its file, and leave val_tasks out, since "
             "nobody can answer them"
         )
-    elif buffer.group_filter or buffer.selection or buffer.replay or buffer.capacity:
+    elif buffer.group_filter or buffer.selection or buffer.replay or buffer.capacity or buffer.keep:
         raise ConfigurationError(
             "explorers=0 trains on all that is stored, epoch after epoch: leave the buffer's group_filter, selection, "
-            "replay and capacity out"
+            "replay, capacity and keep out"
         )
 
 

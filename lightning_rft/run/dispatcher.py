@@ -77,8 +77,8 @@ class Dispatcher:
         self.turns = Turns()
         #: The tasks that are answered beside the schedule.
         self.validation = Validation((), run=groups.incarnation, samples=0, sampling=Sampling())
-        #: Has an explorer load the newest version; returns at once.
-        self.load: Callable[[int], None] = self.roster.want_weights
+        #: Has explorers load the newest version, together; returns at once.
+        self.load: Callable[..., None] = self.roster.want_weights
         #: Whether a push is due.
         self.push_due = False
         self._load_label = load_label
@@ -129,6 +129,7 @@ class Dispatcher:
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
         issues = [(action.group, action.explorer) for action in actions if isinstance(action, Issue)]
+        loads = [action.explorer for action in actions if isinstance(action, Load)]
         for action in actions:
             if isinstance(action, Issue):
                 self.groups.partials.drop_older(action.group, action.oldest)
@@ -136,10 +137,10 @@ class Dispatcher:
                 self.groups.lease(action.groups, self.schedule.version)
             elif isinstance(action, Push):
                 self.push_due = True
-            elif isinstance(action, Load):
-                self.load(action.explorer)
             elif isinstance(action, Drop):
                 self._drop(action.group, action.explorer)
+        if loads:
+            self.load(*loads)
         if issues:
             self._send(self.groups.issue(issues))
         self.look()

@@ -72,6 +72,7 @@ class Groups:
         self._filter = Filter(buffer.group_filter, buffer.max_refused)
         self._score = buffer.selection
         self._replay = ReplayMemory(buffer.replay, cursor.plan.tasks_per_step, max_staleness)
+        self._keep = buffer.keep
         self._dropped = self._failed = 0
         self._attempts: Counter[GroupKey] = Counter()
         self._refusals: Counter[GroupKey] = Counter()
@@ -175,6 +176,8 @@ class Groups:
         """Records that the leased groups are part of the weights."""
         assert self.leased is not None
         self._ledger.trained(batch)
+        if self._keep is not None:
+            self._ledger.prune(batch + 1 - self._keep)
         for group in self.leased:
             self._learn(group)
         self._done(group.key for group in self.leased)

@@ -71,15 +71,15 @@ class Pusher:
             self._observe("trainer", self._transport.push_label, began, version)
             self._pushed(version)
 
-    def load(self, explorer: int) -> None:
-        """Has an explorer load the newest version, without waiting for it.
+    def load(self, *explorers: int) -> None:
+        """Has explorers load the newest version, together, without waiting for them.
 
-        If pushes are not in the background, it came up between two, and gets weights when the trainer next waits.
+        If pushes are not in the background, they came up between two, and get weights when the trainer next waits.
         """
         if self._background is not None:
-            self._background.load(explorer)
+            self._background.load(*explorers)
         else:
-            self._roster.want_weights(explorer)
+            self._roster.want_weights(*explorers)
 
     def push_alone(self, version: int, late: Sequence[int]) -> None:
         """Pushes the policy's weights to the explorers, if any, that came up between two pushes."""
@@ -173,10 +173,10 @@ class Background:
             self._next = weights, version
             self._news.notify_all()
 
-    def load(self, explorer: int) -> None:
-        """Queues the load of an explorer."""
+    def load(self, *explorers: int) -> None:
+        """Queues the loads of explorers, which begin together unless the transport serves one at a time."""
         with self._news:
-            self._loads.append(explorer)
+            self._loads += explorers
             self._news.notify_all()
 
     def close(self, timeout_s: float) -> None:

@@ -81,8 +81,9 @@ def begin_or_resume(
         )
     if saved and resumed is None:
         rank_zero_warn(
-            f"the buffer {str(path)!r} is not the one that the checkpoint was saved with, or was written on "
-            "from another checkpoint since: what it held and was not trained is explored again"
+            f"the buffer {str(path)!r} is not the one that the checkpoint was saved with, was written on from another "
+            "checkpoint since, or no longer holds all that was trained since the checkpoint, as Buffer(keep=...) says: "
+            "what it held and was not trained is explored again"
         )
     return resumed or (ledger.begin(progress.version), {})
 

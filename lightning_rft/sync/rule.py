@@ -26,8 +26,9 @@ class Rule(ABC):
     overlaps: bool = True
     #: Whether an explorer may load weights while it works on groups; else it finishes them first.
     in_flight: bool = False
-    #: Whether explorers load one after another, so that exploration never stops as a whole.
-    staggered: bool = False
+    #: Share of the explorers that may load at the same time; below 1 exploration never stops as a whole, since then it
+    #: is not all of them. One may in any case.
+    loading: float = 1.0
     #: What happens to a group that would be too old after the next step: the step waits for it, or it is dropped.
     overdue: Literal["wait", "drop"] = "wait"
 
@@ -43,6 +44,10 @@ class Rule(ABC):
     @abstractmethod
     def pushes_after(self, batch: int) -> bool:
         """Whether new weights are due once ``batch`` is trained."""
+
+    def loads_at_once(self, explorers: int) -> int:
+        """How many of so many explorers may load at the same time."""
+        return max(1, int(self.loading * explorers))
 
 
 class Exploration(Rule):

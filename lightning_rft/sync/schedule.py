@@ -226,10 +226,13 @@ class Schedule:
         """Explorers whose turn it is to load."""
         members = self._explorers
         lagging = [index for index, member in members.items() if member.loaded < self.pushed_version]
-        if not self.rule.staggered:
+        if self.rule.loading >= 1:
             return lagging
-        loading = [index for index in lagging if members[index].loading]
-        return loading or sorted(lagging, key=lambda index: (members[index].loaded, index))[:1]
+        turns = [index for index in lagging if members[index].loading]
+        if turns and self.rule.in_flight:
+            return turns  # they began together, in one push, and the next ones begin when all of these have loaded
+        others = sorted(set(lagging) - set(turns), key=lambda index: (members[index].loaded, index))
+        return turns + others[: max(0, self.rule.loads_at_once(len(members)) - len(turns))]
 
     def _loads(self) -> list[Action]:
         loads: list[Action] = []

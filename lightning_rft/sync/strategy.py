@@ -48,6 +48,11 @@ class SyncStrategy(Callback, Rule):
         super().__init_subclass__(**kwargs)
         if "publishes_after" in vars(cls):
             raise ConfigurationError(f"{cls.__name__}.publishes_after is called pushes_after now: rename it")
+        if "staggered" in vars(cls):
+            raise ConfigurationError(
+                f"{cls.__name__}.staggered is called loading now, the share of the explorers that may load at the same "
+                "time: set loading = 0.0 for one after another, or leave it out"
+            )
 
     def check(self, explorers: int) -> None:
         """Raises :class:`ConfigurationError` if the strategy cannot work with so few explorers."""

@@ -28,8 +28,8 @@ def check_events(
     lineage of the final weights; no group began with weights older than ``admit``; nothing is staler than
     ``max_staleness``, nor from the future; versions are pushed in order, the last one included; strategies that train
     in order do so; nothing is dropped unless ``overdue="drop"``; explorers load between groups unless ``in_flight``,
-    and one after another if ``staggered``. After a change of the strategy, what the one before had explored or trained
-    ahead may be dropped, or be trained with another batch.
+    and no larger share of them than ``loading`` at the same time, but one. After a change of the strategy, what the one
+    before had explored or trained ahead may be dropped, or be trained with another batch.
 
     Args:
         rule: The strategy.
@@ -72,7 +72,7 @@ def check_strategy(rule: Rule, *, runs: int = 200, seed: int = 0) -> None:
         size = random.randint(1, 4)
         sizes = {5: random.randint(1, size)}  # a short batch somewhere
         batches = random.randint(1, 12)
-        explorers = random.randint(2 if rule.staggered else 1, 3)
+        explorers = random.randint(1, 3) if rule.loading >= 1 else random.choice([2, 3, 9])
         lengths = Random(random.random())
         failing = random.choice([0.0, 0.2])
         samples = random.choice([1, 1, 4])
@@ -124,6 +124,7 @@ class _Witness:
         self._crashes = iter(sorted(crashes, key=lambda crash: crash.time))
         self._version_of: dict[GroupKey, int] = {}  # of groups that have come back
         self._steps: list[tuple[GroupKey, ...]] = []  # of the lineage so far
+        self._explorers: set[int] = set()
         self._loading: set[int] = set()
         self._working: dict[GroupKey, int] = {}  # group -> explorer
         self._pushed = -1
@@ -171,7 +172,7 @@ class _Witness:
         for group in self._kept:
             age = event.version - self._version_of[group]
             self._must(0 <= age <= self._rule.max_staleness, f"resumes with {group}, which is {age} batches old")
-        self._loading, self._working, self._pushed = set(), {}, event.version - 1
+        self._explorers, self._loading, self._working, self._pushed = set(), set(), {}, event.version - 1
 
     def _of_group(self, event: Event, group: GroupKey) -> None:
         exempt = self._changed and group in self._kept
@@ -209,13 +210,16 @@ class _Witness:
         self._pushed = event.version
 
     def _of_explorer(self, event: Event, explorer: int) -> None:
+        if event.what == "joined":
+            self._explorers.add(explorer)
         if event.what == "loading":
-            one_by_one = not (self._rule.staggered and self._loading)
-            self._must(one_by_one, f"loads while {sorted(self._loading)} does")
+            most = max(1.0, self._rule.loading * len(self._explorers))
+            self._must(len(self._loading) + 1 <= most, f"loads while {sorted(self._loading)} do")
             self._loading.add(explorer)
         if event.what in ("loading", "loaded"):
             self._must(self._rule.in_flight or explorer not in self._working.values(), "loads while it works")
         if event.what in ("loaded", "died"):
             self._loading.discard(explorer)
         if event.what == "died":
+            self._explorers.discard(explorer)
             self._working = {group: other for group, other in self._working.items() if other != explorer}

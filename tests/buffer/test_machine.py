@@ -48,6 +48,7 @@ class Model:
 
     incarnations: list[tuple[int, int]] = field(default_factory=list)
     runs: dict[int, dict[GroupKey, dict[int, Row]]] = field(default_factory=dict)
+    pruned: dict[int, list[int]] = field(default_factory=dict)  # run -> before, groups, samples
 
     @property
     def rows(self) -> dict[GroupKey, dict[int, Row]]:
@@ -80,6 +81,8 @@ class Model:
         run, start = self.incarnations[incarnation - 1]
         later = [version for other, version in self.incarnations[incarnation:] if other == run]
         if start > progress.version or min(later, default=progress.version) < progress.version:
+            return None
+        if self.pruned.get(run, [0])[0] > progress.version:
             return None
         history: dict[GroupKey, list[Round]] = {}
         for key, rounds in sorted(self.runs[run].items()):
@@ -141,6 +144,16 @@ class Model:
         for row in leased:
             row.state, row.step = State.TRAINED, step
 
+    def prune(self, before: int) -> None:
+        run, rows = self.incarnations[-1][0], self.rows
+        for key in [key for key, rounds in rows.items() if key.batch < before]:
+            rounds = list(rows[key].values())
+            if any(row.state is State.TRAINED and row.step is not None and row.step < before for row in rounds):
+                known, groups, samples = self.pruned.get(run, [0, 0, 0])
+                stored = sum(len(row.group.experiences) for row in rounds if row.group)
+                self.pruned[run] = [max(known, before), groups + len(rounds), samples + stored]
+                del rows[key]
+
     def failed(self, key: GroupKey, error: str, step: int) -> None:
         row = self.current(key, State.ISSUED)
         row.state, row.error, row.step = State.FAILED, error, step
@@ -152,7 +165,7 @@ class Model:
     def dropped(self, key: GroupKey) -> None:
         self.current(key, State.ISSUED, State.READY, State.LEASED).state = State.DROPPED
 
-    def dump(self) -> tuple[list[Any], list[Any]]:
+    def dump(self) -> tuple[list[Any], ...]:
         """What :func:`dump` says of the file."""
         groups = []
         for run, keys in sorted(self.runs.items()):
@@ -164,16 +177,20 @@ class Model:
                         stored = (row.group.oldest_version, row.group.newest_version, samples, samples)
                     ours = (row.attempts, row.incarnation, row.step, row.error)
                     groups.append((run, *key, number, *row.task, row.state.value, *ours, *stored))
-        return [(number, *entry) for number, entry in enumerate(self.incarnations, start=1)], groups
+        incarnations = [(number, *entry) for number, entry in enumerate(self.incarnations, start=1)]
+        return incarnations, [(run, *numbers) for run, numbers in sorted(self.pruned.items())], groups
 
 
-def dump(ledger: Ledger) -> tuple[list[Any], list[Any]]:
-    return query(ledger, "SELECT number, run, version FROM incarnations ORDER BY number"), query(
+def dump(ledger: Ledger) -> tuple[list[Any], ...]:
+    incarnations = query(ledger, "SELECT number, run, version FROM incarnations ORDER BY number")
+    pruned = query(ledger, "SELECT * FROM pruned ORDER BY run")
+    groups = query(
         ledger,
         "SELECT run, batch, slot, round, task_id, epoch, state, attempts, incarnation, step, error, oldest_version,"
         " newest_version, samples, (SELECT count(*) FROM experiences e WHERE (e.run, e.batch, e.slot, e.round) ="
         " (g.run, g.batch, g.slot, g.round)) FROM groups g ORDER BY run, batch, slot, round",
     )
+    return incarnations, pruned, groups
 
 
 class Killed(BaseException):
@@ -229,6 +246,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("read"), st.lists(KEYS, unique=True, max_size=3)),
     st.tuples(st.just("release")),
     st.tuples(st.just("trained"), STEPS),
+    st.tuples(st.just("prune"), STEPS),
     st.tuples(st.just("failed"), KEYS, st.just("boom"), STEPS),
     st.tuples(st.just("filtered"), KEYS, STEPS),
     st.tuples(st.just("dropped"), KEYS),

@@ -75,6 +75,33 @@ def test_a_push_that_hangs_is_told_of() -> None:
     assert not background._thread.is_alive()
 
 
+class Counts(Transport):
+    """Notes to whom it pushes."""
+
+    def __init__(self, one_by_one: bool) -> None:
+        self.one_by_one = one_by_one
+        self.pushes: list[list[int]] = []
+        self.all_loaded = threading.Event()
+
+    def push(self, weights: Any, version: int, explorers: Any, to: Any = None) -> None:
+        self.pushes.append(list(to))
+        if 5 in to:
+            self.all_loaded.set()
+
+
+@pytest.mark.parametrize(("one_by_one", "pushes"), [(False, [[3, 4, 5]]), (True, [[3], [4], [5]])])
+def test_explorers_whose_turn_it_is_load_in_one_push_if_the_transport_can(
+    one_by_one: bool, pushes: list[list[int]]
+) -> None:
+    told, transport = Told(), Counts(one_by_one)
+    background = told.background(transport)
+    background.push([], 1)
+    background.load(3, 4, 5)
+    assert transport.all_loaded.wait(30)
+    background.close(30)
+    assert transport.pushes == pushes
+
+
 class Hangs(rft.CheckpointTransport):
     """Writes the first version, and hangs with the next."""
 

@@ -669,11 +669,13 @@ def shipped(draw: st.DrawFn) -> rft.SyncStrategy:
         return Synchronous(interval)
     if make is rft.OneStepOffPolicy:
         return rft.OneStepOffPolicy(interval, in_flight=draw(st.booleans()))
+    takes_turns = make is rft.MultiExplorerAsynchronous
     return make(
         interval,
         max_staleness=interval - 1 + draw(st.integers(0, 4)),
         overdue=draw(st.sampled_from(["wait", "wait", "drop"])),
         in_flight=draw(st.booleans()),
+        **({"loading": draw(st.sampled_from([0.25, 0.7]))} if takes_turns else {}),  # of three, one or two
     )
 
 
@@ -791,6 +793,64 @@ def test_staggered_explorers_never_stop_as_a_whole():
     assert {event.explorer for event in events if event.what == "loaded"} == {0, 1}
 
 
+def test_a_quarter_loads_at_a_time_and_the_next_when_all_of_these_have_loaded():
+    schedule, actions = started(rft.MultiExplorerAsynchronous(max_staleness=1), size=8, explorers=8)
+    assert [action for action in actions if isinstance(action, Load)] == []
+    all_ready(schedule, 0, 8)
+    schedule.wanted(0)
+    schedule.trained(0)
+    assert schedule.pushed(1)[:2] == [Load(0, 1), Load(1, 1)]
+    assert not any(isinstance(action, Load) for action in schedule.loaded(1, 1))
+    assert not any(isinstance(action, Load) for action in schedule.joined(8))  # it waits for its turn, too
+    assert [action for action in schedule.died(0) if isinstance(action, Load)] == [Load(8, 1), Load(2, 1)]
+    assert not any(isinstance(action, Load) for action in schedule.loaded(8, 1))
+    assert [action.explorer for action in schedule.loaded(2, 1) if isinstance(action, Load)] == [3, 4]
+
+
+def test_who_finishes_its_groups_first_loads_as_soon_as_it_has():
+    rule = rft.MultiExplorerAsynchronous(max_staleness=1, in_flight=False, loading=0.5)
+    schedule, actions = started(rule, size=4, explorers=4)  # two groups each
+    assert Counter(action.explorer for action in actions if isinstance(action, Issue)) == dict.fromkeys(range(4), 2)
+    all_ready(schedule, 0, 4)
+    schedule.wanted(0)
+    schedule.trained(0)
+    assert schedule.pushed(1) == []  # it is the turn of 0 and 1, which get no more work
+    assert schedule.ready(GroupKey(1, 1)) == [Load(1, 1)]
+    assert schedule.ready(GroupKey(1, 2)) == []
+    assert schedule.loaded(1, 1)[:1] == [Load(2, 1)]
+    assert schedule.ready(GroupKey(1, 0)) == [Load(0, 1)]
+    assert schedule.ready(GroupKey(1, 3)) == []
+
+
+def test_many_explorers_are_faster_a_quarter_at_a_time():
+    def run_of(loading: float) -> tuple[float, int]:
+        """Seconds from the sixth step to the last, and how many explorers loaded at the same time at most."""
+        rule = rft.MultiExplorerAsynchronous(max_staleness=2, loading=loading)
+        lengths = random.Random(0)
+        events = drive(
+            rule,
+            batches=10,
+            groups_per_batch=64,
+            explorers=64,
+            duration=lambda group, attempt: lengths.uniform(5.0, 15.0),
+            train_time=5.0,
+            push_time=0.5,
+            load_time=2.0,
+            room=2,
+        )
+        check_events(rule, events, batches=10, groups_per_batch=64)
+        loading_now, most = 0, 0
+        for event in events:
+            loading_now += (event.what == "loading") - (event.what == "loaded")
+            most = max(most, loading_now)
+        begins = [event.time for event in events if event.what == "training"]
+        return begins[-1] - begins[5], most
+
+    (one, most_of_one), (quarter, most_of_quarter) = run_of(0.001), run_of(0.25)
+    assert (most_of_one, most_of_quarter) == (1, 16)
+    assert quarter < one / 2
+
+
 @pytest.mark.parametrize("make", ASYNCHRONOUS)
 @pytest.mark.parametrize("in_flight", [True, False])
 @pytest.mark.parametrize("train_time", [0.3, 3.0])
@@ -812,6 +872,8 @@ def test_the_first_to_load_does_not_take_all_the_work(make: Any, in_flight: bool
         (lambda: rft.FullyAsynchronous(overdue="skip"), "overdue='skip': use 'wait' or 'drop'"),
         (lambda: rft.OneStepOffPolicy(0), "sync_interval=0 must be at least 1"),
         (lambda: rft.MultiExplorerAsynchronous().check(1), "two or more explorers"),
+        (lambda: rft.MultiExplorerAsynchronous(loading=0.0), r"loading=0.0 must be above 0 and below 1"),
+        (lambda: rft.MultiExplorerAsynchronous(loading=1), r"loading=1 must be .* FullyAsynchronous\(\) has all"),
         (lambda: rft.CheckpointTransport(keep=0), "keep at least 1"),
         (lambda: Order(TooStale(1), size=lambda batch: 1), r"admit\(2\) is 0: .* staleness of 2 .* max_staleness=1"),
         (lambda: Order(Backwards(1), size=lambda batch: 1), r"must never decrease"),
@@ -840,6 +902,14 @@ def test_the_conformance_test_finds_what_is_wrong():
         def max_staleness(self) -> int:
             return 1
 
+    class Rushed(rft.MultiExplorerAsynchronous):
+        """Has more explorers load at a time than it says."""
+
+        def loads_at_once(self, explorers: int) -> int:
+            return 2 * super().loads_at_once(explorers)
+
+    with pytest.raises(ScheduleError, match=r"Rushed: loads while \[\d\] do"):
+        check_strategy(Rushed(), runs=50)
     check_strategy(rft.FullyAsynchronous(max_staleness=1), runs=50)
     with pytest.raises(ConfigurationError, match="staleness of 2"):
         check_strategy(Hasty(max_staleness=2), runs=50)
@@ -999,3 +1069,14 @@ def test_a_strategy_with_the_old_name_is_refused() -> None:
         class Mine(rft.SyncStrategy):
             def publishes_after(self, batch: int) -> bool:
                 return True
+
+    with pytest.raises(ConfigurationError, match=r"Turns\.staggered is called loading now"):
+
+        class Turns(rft.SyncStrategy):
+            staggered = True
+
+
+def test_by_collective_explorers_load_one_after_another():
+    transport = rft.CollectiveTransport()
+    assert rft.MultiExplorerAsynchronous(transport=transport).loads_at_once(64) == 1
+    assert rft.MultiExplorerAsynchronous().loads_at_once(64) == 16
