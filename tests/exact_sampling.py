@@ -15,6 +15,7 @@ from lightning_rft.experience import Truncation, Turn
 from lightning_rft.explorer.engines.requests import Completion, Request
 from lightning_rft.sampling import Sampling
 from lightning_rft.trainer.passes import logprobs_of
+from lightning_rft.trainer.ranks import Ranks
 from lightning_rft.trainer.shortcuts import FastPath, probe
 from lightning_rft.trainer.weighted import WeightedTurn
 
@@ -82,7 +83,7 @@ def paths(model: Any) -> dict[str, FastPath]:
 
 def gap(model: Any, path: FastPath, sampled: list[WeightedTurn], max_tokens: int | None = None) -> float:
     """Largest difference between log-probs in training and in sampling."""
-    trained = logprobs_of(model, sampled, path, max_tokens=max_tokens, rank=0, ranks=1)
+    trained = logprobs_of(model, sampled, path, max_tokens=max_tokens, ranks=Ranks())
     pairs = zip(trained, sampled, strict=True)
     return float(max(np.abs(logprobs - turn.turn.logprobs).max() for logprobs, turn in pairs))
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "lightning_rft"
 # From the ground up. A file imports from lower floors, and from its own.
 FLOORS = [
     ["errors", "experience", "pickling", "reward_calls", "sampling", "scores", "turn"],
-    ["channel", "hardware", "model_folder", "renamed", "rewards", "settings"],
+    ["authentication", "channel", "hardware", "model_folder", "network", "renamed", "rewards", "settings"],
     ["monitor"],
     ["sync", "tasks"],
     ["buffer", "explorer", "simulation", "trainer"],

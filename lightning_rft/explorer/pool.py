@@ -19,11 +19,13 @@ from lightning_rft.explorer.placement import Placement, Sharing
 from lightning_rft.explorer.restarts import Restarts
 from lightning_rft.explorer.spec import ExplorerSpec
 from lightning_rft.hardware import available_cpus, share_cores
+from lightning_rft.network import LOOPBACK
 from lightning_rft.pickling import dumps
 
 __all__ = ["ExplorerPool"]
 
-_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where launchers say which of the trainer's processes this is
+# where launchers say which of the trainer's processes this is
+_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 
 
 @dataclass
@@ -73,6 +75,9 @@ class ExplorerPool:
         ConfigurationError: ``count`` is below 1, ``devices`` are not as many, ``placement`` is none of the three, or
             ``max_restarts`` is negative.
     """
+
+    #: Host name or address at which explorers reach the trainer.
+    address: str = LOOPBACK
 
     def __init__(
         self,

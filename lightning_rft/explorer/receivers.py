@@ -40,6 +40,11 @@ class Receivers(Explorers):
 
     @property
     @override
+    def address(self) -> str:
+        return self._pool.address
+
+    @property
+    @override
     def dtype(self) -> str:
         return self._pool.dtype
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ _NOTHING: dict[type[Metric], tuple[float, ...]] = {MeanMetric: (0.0, 0.0), SumMe
 class BatchMetrics(nn.Module):
     """Metrics of one batch, under ``rft/``.
 
-    On several ranks each has all groups and adds its share of what is computed; all get the values of the batch.
+    On several ranks the first has the groups, and each adds its share of what is computed; all get the values of the
+    batch.
     """
 
     def __init__(self) -> None:
@@ -35,11 +37,22 @@ class BatchMetrics(nn.Module):
         self._began: float | None = None
         self.clear()
 
-    def update_groups(self, groups: Sequence[Group], version: int) -> None:
-        """Sets the groups of the batch, which is trained as ``version``."""
-        self._of_groups = score_metrics([list(map(_scored, group.experiences)) for group in groups])
-        self._of_groups |= _token_metrics(groups, version)
-        self._tokens = sum(group.num_tokens for group in groups)
+    def update_groups(
+        self,
+        groups: Sequence[Group],
+        version: int,
+        agree: Callable[[str, Callable[[], Any]], Any] = lambda what, function: function(),
+    ) -> None:
+        """Sets the groups of the batch, which is trained as ``version``.
+
+        Of several ranks the first has them; ``agree`` names a function that it calls, and all get the result.
+        """
+
+        def measured() -> tuple[dict[str, float], int]:
+            of_groups = score_metrics([list(map(_scored, group.experiences)) for group in groups])
+            return of_groups | _token_metrics(groups, version), sum(group.num_tokens for group in groups)
+
+        self._of_groups, self._tokens = agree("the metrics of a batch", measured)
 
     def update_loss(self, loss: Tensor) -> None:
         """Adds a part of the batch's loss."""

@@ -51,11 +51,15 @@ class BatchPart:
         val_set: str = "",
         samples: int = 1,
         ends: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         #: Index of the batch, which is also the version that is trained.
         self.batch = batch
-        #: The groups of the whole batch, on every rank; what is only explored is dealt to the ranks.
+        #: The groups of the whole batch, on rank 0; other ranks get the turns that they train, when that is known. What
+        #: is only explored is dealt to the ranks.
         self.groups = list(groups)
+        #: The ranks that train the batch together.
+        self.ranks = ranks or Ranks()
         #: Index of this part among the parts.
         self.part = part
         self.parts = parts
@@ -130,7 +134,7 @@ class ExperienceLoader:
         ranks, left = self._ranks, self._items - self._done
         while left > 0:
             began = time.perf_counter()
-            batch, groups, on_policy = ranks.agree("a batch of experience", self._next)
+            batch, on_policy, groups = ranks.scatter("a batch of experience", self._next)
             waited = time.perf_counter() - began
             # a checkpoint from the middle of a batch has lost half of its gradient, and Lightning steps where it did
             parts = min(self._accumulate - self._done % self._accumulate, left)
@@ -144,12 +148,15 @@ class ExperienceLoader:
                     max_new_tokens=self._max_new_tokens,
                     on_policy=on_policy,
                     wait_seconds=waited,
+                    ranks=ranks,
                 )
             left -= parts
 
-    def _next(self) -> tuple[int, list[Group], bool]:
+    def _next(self) -> list[tuple[int, bool, list[Group]]]:
         source = self._source()
-        return source.version, source.wanted(source.version), source.on_policy
+        groups = source.wanted(source.version)
+        others: list[list[Group]] = [[]] * (self._ranks.count - 1)
+        return [(source.version, source.on_policy, of_rank) for of_rank in (groups, *others)]
 
 
 class ExplorationLoader:
@@ -167,8 +174,11 @@ class ExplorationLoader:
     def __iter__(self) -> Iterator[BatchPart]:
         ranks = self._ranks
         for index in range(self._batches):
-            batch, groups = ranks.agree(f"explored batch {index}", partial(self._kept, index))
-            yield BatchPart(batch, groups[ranks.rank :: ranks.count])
+            yield BatchPart(*ranks.scatter(f"explored batch {index}", partial(self._dealt, index)))
+
+    def _dealt(self, index: int) -> list[tuple[int, list[Group]]]:
+        batch, groups = self._kept(index)
+        return [(batch, groups[rank :: self._ranks.count]) for rank in range(self._ranks.count)]
 
 
 class ValidationLoader:

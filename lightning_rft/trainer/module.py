@@ -144,7 +144,7 @@ class RFTModule(L.LightningModule):
         self._gathers: Gathering | None = None
         self._guard = StepGuard()
         self._objective = self.objective  # with the correction that goes with the strategy
-        self._shares: list[Cut] = []  # of the batch that is being trained
+        self._shares: list[Cut] = []  # this rank's, of each part of the batch that is being trained
 
     @override
     def configure_model(self) -> None:
@@ -247,7 +247,7 @@ class RFTModule(L.LightningModule):
     def training_step(self, batch: BatchPart, batch_idx: int) -> Tensor:
         if batch.first:
             self._begin(batch)
-        *before, last = self._shares[batch.part * self.trainer.world_size + self.global_rank]
+        *before, last = self._shares[batch.part]
         trained = torch.zeros((), dtype=torch.float32, device=self.device)
         for turns in before:
             loss = self._loss(turns, batch.batch)
@@ -265,13 +265,14 @@ class RFTModule(L.LightningModule):
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def _begin(self, batch: BatchPart) -> None:
-        """Makes what depends on the whole batch, and cuts it; alike on every rank."""
+        """Has rank 0 make what depends on the whole batch, and cut it; all ranks together."""
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
-        self.metrics.update_groups(batch.groups, batch.batch)
+        agree = batch.ranks.agree
+        self.metrics.update_groups(batch.groups, batch.batch, agree)
         if self._fast_path is None:
             turns = by_group(sampled_turns(batch.groups))
-            self._fast_path = probe(self._policy, turns, self._policy.config._attn_implementation)
+            self._fast_path = probe(self._policy, turns, self._policy.config._attn_implementation, agree)
         self._objective = self.objective.on_policy(batch.on_policy)
         self._shares = planned(
             batch,
@@ -280,8 +281,6 @@ class RFTModule(L.LightningModule):
             self._policy,
             *self._references,
             max_tokens=self.max_tokens_per_micro_batch,
-            rank=self.global_rank,
-            ranks=self.trainer.world_size,
         )
 
     def _backward(self, loss: Tensor) -> None:

@@ -23,20 +23,27 @@ def planned(
     reference: Any = None,
     *,
     max_tokens: int | None,
-    rank: int,
-    ranks: int,
 ) -> list[Cut]:
-    """The micro-batches of each share of a batch: for each part those of all ranks, one after another.
+    """The micro-batches of each part of a batch that this rank trains.
 
-    Every rank makes the same plan from the same groups; they compute the passes without a gradient together.
+    Rank 0, which has the groups, makes the plan, and sends every rank its own share of the turns; all compute the
+    passes without a gradient together.
     """
-    passed = partial(logprobs_of, path=path, max_tokens=max_tokens, rank=rank, ranks=ranks)
-    turns = sampled_turns(batch.groups)
-    under_reference = passed(reference, turns) if objective.needs_reference and turns else None
-    weighted = weighted_turns(batch.groups, objective, max_new_tokens=batch.max_new_tokens, reference=under_reference)
+    ranks = batch.ranks
+    passed = partial(logprobs_of, path=path, max_tokens=max_tokens, ranks=ranks)
     cut = partial(
-        micro_batches, shares=batch.parts * ranks, max_tokens=max_tokens, columns=path.columns, shared=path.shared
+        micro_batches, shares=batch.parts * ranks.count, max_tokens=max_tokens, columns=path.columns, shared=path.shared
+    )
+    # on other ranks there are no turns, and they only take part in the passes
+    under_reference = passed(reference, sampled_turns(batch.groups)) if objective.needs_reference else None
+    weighted = (
+        weighted_turns(batch.groups, objective, max_new_tokens=batch.max_new_tokens, reference=under_reference)
+        if batch.groups
+        else []
     )
     shares = cut(weighted)
-    split = split_samples(shares) if objective.needs_whole_samples else set()
-    return cut(with_drift(weighted, split, partial(passed, policy))) if split else shares
+    if objective.needs_whole_samples:
+        split = split_samples(shares)
+        weighted = with_drift(weighted, split, partial(passed, policy))
+        shares = cut(weighted) if split else shares
+    return ranks.scatter("the share of a batch", lambda: [shares[rank :: ranks.count] for rank in range(ranks.count)])

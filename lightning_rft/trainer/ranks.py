@@ -9,17 +9,16 @@ listened to while the main thread is inside a collective.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import logging
 import os
-import secrets
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing.connection import wait
@@ -29,15 +28,14 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_rft.channel import Channel, Failure
-from lightning_rft.errors import DeadlineError, RankError, ScheduleError
+from lightning_rft.errors import RankError, ScheduleError
+from lightning_rft.trainer.rendezvous import connect
 
 __all__ = ["SIGTERM_STATUS", "Ranks"]
 
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_MEET_S = 120.0  # for all ranks to connect; they have just met in Lightning's own group
-_GREETING_S = 5.0
 _POLL_S = 0.2
 _SIGN_OF_LIFE_S = 2.0
 _SILENCE_S = 120.0  # of a rank whose connection is still open: it was stopped, or its host is gone
@@ -48,7 +46,7 @@ SIGTERM_STATUS = 143
 
 @dataclass(frozen=True)
 class _Result:
-    """From rank 0: the result of :meth:`Ranks.agree`."""
+    """From rank 0: the result of :meth:`Ranks.agree` or :meth:`Ranks.scatter`."""
 
     what: str
     value: Any
@@ -96,6 +94,8 @@ class Ranks:
         self._noticed = False  # whether the main thread is already ending
         self._closing = threading.Event()
         self._heard = dict.fromkeys(self._peers, time.monotonic())
+        for channel in self._peers.values():
+            _end_silence(channel)
         self._thread = threading.Thread(target=self._listen, name="ranks", daemon=True)
         if not self._alone:
             self._thread.start()
@@ -105,18 +105,7 @@ class Ranks:
         """Connects the ranks of a trainer, each of which calls this; raises :class:`DeadlineError` if some do not."""
         if trainer.world_size == 1:
             return cls(gather=gather)
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        host = "127.0.0.1" if environment is None or trainer.num_nodes == 1 else environment.main_address
-        rank, count = trainer.global_rank, trainer.world_size
-        where: tuple[int, bytes] | None = None
-        if rank != 0:
-            where = trainer.strategy.broadcast(where)
-            assert where is not None
-            return cls(rank, count, {0: _join(host, *where, rank)}, gather)
-        with socket.create_server((host, 0), backlog=count) as server:
-            token = secrets.token_bytes(32)
-            trainer.strategy.broadcast((server.getsockname()[1], token))
-            return cls(0, count, _welcome(server, token, count), gather)
+        return cls(trainer.global_rank, trainer.world_size, connect(trainer), gather)
 
     @property
     def leads(self) -> bool:
@@ -134,16 +123,21 @@ class Ranks:
         ranks, or :class:`ScheduleError` is raised. Raises the error that ended another rank, or :class:`RankError` if
         that rank is gone or its exception cannot be rebuilt here.
         """
+        return self.scatter(what, lambda: [function()] * self.count)
+
+    def scatter(self, what: str, function: Callable[[], Sequence[_T]]) -> _T:
+        """As :meth:`agree`, but the function returns a value for each rank, and no rank is sent another's."""
         self.check()
         if not self.leads:
             return self._attend(what)
         try:
-            result = function()
+            results = function()
         except BaseException as error:
             self.fail(error)
             raise
-        self._send(_Result(what, result))
-        return result
+        for rank, channel in list(self._peers.items()):
+            self._send_to(channel, _Result(what, results[rank]))
+        return results[0]
 
     def gathered(self, *arguments: Any) -> Iterator[Any]:
         """Yields what all ranks gather together, such as whole weights, on rank 0 inside :meth:`agree`.
@@ -231,10 +225,17 @@ class Ranks:
 
     def _send(self, message: Any) -> None:
         for channel in list(self._peers.values()):
-            try:
-                channel.send(message)
-            except OSError:  # gone, which the listening thread notices too
-                continue
+            self._send_to(channel, message)
+
+    @staticmethod
+    def _send_to(channel: Channel, message: Any) -> None:
+        try:
+            channel.send(message)
+        except OSError:
+            # It is gone, or has read nothing for long and has half of a message: either way the listening threads of
+            # both ends are to find the end of the line, and nothing that follows that half.
+            with contextlib.suppress(OSError), _line(channel) as line:
+                line.shutdown(socket.SHUT_RDWR)
 
     def _on_sigterm(self, signum: int, frame: Any) -> None:
         # takes no lock, since the main thread may hold it
@@ -264,7 +265,8 @@ class Ranks:
         try:
             message = channel.receive(0)
         except (EOFError, OSError):
-            self._lost(rank, RankError(f"rank {rank} is gone without an error: it was killed; see its output"))
+            why = "it was killed, or the line to it broke; see its output"
+            self._lost(rank, RankError(f"rank {rank} is gone without an error: {why}"))
             return
         self._heard[rank] = time.monotonic()
         if isinstance(message, Failure):
@@ -297,34 +299,13 @@ class Ranks:
         os._exit(1)  # no hook can run: the main thread is in a collective that will not return
 
 
-def _welcome(server: socket.socket, token: bytes, world_size: int) -> dict[int, Channel]:
-    """Accepts every other rank that knows the token."""
-    deadline = time.monotonic() + _MEET_S
-    peers: dict[int, Channel] = {}
-    while len(peers) < world_size - 1:
-        server.settimeout(max(0.1, deadline - time.monotonic()))
-        try:
-            line, _ = server.accept()
-        except TimeoutError:
-            missing = sorted(set(range(1, world_size)) - peers.keys())
-            raise DeadlineError(f"ranks {missing} did not connect to rank 0 within {_MEET_S:.0f} s") from None
-        with line, contextlib.suppress(OSError):  # a stranger that is silent or hangs up is not a rank
-            line.settimeout(_GREETING_S)
-            greeting = line.recv(len(token) + 4, socket.MSG_WAITALL)
-            rank = int.from_bytes(greeting[-4:], "big")
-            if hmac.compare_digest(greeting[:-4], token) and 0 < rank < world_size:
-                peers[rank] = _channel(line)
-    return peers
+def _end_silence(channel: Channel) -> None:
+    """Has a message that began and does not go on end the connection, as silence between messages does."""
+    with _line(channel) as line:
+        seconds, rest = divmod(_SILENCE_S, 1)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
 
 
-def _join(host: str, port: int, token: bytes, rank: int) -> Channel:
-    with socket.create_connection((host, port), _MEET_S) as line:
-        line.sendall(token + rank.to_bytes(4, "big"))
-        return _channel(line)
-
-
-def _channel(line: socket.socket) -> Channel:
-    """A channel over a connection, which from here on has no timeout of its own and sends without delay."""
-    line.settimeout(None)
-    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Channel(line.detach())
+def _line(channel: Channel) -> socket.socket:
+    """A channel's connection, under a descriptor of its own."""
+    return socket.socket(fileno=os.dup(channel.fileno()))

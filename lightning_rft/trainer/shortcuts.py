@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,12 +62,22 @@ class FastPath:
         return {"mask_dtype": self.mask_dtype, "balance": self.balance, "multiple": self.multiple}
 
 
-def probe(model: Any, turns: Sequence[Sequence[Turn]], attn_implementation: str) -> FastPath:
+def _alone(what: str, function: Callable[[], Any]) -> Any:
+    return function()
+
+
+def probe(
+    model: Any,
+    turns: Sequence[Sequence[Turn]],
+    attn_implementation: str,
+    agree: Callable[[str, Callable[[], Any]], Any] = _alone,
+) -> FastPath:
     """Tries the shortcuts on made-up rows, without a gradient, and reports on rank zero those that fail.
 
     All ranks must call it together, since a sharded model's forward is a collective; the number of forwards follows
     from the model's kind alone, never from ``turns`` or from a result. The texts and the shared row are as long as the
-    longest of ``turns`` (groups of turns, perhaps none), because a model's window may make the difference.
+    longest of ``turns`` (groups of turns, perhaps none), because a model's window may make the difference. Of several
+    ranks the first has the turns; ``agree`` names a function that it calls, and all get the result.
     """
     with torch.no_grad(), _undisturbed(model):
         head = _logit_transform(model)
@@ -81,7 +91,7 @@ def probe(model: Any, turns: Sequence[Sequence[Turn]], attn_implementation: str)
             multiple=_MULTIPLE if model.device.type == "cuda" else 1,
         )
         if path.shared:
-            difference = _row_difference(model, path, turns)
+            difference = _row_difference(model, path, agree("the longest text", lambda: _measures(path, turns)))
             tolerance = _TOLERANCE.get(path.mask_dtype, _HALF_TOLERANCE)
             if not difference <= tolerance:  # or NaN
                 path = replace(path, shared=False)
@@ -171,9 +181,9 @@ def _query_dtype(model: Any) -> torch.dtype:
     return dtypes[0]
 
 
-def _row_difference(model: Any, path: FastPath, turns: Sequence[Sequence[Turn]]) -> float:
+def _row_difference(model: Any, path: FastPath, measures: tuple[int, int, int]) -> float:
     """Mean difference in nats between log-probs in a shared row and in ordinary ones."""
-    made_up = _made_up(model, *_measures(path, turns))
+    made_up = _made_up(model, *measures)
     shared, ordinary = (
         token_logprobs(model, packed.to(model.device), chunked_head=path.chunked_head)[0]
         for packed in (

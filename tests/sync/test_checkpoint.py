@@ -136,8 +136,9 @@ def test_one_that_cannot_be_finished_leaves_nothing(store: Store, tmp_path: Path
 
 
 class Explorers:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
         self.folder = folder
+        self.address = address
         self.links: list[CheckpointLink] = []
 
     def members(self) -> dict[int, int]:

@@ -27,6 +27,8 @@ BUCKET = 64  # bytes: four tensors of each push in a bucket, and one that is lar
 class Explorers:
     """One, which joins when it is asked to."""
 
+    address = "127.0.0.1"
+
     def __init__(self) -> None:
         self.links: queue.Queue[GlooLink] = queue.Queue()
 

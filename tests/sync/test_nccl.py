@@ -106,6 +106,7 @@ class Explorers:
     dtype = "bfloat16"
     nccl = True
     folder = Path()
+    address = "127.0.0.1"
 
     def __init__(self, sizes: dict[int, int]) -> None:
         self.workers: dict[int, list[Worker]] = {}

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_rft.errors import TransportError
 from lightning_rft.experience import TensorInfo
+from lightning_rft.network import address_towards
 from lightning_rft.sync.transports.meeting import Meeting, MeetingPlace, link_errors
 from lightning_rft.sync.transports.memory import ReusedMemory
 from lightning_rft.sync.transports.transport import (
@@ -50,7 +51,7 @@ class GlooSender(Sender):
 
     @override
     def join(self, explorers: Explorers, members: Mapping[int, int]) -> None:
-        meeting = self._meeting = Meeting(members, self._timeout_s)
+        meeting = self._meeting = Meeting(explorers.address, members, self._timeout_s)
         meeting.invite(explorers, partial(GlooLink, bucket_bytes=self._bucket_bytes))
         if not self._closed and meeting.gather():
             group = _gloo(meeting.place, 0)
@@ -153,11 +154,10 @@ class GlooReceiver:
 def _gloo(place: MeetingPlace, rank: int) -> ProcessGroupGloo:
     timeout = timedelta(seconds=place.timeout_s)
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    # by address: a host whose own name does not resolve would not find itself
-    options._devices = [ProcessGroupGloo.create_device(hostname=place.host)]
+    # the interface that leads to rank 0; a host's own name may stand for another one, or for none
+    options._devices = [ProcessGroupGloo.create_device(hostname=address_towards(place.host))]
     options._timeout = timeout
-    store = PrefixStore("weights", TCPStore(place.host, place.port, timeout=timeout))
-    return ProcessGroupGloo(store, rank, place.world_size, options)
+    return ProcessGroupGloo(PrefixStore("weights", place.store()), rank, place.world_size, options)
 
 
 def _broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:

@@ -1,49 +1,53 @@
-"""The meeting of a group's members, at a store of rank 0's that listens until all are connected."""
+"""The meeting of a group's members, at a store of rank 0's that listens until all are connected.
+
+The store asks nobody who he is: what it takes and gives are strings, which nobody unpickles, and where the members of a
+group can be reached. So it listens at one address, and only while a group is made; its keys have a name that only those
+who were invited know; and the number of members is fixed, and not the store's to say.
+"""
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from secrets import token_hex
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from lightning_rft.errors import LinkError, RFTError
+from lightning_rft.network import listen
 from lightning_rft.sync.transports.transport import Explorers
 
 __all__ = ["Meeting", "MeetingPlace", "link_errors"]
 
-_HOST = "127.0.0.1"  # explorers run on this machine
 _MEET_S = 0.001
 _GO = "go"
 
 
 class Meeting:
-    """Rank 0's end.
+    """Rank 0's end, at ``host``, which is its own address as the explorers reach it.
 
     The making of a group cannot be broken off, so it begins when everyone has come; the end of the store frees a member
     that waits in vain for another.
     """
 
-    def __init__(self, members: Mapping[int, int], timeout_s: float) -> None:
+    def __init__(self, host: str, members: Mapping[int, int], timeout_s: float) -> None:
         self.world_size = 1 + sum(members.values())
-        self._timeout = timedelta(seconds=timeout_s)
-        with socket.create_server((_HOST, 0), backlog=self.world_size) as server:  # torch's own would listen everywhere
-            port = server.getsockname()[1]
-            self._store: TCPStore | None = TCPStore(
-                _HOST,
-                port,
+        with listen(host, self.world_size) as server:  # torch's own would listen everywhere
+            #: Where rank 0 itself is.
+            self.place = MeetingPlace(host, server.getsockname()[1], 0, self.world_size, timeout_s, token_hex())
+            store = TCPStore(
+                host,
+                self.place.port,
                 is_master=True,
-                timeout=self._timeout,
+                timeout=timedelta(seconds=timeout_s),
                 wait_for_workers=False,
                 master_listen_fd=server.detach(),
             )
-        #: Where rank 0 itself is.
-        self.place = MeetingPlace(_HOST, port, 0, self.world_size, timeout_s)
+        self._store: PrefixStore | None = PrefixStore(self.place.name, store)
         self._invited: dict[str, int] = {}  # key that a process sets when it comes -> explorer
         #: The explorers, each with its number of processes.
         self.members = members
@@ -76,7 +80,7 @@ class Meeting:
         return [] if store is None else sorted({who for key, who in self._invited.items() if not store.check([key])})
 
     def close(self) -> None:
-        """Ends the store: anyone on this machine could write into it, and a group that has met needs it no more."""
+        """Ends the store: anyone who reaches it could write into it, and a group that has met needs it no more."""
         self._store = None
 
 
@@ -89,25 +93,31 @@ class MeetingPlace:
     rank: int  #: Of the engine's first weight-holding process; the others follow.
     world_size: int
     timeout_s: float  #: Of the meeting and of each transfer.
+    #: Begins all keys of the store, so that nobody who was invited by another run is taken for a member.
+    name: str = field(repr=False)
+
+    def store(self) -> PrefixStore:
+        """The store, as a member sees it."""
+        return PrefixStore(self.name, TCPStore(self.host, self.port, timeout=timedelta(seconds=self.timeout_s)))
 
     def come(self, member: int) -> Callable[[], None]:
         """Waits, as an engine's ``member``-th process, until all are there; returns what tells that it is connected."""
-        rank, timeout = self.rank + member, timedelta(seconds=self.timeout_s)
+        rank = self.rank + member
         with link_errors():
-            store = TCPStore(self.host, self.port, timeout=timeout)
+            store = self.store()
             store.set(_here(rank), "")
-            store.wait([_GO], timeout)
+            store.wait([_GO], timedelta(seconds=self.timeout_s))
         return lambda: store.set(_connected(rank), "")
 
 
 @contextmanager
 def link_errors() -> Iterator[None]:
-    """Turns what torch raises when a member of a group is gone into a :class:`LinkError`."""
+    """Turns what torch or a socket raises when a member of a group is gone into a :class:`LinkError`."""
     try:
         yield
     except RFTError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise LinkError(f"the weight transport broke off: {error}") from error
 
 

@@ -80,7 +80,7 @@ class NCCLSender(Sender):
         from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
         unique_id = bytes(NCCLLibrary().ncclGetUniqueId())
-        meeting = self._meeting = Meeting(members, self._timeout_s)
+        meeting = self._meeting = Meeting(explorers.address, members, self._timeout_s)
         meeting.invite(explorers, partial(NCCLLink, unique_id=unique_id, bucket_bytes=self._bucket_bytes))
         if self._closed or not meeting.gather():
             return

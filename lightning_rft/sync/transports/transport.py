@@ -24,7 +24,11 @@ class Explorers(Protocol):
     def members(self) -> dict[int, int]:
         """Explorer index -> number of its processes that hold weights."""
 
-    folder: Path  #: The run's own, which explorers see too.
+    folder: Path  #: The run's own, which explorers on this machine see too.
+
+    @property
+    def address(self) -> str:
+        """Host name or address at which explorers reach the trainer."""
 
     @property
     def dtype(self) -> str:
