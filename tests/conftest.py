@@ -18,6 +18,7 @@ import pytest
 from lightning_rft.testing import tiny_model
 from tests.explorer.in_process import InProcess, in_process
 from tests.explorer.links import MemoryLink
+from tests.machines import two_machines
 from tests.processes import Script, Zygote
 
 
@@ -113,6 +114,10 @@ def start_ranks(zygote: Zygote, tmp_path: Path, tiny_model_path: Path) -> Iterat
     finally:
         for script in scripts:
             script.kill()
+
+
+#: Two machines with a line between them, for tests of what crosses a network.
+machines = pytest.fixture(two_machines)
 
 
 @pytest.fixture
