@@ -48,10 +48,12 @@ if TYPE_CHECKING:
     from lightning_rft.experience import Group as Group
     from lightning_rft.experience import Task as Task
     from lightning_rft.experience import Turn as Turn
+    from lightning_rft.explorer.dial_in import DialIn as DialIn
     from lightning_rft.explorer.engines.engine import Engine as Engine
     from lightning_rft.explorer.engines.fake import FakeEngine as FakeEngine
     from lightning_rft.explorer.engines.transformers import TransformersEngine as TransformersEngine
     from lightning_rft.explorer.engines.vllm import VLLMEngine as VLLMEngine
+    from lightning_rft.explorer.launcher import Launcher as Launcher
     from lightning_rft.explorer.pool import ExplorerPool as ExplorerPool
     from lightning_rft.explorer.workflows.endpoint import Endpoint as Endpoint
     from lightning_rft.explorer.workflows.environments import Environment as Environment
@@ -133,8 +135,10 @@ _MODULES = {
         "TransportError",
     ],
     "lightning_rft.experience": ["Experience", "Group", "Task", "Turn"],
+    "lightning_rft.explorer.dial_in": ["DialIn"],
     "lightning_rft.explorer.engines.engine": ["Engine"],
     "lightning_rft.explorer.engines.fake": ["FakeEngine"],
+    "lightning_rft.explorer.launcher": ["Launcher"],
     "lightning_rft.explorer.pool": ["ExplorerPool"],
     "lightning_rft.explorer.engines.transformers": ["TransformersEngine"],
     "lightning_rft.explorer.engines.vllm": ["VLLMEngine"],

@@ -12,11 +12,16 @@ def main() -> None:
         from lightning_rft.report.command import main as report
 
         return report(sys.argv[2:])
-    # Threads that spin while they wait would take cores from the explorers. torch reads this when it is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # A config can name functions in a file of the current folder, which a console script does not find by itself.
+    # A config can name functions in a file of the current folder, and so can what a trainer sends; a console script
+    # does not find it by itself.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    if sys.argv[1:2] == ["join"]:  # nor does this
+        from lightning_rft.explorer.join import main as join
+
+        return join(sys.argv[2:])
+    # Threads that spin while they wait would take cores from the explorers. torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lightning_rft.cli import main as run
 
     run()

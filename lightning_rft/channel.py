@@ -20,7 +20,7 @@ from typing import Any
 from lightning_rft.errors import ExplorerError, RFTError
 from lightning_rft.pickling import dumps
 
-__all__ = ["Channel", "Failure", "spawn", "unpack"]
+__all__ = ["Channel", "Failure", "spawn", "start", "unpack"]
 
 _SEND_DEADLINE_S = 20
 
@@ -121,27 +121,40 @@ def unpack(packed: bytes) -> Any:
 def spawn(
     module: str, *, environment: Mapping[str, str] | None = None, log: Path | None = None, own_session: bool = False
 ) -> tuple[subprocess.Popen[bytes], Channel]:
-    """Starts ``python -m module FD`` with this process's import path and working directory; FD is its channel.
-
-    ``environment`` adds variables, ``log`` takes its output in place of this process's, and with ``own_session`` a
-    terminal's Ctrl-C does not reach it.
-    """
+    """Starts a process as :func:`start` does, at the other end of the channel that it returns, too."""
     ours, theirs = socket.socketpair()
-    variables = {name: value for name, value in os.environ.items() if name not in _DISTRIBUTED}
-    variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    variables.update(environment or {})
-    with theirs, contextlib.nullcontext() if log is None else open(log, "ab") as output:
+    with theirs:
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno())],
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=None if log is None else subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=own_session,
-            )
+            process = start(module, theirs.fileno(), environment=environment, log=log, own_session=own_session)
         except BaseException:
             ours.close()
             raise
     return process, Channel(ours.detach())
+
+
+def start(
+    module: str,
+    fd: int,
+    *,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    own_session: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Starts ``python -m module FD PID`` with the import path and working directory of this process, whose id is PID.
+
+    FD is its channel. ``environment`` adds variables, ``log`` takes its output in place of this process's, and with
+    ``own_session`` a terminal's Ctrl-C does not reach it.
+    """
+    variables = {name: value for name, value in os.environ.items() if name not in _DISTRIBUTED}
+    variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    variables.update(environment or {})
+    with contextlib.nullcontext() if log is None else open(log, "ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, str(fd), str(os.getpid())],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if log is None else subprocess.STDOUT,
+            pass_fds=[fd],
+            start_new_session=own_session,
+        )

@@ -24,6 +24,7 @@ import yaml
 
 import lightning_rft as rft
 from lightning_rft.cli import RFTCLI
+from lightning_rft.explorer.join import main as join
 from lightning_rft.plan.command import main as plan
 from lightning_rft.plan.command import needs_config
 from lightning_rft.report.command import main as report
@@ -118,6 +119,9 @@ def parse(arguments: list[str], stdin: str) -> str:
             if arguments[0] == "report":
                 with patch("lightning_rft.report.command.write_report"):
                     report(arguments[1:])
+            elif arguments[0] == "join":
+                with patch("lightning_rft.explorer.join.join"), patch("lightning_rft.explorer.join.read_secret"):
+                    join(arguments[1:])
             elif arguments[0] == "plan" and not needs_config(arguments[1:]):
                 with patch("lightning_rft.plan.command.shown", return_value=""):
                     plan(arguments[1:])

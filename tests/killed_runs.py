@@ -8,9 +8,12 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lightning_rft.buffer.ledger import Ledger, State
+from lightning_rft.tasks.sources import as_tasks
 from tests.processes import MODEL, LightEngine, touch
 
 TASKS = [f"{index} + 1 =" for index in range(12)]
@@ -108,3 +111,15 @@ def live(
 def buffer(folder: Path) -> Path:
     """Where such a run keeps its buffer."""
     return folder / "rft" / "buffer.sqlite"
+
+
+def check_every_task_ended_once(path: Path, epochs: int) -> Counter[State]:
+    """Each task of each epoch was trained, or failed, exactly once; returns how many of each."""
+    states: Counter[State] = Counter()
+    with Ledger.open(path) as ledger:
+        for epoch in range(epochs):
+            ended = ledger.ended(epoch)
+            assert sorted(task for task, _ in ended) == sorted(task.id for task in as_tasks(TASKS)), epoch
+            states.update(state for _, state in ended)
+        assert len(ledger.trained_tasks()) == epochs * len(TASKS)
+    return states

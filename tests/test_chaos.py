@@ -20,7 +20,7 @@ from lightning_rft.buffer.ledger import Ledger, State
 from lightning_rft.experience import GroupKey
 from lightning_rft.tasks.plan import TaskCursor, TaskPlan
 from lightning_rft.tasks.sources import as_tasks
-from tests.killed_runs import STRATEGIES, TASKS, TASKS_PER_STEP, buffer
+from tests.killed_runs import STRATEGIES, TASKS, TASKS_PER_STEP, buffer, check_every_task_ended_once
 from tests.processes import Script, Zygote
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
@@ -43,18 +43,6 @@ def in_order(epochs: int) -> list[str]:
     return [
         cursor.task(GroupKey(batch, slot)).id for batch in range(epochs * batches) for slot in range(TASKS_PER_STEP)
     ]
-
-
-def check_every_task_ended_once(path: Path, epochs: int) -> Counter[State]:
-    """Each task of each epoch was trained, or failed, exactly once; returns how many of each."""
-    states: Counter[State] = Counter()
-    with Ledger.open(path) as ledger:
-        for epoch in range(epochs):
-            ended = ledger.ended(epoch)
-            assert sorted(task for task, _ in ended) == sorted(task.id for task in as_tasks(TASKS)), epoch
-            states.update(state for _, state in ended)
-        assert len(ledger.trained_tasks()) == epochs * len(TASKS)
-    return states
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -90,6 +90,7 @@ def test_commands(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
         "lightning-rft dance",
         "lightning-rft evaluate lightning_logs/version_0 --data.val_answers 8",
         "lightning-rft report lightning_logs/version_0 --pages 3",
+        "lightning-rft join node0:29600 --secret FILE --nope",
         "curl example.org",
     ],
 )

@@ -13,14 +13,14 @@ from typing import Any, cast, get_args
 
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.explorer.engines.engine import Engine
-from lightning_rft.explorer.local import GRACE_S, LocalProcess, end_all
+from lightning_rft.explorer.launcher import GRACE_S, Handle, Launcher, Place, end_all
+from lightning_rft.explorer.local import LocalLauncher, LocalProcess
 from lightning_rft.explorer.messages import Died, Explored, Failed, Prepare, Several, Started
 from lightning_rft.explorer.placement import Placement, Sharing
+from lightning_rft.explorer.places import Places
 from lightning_rft.explorer.restarts import Restarts
-from lightning_rft.explorer.spec import ExplorerSpec
+from lightning_rft.explorer.spec import ExplorerSpec, check_travels
 from lightning_rft.hardware import available_cpus, share_cores
-from lightning_rft.network import LOOPBACK
-from lightning_rft.pickling import dumps
 
 __all__ = ["ExplorerPool"]
 
@@ -33,7 +33,7 @@ class _Member:
     """One explorer; ``slot`` says which devices and log it has."""
 
     slot: int
-    process: LocalProcess
+    process: Handle
     deadline: float = float("inf")
     started: Started | None = None
     worked: bool = False  # has finished a group
@@ -70,14 +70,12 @@ class ExplorerPool:
             explorers and trainer work at the same time on CPUs.
         max_restarts: How many deaths of each explorer within ``restart_window_s`` are survived; one more ends the run.
         restart_window_s: Seconds after which a death is forgotten.
+        launcher: What starts explorers; left out, processes on this machine; :class:`DialIn` has them on others.
 
     Raises:
         ConfigurationError: ``count`` is below 1, ``devices`` are not as many, ``placement`` is none of the three, or
             ``max_restarts`` is negative.
     """
-
-    #: Host name or address at which explorers reach the trainer.
-    address: str = LOOPBACK
 
     def __init__(
         self,
@@ -89,6 +87,7 @@ class ExplorerPool:
         threads: int | None = None,
         max_restarts: int = 5,
         restart_window_s: float = 600.0,
+        launcher: Launcher | None = None,
     ) -> None:
         if count < 1:
             raise ConfigurationError(f"explorers={count} must be at least 1")
@@ -111,16 +110,14 @@ class ExplorerPool:
         self.threads = threads
         self.max_restarts = max_restarts
         self.restart_window_s = restart_window_s
+        self.launcher = launcher or LocalLauncher()
         self.assigned = False  # whether the processes know what to run
         self._spec: ExplorerSpec | None = None
-        self._logs = Path()
         self._placed = Placement()
-        self._devices: Sequence[str] | None = None  # of each explorer
-        self._threads = 1
         self._members: dict[int, _Member] = {}
         self._next_index = 0
         self._restarts = Restarts(max_restarts, restart_window_s)
-        self._came_up: dict[int, Started] = {}  # by slot: what its engine is, once one came up
+        self._places = Places(self.launcher, self._restarts)
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def launch(self, log_dir: str | os.PathLike[str] | None = None) -> None:
@@ -148,14 +145,20 @@ class ExplorerPool:
         folder = self.log_dir or log_dir
         if folder is None:
             raise ConfigurationError("set ExplorerPool(log_dir=...) to launch explorers before a trainer is known")
-        self._logs, self._devices = Path(folder), self.devices or devices
-        self._threads = self.threads or threads or share_cores(available_cpus(), self.count, overlap=False)[0]
-        _check_travels(engine=self.engine)
-        self._logs.mkdir(parents=True, exist_ok=True)
+        check_travels(engine=self.engine)
+        folder, devices = Path(folder), self.devices or devices
+        threads = self.threads or threads or share_cores(available_cpus(), self.count, overlap=False)[0]
+        if not self.launcher.local:
+            threads = self.threads  # of other machines only they know how many there are
+        folder.mkdir(parents=True, exist_ok=True)
+        places = [
+            Place(slot, self.engine, threads, names, folder / f"explorer-{slot}.log")
+            for slot, names in enumerate(devices or [None] * self.count)
+        ]
+        self._places.open(folder, places)
         # ends the processes even if the owner forgets to, or the interpreter exits
-        self._finalizer = weakref.finalize(self, _end_members, self._members)
-        for slot in range(self.count):
-            self._spawn(slot)
+        self._finalizer = weakref.finalize(self, _end, self._members, self.launcher)
+        self._fill()
 
     def start(
         self,
@@ -171,21 +174,21 @@ class ExplorerPool:
         """
         if self.assigned:
             return
-        _check_travels(reward=spec.reward, workflow=spec.workflow)
+        check_travels(reward=spec.reward, workflow=spec.workflow)
         self._placed = placement or Placement()
         self._launch(log_dir, self._placed.devices, threads)
         self._spec = spec
         self.assigned = True
         for index in self._members:
             self._assign(index)
+        self._places.begin(spec.timeouts.start_s, time.monotonic())
 
     def stop(self) -> None:
         """Ends every process; safe to call twice."""
         if self._finalizer is not None:
             self._finalizer()
             self._finalizer = None
-        self._restarts.clear()
-        self._came_up.clear()
+        self._places.close()
         self._spec = None
         self.assigned = False
 
@@ -202,7 +205,7 @@ class ExplorerPool:
     @property
     def starting(self) -> bool:
         """Whether an engine is yet to come up, or to come up again; there is a deadline for it."""
-        return self.running and len(self.up) < self.count
+        return self.running and len(self.up) < self._places.needed
 
     @property
     def coming_up(self) -> bool:
@@ -215,18 +218,23 @@ class ExplorerPool:
 
     @property
     def ready(self) -> bool:
-        """Whether every engine is up."""
+        """Whether every engine is up, but for those that died while nobody takes their place."""
         return self.running and not self.starting
+
+    @property
+    def address(self) -> str:
+        """Host name or address at which explorers reach the trainer."""
+        return self.launcher.address
 
     @property
     def dtype(self) -> str:
         """Dtype of the engines' weights."""
-        return next(iter(self._came_up.values())).dtype
+        return next(iter(self._places.came_up.values())).dtype
 
     @property
     def nccl(self) -> bool:
         """Whether every engine can be a member of an NCCL group with the trainer."""
-        return self._placed.nccl and all(started.nccl for started in self._came_up.values())
+        return self._placed.nccl and all(started.nccl for started in self._places.came_up.values())
 
     @property
     def up(self) -> dict[int, Started]:
@@ -235,8 +243,8 @@ class ExplorerPool:
         return {index: member.started for index, member in members if member.started is not None}
 
     def pid(self, explorer: int) -> int:
-        """Process id of an explorer, which leads a process group of its own."""
-        return self._members[explorer].process.pid
+        """Process id of an explorer on this machine, which leads a process group of its own."""
+        return cast(LocalProcess, self._members[explorer].process).pid
 
     def send(self, explorer: int, *messages: Any) -> None:
         """Sends messages, which arrive together; :meth:`poll` tells of an explorer that is gone or does not read."""
@@ -261,11 +269,10 @@ class ExplorerPool:
 
         Raises:
             ExplorerError: Explorers died more often than ``max_restarts`` allows; with the last lines of the log.
-            DeadlineError: An engine was not ready in time.
+            DeadlineError: An engine was not ready in time, or a place stayed vacant.
             Exception: Whatever ended an explorer that never worked, its own traceback as the cause.
         """
-        for slot in self._restarts.due(time.monotonic()):
-            self._assign(self._spawn(slot))
+        self._fill()
         lines = {member.process.channel.fileno(): index for index, member in self._members.items()}
         messages = []
         for line in wait(list(lines), timeout_s):
@@ -281,7 +288,7 @@ class ExplorerPool:
                     raise error
                 message = Died(error)
             if isinstance(message, Started):
-                member.started = self._came_up[member.slot] = message
+                member.started = self._places.came_up[member.slot] = message
             member.worked |= isinstance(message, Explored)
             if isinstance(message, Died):
                 self._bury(index, message.error)
@@ -293,9 +300,11 @@ class ExplorerPool:
         if self._spec is None:
             return
         limit = f"Timeouts(start_s={self._spec.timeouts.start_s:g})"
+        now = time.monotonic()
+        self._places.check(now, limit)
         for index, member in self._members.items():
-            if member.started is None and time.monotonic() > member.deadline:
-                if member.slot in self._came_up:
+            if member.started is None and now > member.deadline:
+                if member.slot in self._places.came_up:
                     self.kill(index, f"was not ready again within {limit}")
                 else:
                     raise DeadlineError(
@@ -303,14 +312,14 @@ class ExplorerPool:
                         f"{member.process.log}, or raise the setting"
                     )
 
-    def _spawn(self, slot: int) -> int:
-        index, self._next_index = self._next_index, self._next_index + 1
-        environment = self.engine.environment(self._threads)
-        if self._devices is not None:
-            environment = environment | {"CUDA_VISIBLE_DEVICES": self._devices[slot]}
-        self._members[index] = _Member(slot, LocalProcess(environment, self._logs / f"explorer-{slot}.log"))
-        self.send(index, Prepare(self.engine))
-        return index
+    def _fill(self) -> None:
+        """Has explorers take the places that are vacant, as far as there are any."""
+        for slot, process in self._places.fill(time.monotonic()):
+            index, self._next_index = self._next_index, self._next_index + 1
+            self._members[index] = _Member(slot, process)
+            self.send(index, Prepare(self.engine))
+            if self._spec is not None:
+                self._assign(index)
 
     def _assign(self, index: int) -> None:
         assert self._spec is not None
@@ -321,35 +330,21 @@ class ExplorerPool:
         """Ends what is left of an explorer and plans its successor, or gives up."""
         member = self._members.pop(index)
         end_all([member.process], grace_s=0)
-        if not self._restarts.died(member.slot, time.monotonic()):
+        if not self._places.died(member.slot, time.monotonic()):
             raise error
 
     def _gone(self, index: int) -> ExplorerError:
         member = self._members[index]
         status = member.process.status(GRACE_S)
-        what = member.blame or ("hangs" if status is None else f"ended with status {status}")
-        budget = (
-            f" (max_restarts={self.max_restarts} within restart_window_s={self.restart_window_s:g})"
-            if self._restarts.spent(member.slot, time.monotonic())
-            else ""
-        )
-        return ExplorerError(
-            f"explorer {index} {what}{budget}; the end of {member.process.log}:\n{member.process.log_tail()}"
-        )
+        what = member.blame or status or "hangs"
+        limits = f" (max_restarts={self.max_restarts} within restart_window_s={self.restart_window_s:g})"
+        budget = limits if self._restarts.spent(member.slot, time.monotonic()) else ""
+        return ExplorerError(f"explorer {index} {what}{budget}; {member.process.last_words}")
 
 
-def _check_travels(**settings: Any) -> None:
-    for setting, value in settings.items():
-        try:
-            dumps(value)
-        except Exception as error:  # pickling runs any object's own code
-            name = getattr(value, "__qualname__", type(value).__qualname__)
-            raise ConfigurationError(
-                f"{setting} cannot be sent to an explorer process ({name}: {error}): keep open files, locks, models "
-                "and connections out of it, or create them where they are used"
-            ) from error
-
-
-def _end_members(members: dict[int, _Member]) -> None:
-    end_all([member.process for member in members.values()])
-    members.clear()
+def _end(members: dict[int, _Member], launcher: Launcher) -> None:
+    try:
+        end_all([member.process for member in members.values()])
+    finally:
+        members.clear()
+        launcher.close()

@@ -12,10 +12,11 @@ from lightning_rft.experience import Task
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.workflows.policy import Workflow
 from lightning_rft.model_folder import Pretrained
+from lightning_rft.pickling import dumps
 from lightning_rft.settings import Timeouts, Tolerance
 from lightning_rft.tasks.prompts import encode_prompt, encode_prompts, ends_open, is_rendered
 
-__all__ = ["ExplorerSpec", "fitting_length"]
+__all__ = ["ExplorerSpec", "check_travels", "fitting_length"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,19 @@ class ExplorerSpec:
     seed: int
     tolerance: Tolerance
     timeouts: Timeouts
+
+
+def check_travels(**settings: Any) -> None:
+    """Raises :class:`ConfigurationError` if a setting's value cannot be sent to another process."""
+    for setting, value in settings.items():
+        try:
+            dumps(value)
+        except Exception as error:  # pickling runs any object's own code
+            name = getattr(value, "__qualname__", type(value).__qualname__)
+            raise ConfigurationError(
+                f"{setting} cannot be sent to an explorer process ({name}: {error}): keep open files, locks, models "
+                "and connections out of it, or create them where they are used"
+            ) from error
 
 
 def fitting_length(

@@ -127,7 +127,7 @@ class Run:
             if trainer.strategy.root_device.type == "cpu" and trainer.world_size == 1:
                 before = torch.get_num_threads()
                 ends.callback(torch.set_num_threads, before)
-                torch.set_num_threads(min(before, cpu_threads(trainer, strategy, pool.count)[1]))
+                torch.set_num_threads(min(before, cpu_threads(trainer, strategy, pool)[1]))
             if saved:
                 restore_rng(saved["rng"])
             self._ends = ends.pop_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import lightning as L
 import torch
@@ -30,6 +31,8 @@ def gpu_placement(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool
             their GPUs could be known.
     """
     visible = _visible()
+    if not pool.launcher.local:  # the trainer's alone, and explorers' are other machines'
+        return _elsewhere(visible, trainer, strategy, pool)
     placed = place(visible, _trainers(trainer), pool.count, pool.engine.gpus, pool.placement, pool.devices)
     sees_others = any(set(gpus) != set(visible) for gpus in placed.explorers)
     if pool.running and pool.devices is None and sees_others:
@@ -69,18 +72,25 @@ def takes_turns(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool) 
     return True
 
 
+def _elsewhere(visible: Sequence[str], trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool) -> Placement:
+    """The placement where explorers run on other machines: of this one's GPUs, only the trainer's are planned."""
+    pool.engine.tenants, pool.engine.sleeps = 1, False
+    strategy.transport.check(nccl=False)
+    return place(visible, _trainers(trainer), pool.count, each=0)
+
+
 def devices_beside(pool: ExplorerPool) -> int | str:
     """What ``Trainer(devices="auto")`` is to take, so that explorers have GPUs of their own where that is possible."""
-    needed = pool.count * pool.engine.gpus
+    needed = pool.count * pool.engine.gpus if pool.launcher.local else 0
     left = len(_visible()) - needed
     return left if needed and left > 0 and pool.devices is None and pool.placement != "shared" else "auto"
 
 
-def cpu_threads(trainer: L.Trainer, strategy: SyncStrategy, explorers: int) -> tuple[int, int]:
+def cpu_threads(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool) -> tuple[int, int]:
     """CPU threads of each explorer and of the trainer."""
     trains_on_cpu = trainer.strategy.root_device.type == "cpu"
     overlap = trains_on_cpu and trainer.state.fn == TrainerFn.FITTING and strategy.overlaps
-    return share_cores(available_cpus(), explorers, overlap=overlap)
+    return share_cores(available_cpus(), pool.count, overlap=overlap and pool.launcher.local)
 
 
 def _visible() -> list[str]:

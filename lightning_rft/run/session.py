@@ -63,10 +63,10 @@ class Session:
         """Starts the explorers, with the GPUs and cores that the trainer leaves them."""
         strategy = sync_strategy(self._trainer)
         placement = gpu_placement(self._trainer, strategy, pool)
-        threads, _ = cpu_threads(self._trainer, strategy, pool.count)
+        threads, _ = cpu_threads(self._trainer, strategy, pool)
         check_memory(self._trainer, pool, placement)
         check_folder(self.folder)
-        if placement.trainer or placement.explorers:
+        if pool.launcher.local and (placement.trainer or placement.explorers):
             rank_zero_info(placement.described(spec.engine.memory_share))
         pool.start(spec, self.folder, placement, threads)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_rft.explorer import local
-from lightning_rft.explorer.local import LocalProcess, end_all
+from lightning_rft.explorer import launcher
+from lightning_rft.explorer.launcher import end_all
+from lightning_rft.explorer.local import LocalProcess
 from tests.processes import MODEL, LightEngine, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,7 +28,7 @@ class Held(LocalProcess):
 
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Held]]:
-    monkeypatch.setattr(local, "GRACE_S", GRACE_S)
+    monkeypatch.setattr(launcher, "GRACE_S", GRACE_S)
     processes = [Held({}, tmp_path / f"explorer-{slot}.log") for slot in range(3)]
     yield processes
     for process in processes:
@@ -56,7 +57,7 @@ def test_a_finished_fit_does_not_raise_for_such_a_process(
         def stop(self) -> None:
             time.sleep(3600)
 
-    monkeypatch.setattr(local, "GRACE_S", GRACE_S)
+    monkeypatch.setattr(launcher, "GRACE_S", GRACE_S)
     monkeypatch.setattr(LocalProcess, "kill", Held.kill)
     monkeypatch.setenv(MODEL, str(tiny_model_path))
     monkeypatch.chdir(tmp_path)

@@ -20,8 +20,9 @@ import lightning_rft as rft
 from lightning_rft.cli import RFTCLI
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.placement import Placement, place
+from lightning_rft.hardware import available_cpus
 from lightning_rft.run.memory import Held, check_fit, check_memory
-from lightning_rft.run.placement import devices_beside, gpu_placement
+from lightning_rft.run.placement import cpu_threads, devices_beside, gpu_placement
 
 Machine = Callable[..., None]
 
@@ -296,10 +297,29 @@ def test_a_pool_that_was_launched_by_hand_must_name_its_gpus(launched: Any, mach
     planned(launched(), accelerator="cpu")
 
 
+@pytest.mark.parametrize("transport", ["auto", "nccl"])
+def test_explorers_on_other_machines_take_none_of_this_ones(machine: Machine, transport: Any) -> None:
+    machine(2)
+    elsewhere = pool(explorers=8, size=4, launcher=rft.DialIn())
+    strategy = rft.Synchronous(transport=rft.CollectiveTransport(backend=transport))
+    if transport == "nccl":
+        with pytest.raises(ConfigurationError, match="needs the trainer and vLLM engines on GPUs"):
+            planned(elsewhere, devices=2, strategy=strategy)
+        return
+    plan = planned(elsewhere, devices=2, strategy=strategy)
+    assert (plan.trainer, plan.explorers, plan.nccl) == (("0", "1"), (), False)
+    assert elsewhere.engine.tenants == 1
+    assert devices_beside(elsewhere) == "auto"
+    machine(0)
+    trainer = trainer_on(1, "cpu")
+    trainer.state.fn = TrainerFn.FITTING
+    assert cpu_threads(trainer, rft.OneStepOffPolicy(), elsewhere)[1] == available_cpus()
+
+
 def test_each_process_gets_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[str | None] = []
     monkeypatch.setattr(
-        "lightning_rft.explorer.pool.LocalProcess",
+        "lightning_rft.explorer.local.LocalProcess",
         lambda environment, log: started.append(environment.get("CUDA_VISIBLE_DEVICES")),
     )
     for placed in (Placement(("0",), (("1", "2"), ("3", "4"))), Placement()):

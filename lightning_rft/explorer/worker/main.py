@@ -1,4 +1,4 @@
-"""The explorer process: ``python -m lightning_rft.explorer.worker.main FD``.
+"""The explorer process: ``python -m lightning_rft.explorer.worker.main FD PARENT``.
 
 It knows nothing of strategies: it runs the groups it is given and loads weights when told. When rank 0 is gone, its
 process group is killed.
@@ -79,8 +79,8 @@ def main() -> None:
     if os.getpgrp() != os.getpid():
         raise SystemExit("an explorer must lead its own process group: it is started by ExplorerPool, not by hand")
     gc.disable()  # imports make nothing but what stays; a fifth of the seconds until an engine is ready
-    fd = int(sys.argv[1])
-    watching = watcher.start(fd)
+    fd, parent = map(int, sys.argv[1:])
+    watching = watcher.start(fd, parent)
     note_programs()
     try:
         asyncio.run(_main(Channel(fd, patient=True)))

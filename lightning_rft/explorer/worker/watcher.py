@@ -13,18 +13,22 @@ import sys
 __all__ = ["start"]
 
 _POLL_MS = 1_000
+_END = getattr(select, "POLLRDHUP", 0)  # on Linux, the end of a connection whose own half is open; else that is implied
 
 
-def start(fd: int) -> subprocess.Popen[bytes]:
-    """Starts the process, which kills the caller's process group, too, once nobody holds what is returned."""
-    command = [sys.executable, "-I", "-S", __file__, str(fd), str(os.getppid())]
+def start(fd: int, parent: int) -> subprocess.Popen[bytes]:
+    """Starts the process, which kills the caller's process group, too, once nobody holds what is returned.
+
+    ``parent`` is the process that has started the caller, and may be gone already.
+    """
+    command = [sys.executable, "-I", "-S", __file__, str(fd), str(parent)]
     return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.PIPE)
 
 
 def _watch(fd: int, parent: int) -> None:
     lines = select.poll()
     for line in (fd, sys.stdin.fileno()):
-        lines.register(line, 0)  # nothing but the end
+        lines.register(line, _END)  # nothing but the end
     explorer = os.getppid()
     # another process may have inherited rank 0's end, and then it never reads as closed
     while not lines.poll(_POLL_MS) and _parent_of(explorer) in (None, parent):

@@ -1,0 +1,131 @@
+"""The command ``lightning-rft join``: an explorer for a run on another machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+
+from lightning_rft.channel import Channel, Failure, start, unpack
+from lightning_rft.errors import ConfigurationError, DeadlineError, RFTError
+from lightning_rft.explorer.dial_in import Admission, host_and_port
+from lightning_rft.explorer.handshake import greet, keep_alive
+from lightning_rft.explorer.messages import Failed
+from lightning_rft.explorer.secret import VARIABLE, read_secret
+
+__all__ = ["join", "main"]
+
+_RETRY_S = 1.0
+_GREETING_S = 10.0
+_SILENCE_S = 60.0  # until the trainer has said how long a connection may be cut
+
+
+def main(args: Sequence[str]) -> None:
+    """Joins a run, until it is over.
+
+    Raises:
+        SystemExit: With status 1, after a message, if there was no run to join.
+    """
+    parser = argparse.ArgumentParser(
+        "lightning-rft join",
+        description="Run an explorer for a trainer on another machine, whose ExplorerPool has launcher=DialIn(...).",
+    )
+    parser.add_argument("address", metavar="HOST:PORT", help="where the trainer listens: it says so when it begins")
+    parser.add_argument(
+        "--secret-file",
+        metavar="FILE",
+        help=f"the run's secret, in the file that the trainer names; - for the standard input. {VARIABLE} goes before",
+    )
+    parser.add_argument(
+        "--wait", type=float, default=600.0, metavar="SECONDS", help="how long to dial until the trainer answers (600)"
+    )
+    parser.add_argument(
+        "--again",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long to dial once the explorer has ended: it joins as a new one unless the run is over (30)",
+    )
+    given = parser.parse_args(args)
+    try:
+        join(given.address, read_secret(given.secret_file), given.wait, given.again)
+    except RFTError as error:
+        raise SystemExit(f"lightning-rft join: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def join(address: str, secret: bytes, wait_s: float, again_s: float) -> None:
+    """Runs one explorer after another, until nobody has answered for ``again_s``.
+
+    Raises:
+        ConfigurationError: What listens there is no trainer, has another secret, or cannot use this process.
+        DeadlineError: Nobody answered for ``wait_s``, or ended the connection before there was a place.
+    """
+    host, port = host_and_port(address, "{!r}")
+    os.environ.pop(VARIABLE, None)  # no business of the explorer's, which runs anybody's rewards
+    joined, patience_s = False, wait_s
+    while (line := _dial(host, port, secret, time.monotonic() + patience_s)) is not None:
+        with line:
+            keep_alive(line, _SILENCE_S)
+            joined |= _explore(line)
+        patience_s = again_s
+        time.sleep(_RETRY_S)
+        if again_s <= 0:
+            break
+    if not joined:
+        raise DeadlineError(f"no trainer had a place at {address} within {wait_s:g} seconds: start it, or raise --wait")
+
+
+def _dial(host: str, port: int, secret: bytes, deadline: float) -> socket.socket | None:
+    """A connection over which both sides have proved that they know the secret; ``None`` after the deadline."""
+    while True:
+        # it may not listen yet, its name may not be known yet, and it may go away at any time
+        with contextlib.suppress(OSError), contextlib.ExitStack() as ends:
+            line = ends.enter_context(socket.create_connection((host, port), _GREETING_S))
+            greet(line, secret, time.monotonic() + _GREETING_S)
+            line.settimeout(None)
+            ends.pop_all()
+            return line
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(_RETRY_S)
+
+
+def _explore(line: socket.socket) -> bool:
+    """Waits for a place and runs an explorer there until it ends; whether there was one."""
+    with contextlib.closing(Channel(os.dup(line.fileno()), patient=True)) as channel:
+        try:
+            packed = channel.receive_packed()
+        except (EOFError, OSError):  # the run is over
+            return False
+        try:
+            admission: Admission = unpack(packed)
+            place = admission.place
+            environment = {} if place is None else place.environment()
+        except Exception as error:  # of the user's engine: rank 0 raises it
+            channel.send(Failed(Failure.of(error)))
+            raise
+    if place is None:
+        raise ConfigurationError(admission.refusal)
+    keep_alive(line, admission.silence_s)
+    print(f"exploring at place {place.slot}", flush=True)  # noqa: T201
+    process = start("lightning_rft.explorer.worker.main", line.fileno(), environment=environment, own_session=True)
+    line.close()  # so that its end is the explorer's
+    try:
+        process.wait()
+    finally:
+        _end(process)
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills an explorer and everything it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,237 @@
+"""The port at which explorers dial in: nothing that strangers send is unpickled, and they keep nobody else out."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lightning_rft.errors import ConfigurationError
+from lightning_rft.explorer import handshake, reception
+from lightning_rft.explorer.handshake import GREETING_SIZE, REFUSED, About, Challenge, greet
+from lightning_rft.explorer.reception import Guest, Reception
+from tests.processes import until
+
+SECRET, OTHER = b"5" * 64, b"6" * 64
+OPENING_SIZE = len(Challenge(SECRET).opening)
+
+
+@pytest.fixture
+def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Reception, int]]:
+    monkeypatch.setattr(reception, "_GREETING_S", 0.5)
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    listening = Reception(server, SECRET, silence_s=60)
+    yield listening, port
+    listening.close()
+    with pytest.raises(ConnectionRefusedError):
+        dial(port)
+
+
+def dial(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), 5)
+
+
+def come(port: int, secret: bytes = SECRET) -> socket.socket:
+    """An explorer that knows a secret."""
+    line = dial(port)
+    try:
+        greet(line, secret, time.monotonic() + 5)
+    except BaseException:
+        line.close()
+        raise
+    return line
+
+
+def taken(listening: Reception) -> Guest:
+    return until(listening.take, "a guest", timeout_s=5)
+
+
+def rest(line: socket.socket) -> bytes:
+    """All that the other side still says."""
+    line.settimeout(5)
+    said = b""
+    try:
+        while part := line.recv(4096):
+            said += part
+    except ConnectionResetError:
+        pass
+    return said
+
+
+def greeting(opening: bytes, secret: bytes = SECRET) -> bytes:
+    """What an explorer with a secret says."""
+    said = bytes(32) + json.dumps(asdict(About.this())).encode().ljust(256)
+    return said + handshake._proof(secret, b"explorer", opening + said)
+
+
+def test_who_knows_the_secret_is_let_in(listening: tuple[Reception, int]) -> None:
+    room, port = listening
+    assert room.take() is None
+    with come(port) as line:
+        guest = taken(room)
+        assert guest.about == About.this() and guest.about.refusal() == ""
+        guest.line.setblocking(True)
+        with guest.line:
+            line.sendall(b"hello")
+            assert guest.line.recv(5) == b"hello"
+    assert room.take() is None
+
+
+def test_a_guest_that_leaves_takes_no_place(listening: tuple[Reception, int]) -> None:
+    room, port = listening
+    come(port).close()
+    with come(port):
+        until(lambda: len(room._guests) == 1, "the end of the one that has left", timeout_s=5)
+        taken(room).line.close()
+
+
+def test_another_secret_is_refused_and_the_reason_said(
+    listening: tuple[Reception, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        with pytest.raises(ConfigurationError, match="does not take this secret"):
+            come(listening[1], OTHER)
+    assert caplog.text.count("refused 127.0.0.1, which does not know the secret") == 1
+    assert SECRET.decode() not in caplog.text and OTHER.decode() not in caplog.text
+
+
+def test_an_explorer_does_not_obey_who_has_another_secret() -> None:
+    def pretend(say: Callable[[socket.socket], None], match: str) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            say(theirs)
+            with pytest.raises(ConfigurationError, match=match):
+                greet(ours, SECRET, time.monotonic() + 5)
+
+    opening = Challenge(OTHER).opening
+    pretend(lambda line: line.sendall(opening + b"\1" * 32), "does not know this run's secret")
+    pretend(lambda line: line.sendall(b"HTTP/1.1 400 Bad Request\r\n" * 3), "no trainer of lightning_rft")
+
+
+def test_one_sides_proof_is_none_for_the_other() -> None:
+    challenge = Challenge(SECRET)
+    said = greeting(challenge.opening)
+    proof, _ = challenge.answer(said) or (b"", None)
+    assert len(proof) == 32
+    assert challenge.answer(said[:-32] + proof) is None
+    assert Challenge(SECRET).answer(said) is None  # overheard
+    assert Challenge(OTHER).answer(said) is None
+
+
+def test_an_explorer_waits_for_nobody_for_ever() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(Challenge(SECRET).opening[:-1])
+        with pytest.raises(TimeoutError):
+            greet(ours, SECRET, time.monotonic() + 0.1)
+
+
+def test_who_says_too_little_is_sent_away(listening: tuple[Reception, int]) -> None:
+    with dial(listening[1]) as silent, dial(listening[1]) as slow:
+        slow.sendall(b"x" * (GREETING_SIZE - 1))
+        began = time.monotonic()
+        assert len(rest(silent)) == len(rest(slow)) == OPENING_SIZE
+        assert time.monotonic() - began < 3
+
+
+def test_many_who_say_nothing_keep_nobody_out(
+    listening: tuple[Reception, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception, "_GREETING_S", 60)
+    room, port = listening
+    silent = [dial(port) for _ in range(3 * reception._MOST_STRANGERS)]
+    with come(port):
+        assert len(room._strangers) <= reception._MOST_STRANGERS
+        taken(room).line.close()
+    for line in silent:
+        line.close()
+
+
+# The fuzz
+
+
+class Bomb:
+    """Its unpickling makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def framed(packed: bytes) -> bytes:
+    """As a channel sends it."""
+    return struct.pack("!i", len(packed)) + packed
+
+
+# What a stranger says, given what the trainer has said, an explorer's greeting from before, and a bomb.
+Says = Callable[[bytes, bytes, bytes], bytes]
+SAYS = st.one_of(
+    st.binary(max_size=2 * GREETING_SIZE).map(lambda data: lambda opening, heard, bomb: data),
+    st.integers(0, 8 * GREETING_SIZE - 1).map(lambda bit: lambda opening, heard, bomb: flipped(greeting(opening), bit)),
+    st.integers(0, GREETING_SIZE - 1).map(lambda size: lambda opening, heard, bomb: greeting(opening)[:size]),
+    st.sampled_from(
+        [
+            lambda opening, heard, bomb: heard,
+            lambda opening, heard, bomb: greeting(opening, OTHER),
+            lambda opening, heard, bomb: greeting(opening, b""),
+            lambda opening, heard, bomb: opening * 10,
+            lambda opening, heard, bomb: framed(bomb) + bytes(GREETING_SIZE),
+            lambda opening, heard, bomb: framed(bomb).ljust(GREETING_SIZE),
+            lambda opening, heard, bomb: bomb.ljust(GREETING_SIZE) + framed(bomb),
+            lambda opening, heard, bomb: greeting(opening, OTHER) + framed(bomb),
+            lambda opening, heard, bomb: struct.pack("!i", -1) + struct.pack("!Q", 2**62) + bomb,
+            lambda opening, heard, bomb: b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        ]
+    ),
+)
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@settings(
+    max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(strangers=st.lists(SAYS, min_size=1, max_size=4))
+def test_nothing_of_a_strangers_is_unpickled(
+    listening: tuple[Reception, int], tmp_path: Path, strangers: list[Says]
+) -> None:
+    room, port = listening
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    with come(port) as line, taken(room).line:
+        heard = greeting(bytes(OPENING_SIZE))
+        lines = [dial(port) for _ in strangers]
+        for stranger, says in zip(lines, strangers, strict=True):
+            opening = stranger.recv(OPENING_SIZE, socket.MSG_WAITALL)
+            said = says(opening, heard, bomb)
+            stranger.sendall(said)
+            if len(said) >= GREETING_SIZE:
+                assert rest(stranger) in (REFUSED, b"")
+        with come(port):  # while others are still in the middle of what they say
+            taken(room).line.close()
+        assert room.take() is None
+        for stranger in lines:
+            stranger.close()
+        line.sendall(b"still there")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_bomb_goes_off(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "exploded")))
+    assert (tmp_path / "exploded").exists()
