@@ -4,8 +4,9 @@
 
 The demo's settings, each time in a fresh process, when all files are in the page cache. Explorers are launched before
 Lightning is imported, so two things go on at once: ``imports`` and ``trainer_ready`` are the trainer's side, and
-``engine_ready`` is how much longer the explorer's takes. Writes ``benchmarks/results/startup.json``; every part is a
-median of its own, so they need not add up exactly.
+``engine_ready`` is how much longer the explorer's takes, of which the trainer uses what it needs for a warm-up.
+``train_first`` and ``train_later`` are a step's forward, backward and optimizer alone: the first one's, and the median
+of four more. Writes ``benchmarks/results/startup.json``; every part is a median of its own, so they need not add up.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = Path("runs/models/SmolLM2-135M-Instruct")
+LATER = 4  # steps after the first
 
 
 def child(out: Path, began: float, chosen: Path) -> None:
@@ -54,7 +56,7 @@ def child(out: Path, began: float, chosen: Path) -> None:
             marks["trainer_ready"] = time.monotonic()
 
         def on_train_batch_end(self, *_: Any) -> None:
-            marks["first_step"] = time.monotonic()
+            marks.setdefault("first_step", time.monotonic())
 
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     L.seed_everything(0, verbose=False)
@@ -62,7 +64,7 @@ def child(out: Path, began: float, chosen: Path) -> None:
     model = smollm2(chosen)
     timeline = rft.TimelineCallback()
     L.Trainer(
-        max_steps=1,
+        max_steps=1 + LATER,
         accelerator="auto",
         devices=1,
         precision=fast_precision("cuda" if torch.cuda.is_available() else "cpu"),
@@ -88,12 +90,16 @@ def child(out: Path, began: float, chosen: Path) -> None:
     )
     first_push = min((span for span in timeline.spans if span.what == "sync"), key=lambda span: span.begin)
     marks["engine_ready"], marks["first_push"] = first_push.begin, first_push.end
-    marks["first_rollout"] = max(span.end for span in timeline.spans if span.what == "rollout")
-    (out / "marks.json").write_text(json.dumps({name: mark - began for name, mark in marks.items()}))
+    marks["first_rollout"] = max(span.end for span in timeline.spans if span.what == "rollout" and span.batch == 0)
+    trains = sorted((span for span in timeline.spans if span.what == "train"), key=lambda span: span.begin)
+    first, *later = [span.end - span.begin for span in trains]
+    steps = {"train_first": first, "train_later": statistics.median(later)}
+    seconds = {name: mark - began for name, mark in marks.items()}
+    (out / "marks.json").write_text(json.dumps({"marks": seconds, "steps": steps}))
 
 
-def once(model: Path) -> dict[str, float]:
-    """Seconds from exec to each mark, in the order in which they are reached."""
+def once(model: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds from exec to each mark, in the order in which they are reached; and of training steps."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         command = [sys.executable, "-m", "benchmarks.startup", "--model", str(model), "--child", folder]
@@ -103,8 +109,8 @@ def once(model: Path) -> dict[str, float]:
             if subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False).returncode:
                 log.seek(0)
                 raise SystemExit(log.read()[-5000:])
-        marks: dict[str, float] = json.loads((out / "marks.json").read_text())
-        return dict(sorted(marks.items(), key=lambda mark: mark[1]))
+        found: dict[str, dict[str, float]] = json.loads((out / "marks.json").read_text())
+        return dict(sorted(found["marks"].items(), key=lambda mark: mark[1])), found["steps"]
 
 
 def main() -> None:
@@ -118,7 +124,7 @@ def main() -> None:
         child(Path(arguments.child[0]), float(arguments.child[1]), arguments.model)
         return
     once(arguments.model)  # reads all files
-    rounds = [once(arguments.model) for _ in range(arguments.repeats)]
+    rounds, steps = zip(*(once(arguments.model) for _ in range(arguments.repeats)), strict=True)
     parts = [
         {name: mark - before for (name, mark), before in zip(marks.items(), [0.0, *marks.values()], strict=False)}
         for marks in rounds
@@ -128,6 +134,11 @@ def main() -> None:
     }
     for name in parts[0]:
         results[f"{name}_s"] = round(statistics.median(part[name] for part in parts), 2)
+    for name in ("train_first", "train_later"):
+        results[f"{name}_s"] = round(statistics.median(step[name] for step in steps), 2)
+    results["train_first_over_later"] = round(
+        statistics.median(step["train_first"] / step["train_later"] for step in steps), 2
+    )
     if arguments.model == MODEL:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "startup.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -33,6 +33,8 @@ SKIPPED = {
     ("parity", "flex_attention, bf16-mixed"): "no backward on CPUs",
     ("vllm", "strategies"): "vLLM",
     ("transports", "NCCL"): "no GPU",
+    ("transports", "NCCL beside training, from a copy"): "no GPU",
+    ("transports", "NCCL beside training, blocking"): "no GPU",
     ("placement", "shared"): "no GPU",
     ("placement", "separate"): "no GPU",
 }

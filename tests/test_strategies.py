@@ -34,7 +34,17 @@ STRATEGIES = {
     "d": (rft.MultiExplorerAsynchronous, {}),
     "d, on policy": (rft.MultiExplorerAsynchronous, {"max_staleness": 0}),
 }
-TRANSPORTS = {"collective": rft.CollectiveTransport, "checkpoint": rft.CheckpointTransport}
+TRANSPORTS: dict[str, Any] = {
+    "collective": rft.CollectiveTransport,
+    "checkpoint": rft.CheckpointTransport,
+    "blocking": lambda: rft.CollectiveTransport(background="blocking"),
+}
+WHOLE_RUNS = [
+    (name, transport)
+    for name in STRATEGIES
+    for transport in TRANSPORTS
+    if transport != "blocking" or name in ("c", "c, drained", "d")
+]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,8 +80,7 @@ def sql(folder: Path, query: str) -> list[Any]:
         connection.close()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(("name", "transport"), WHOLE_RUNS)
 def test_every_strategy_with_every_transport(
     name: str, transport: str, data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
 ) -> None:
@@ -117,7 +126,10 @@ def check_timeline(strategy: rft.SyncStrategy, spans: Sequence[Span], transport:
         ahead = [(r, t) for r in of["rollout"] for t in of["train"] if r.batch == t.batch + 1 and overlap(r, t)]
         assert ahead
         assert all(r.begin >= ends[r.batch - 2] for r in of["rollout"] if r.batch >= 2)
-    if strategy.asynchronous:
+    if transport == "blocking":
+        assert {"sync"} == {span.what for span in spans if span.track == "trainer"} - {"train", "wait"}
+        assert not any(overlap(load, train) for load in loads for train in of["train"])
+    elif strategy.asynchronous:
         waits = [span for span in spans if span.track == "trainer" and span.what in ("wait", "sync")]
         assert {span.detail for span in waits} <= {"experience"}  # never for a push
     if strategy.loading < 1:

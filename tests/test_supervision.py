@@ -82,6 +82,22 @@ def test_an_explorer_that_dies_in_mid_load(start: Start, strategy: str, explorer
     assert (found["steps"], found["explorer_restarts"], found["failed_groups"]) == (9, 1, 0)
 
 
+@pytest.mark.parametrize("strategy", ["FullyAsynchronous", "MultiExplorerAsynchronous"])
+def test_one_that_dies_in_mid_load_while_training_waits_for_it(start: Start, strategy: str) -> None:
+    script = start(f"""{PRELUDE}
+        class Engine(LightEngine):
+            def load(self, manifest, version):
+                if version >= 1 and once("killed"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                super().load(manifest, version)
+        transport = rft.CollectiveTransport(background="blocking")
+        report(fit(engine=Engine(), strategy={strategy!r}, explorer_count=2, max_restarts=1, tasks=TASKS,
+                   transport=transport))
+    """)
+    found = outcome(script)
+    assert (found["steps"], found["explorer_restarts"], found["failed_groups"]) == (9, 1, 0)
+
+
 def test_an_explorer_that_is_stopped_is_ended(start: Start) -> None:
     script = start(f"""{PRELUDE}
         class Engine(LightEngine):

@@ -34,6 +34,11 @@ class Receivers(Explorers):
         self._listener = listener
         self._changed = changed
 
+    def late(self) -> list[int]:
+        """Marks those that want weights as about to load by themselves, and returns them."""
+        with self._listener.locked():
+            return sorted(self._roster.load_alone())
+
     @override
     def members(self) -> dict[int, int]:
         return self._roster.members

@@ -16,7 +16,7 @@ from lightning_rft.pickling import dumps
 from lightning_rft.settings import Timeouts, Tolerance
 from lightning_rft.tasks.prompts import encode_prompt, encode_prompts, ends_open, is_rendered
 
-__all__ = ["ExplorerSpec", "check_travels", "fitting_length"]
+__all__ = ["ExplorerSpec", "check_travels", "fitting_length", "longest_prompt"]
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +97,11 @@ def fitting_length(
         return context
     needed = max(fitting) + max_new_tokens + _PROMPT_ROOM
     return needed if context is None else min(context, needed)
+
+
+def longest_prompt(max_model_len: int, max_new_tokens: int) -> int:
+    """Tokens of the longest prompt if :func:`fitting_length` knew them all, else of the longest that fits."""
+    return max(1, max_model_len - max_new_tokens - _PROMPT_ROOM)
 
 
 def _lengths(tokenizer: Any, tasks: Sequence[Task], template: Mapping[str, Any] | None) -> list[int]:

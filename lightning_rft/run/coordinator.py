@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +134,22 @@ class Coordinator:
 
     # What the strategy tells
 
-    def push_first(self) -> None:
-        """Waits for every engine to be up, and brings the first version to all of them; the pool has the deadline."""
+    def push_first(self, warm_up: Iterable[Callable[[], None]] = ()) -> None:
+        """Waits for every engine to be up, and brings the first version to all of them; the pool has the deadline.
+
+        Until they are up it does what there is to ``warm_up``, piece by piece.
+        """
 
         def show() -> None:
             self._status.say("waiting for explorers", len(self._pool.up), self._pool.count, "ready")
 
         with self._status:
+            for piece in warm_up:
+                if self._pool.ready:
+                    break
+                self._listener.raise_failures()
+                show()
+                piece()
             self._listener.wait(lambda: self._pool.ready, "the explorers to start", show=show)
             self._status.say(f"pushing weights (version {self.version})")
             self._push()
@@ -272,9 +281,7 @@ class Coordinator:
             return time.monotonic() - listener.heard
 
         while True:
-            with listener.locked():
-                late = roster.load_alone()
-            self._pusher.push_alone(self.version, late)
+            self._pusher.push_late(self.version)
             listener.wait(lambda: done() or roster.any_needs_weights or silence() > limit, what, show=show)
             if done():
                 return

@@ -89,8 +89,7 @@ class Handover:
             return
         with dispatcher.listener.locked():
             dispatcher.roster.wants_weights()
-            without = dispatcher.roster.load_alone()
-        self._pusher.push_alone(dispatcher.schedule.version, without)
+        self._pusher.push_late(dispatcher.schedule.version)
         dispatcher.tell(dispatcher.schedule.resume)
 
     def _take(self, turn: Turn, within_batch: bool = False) -> None:

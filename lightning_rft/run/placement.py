@@ -51,7 +51,7 @@ def gpu_placement(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool
             f"{placed}: {share:g} of a GPU's memory for each engine leaves too little for the trainer, which shares "
             f"it: leave gpu_memory_utilization out, or set it to at most {_MOST_SHARED / engines:.2g}"
         )
-    strategy.transport.check(nccl=placed.nccl and not strategy.asynchronous)
+    strategy.transport.check(nccl=placed.nccl)
     return placed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Set
 from itertools import islice
 from typing import Any
 
@@ -23,7 +23,7 @@ _SAMPLED_ELEMENTS = 100_000
 
 
 class Pusher:
-    """Brings the policy's weights to the explorers of one run, in the ``background`` from a snapshot.
+    """Brings the policy's weights to the explorers of one run, in the ``background`` unless the transport blocks.
 
     ``gathered`` begins to gather the policy's weights in a dtype, on the trainer's thread: it yields an
     :class:`~lightning_rft.trainer.scoring.Announcement`, and then one tensor after another. ``expect`` gets a version
@@ -55,37 +55,56 @@ class Pusher:
         self._observe = observe
         self._sample: torch.Tensor | None = None  # of the last push
         self._before: torch.Tensor | None = None  # of the one before
-        self._background = Background(transport, receivers, pushed, failed, observe) if background else None
+        self._as_asked = background and transport.blocking
+        self._background: Background | None = None
+        if background and not transport.blocking:
+            self._background = Background(transport, receivers, pushed, failed, observe)
 
     def push(self, version: int) -> None:
-        """Pushes the policy's weights, or hands them to the background."""
+        """Pushes the policy's weights, or hands a copy of them to the background."""
         self.version = version
         began = time.monotonic()
         self._before = self._sample
         taken, trained = self._take(version)
         weights = Weights(taken.manifest, taken.device, lambda: self._sampled(taken, trained))
         if self._background is not None:
-            self._background.push(weights.snapshot(), version)
+            self._background.overtake()
+            self._background.push(self._transport.snapshot(weights, self._receivers), version)
+        elif self._as_asked:
+            self._push_as_asked(weights, version)
+            self._observe("trainer", self._transport.push_label, began, version)
         else:
             self._transport.push(weights, version, self._receivers)
             self._observe("trainer", self._transport.push_label, began, version)
             self._pushed(version)
 
+    def _push_as_asked(self, weights: Weights, version: int) -> None:
+        """Pushes to all explorers that may load now, in the order in which the schedule has them load.
+
+        The others load when the trainer next waits or is between two steps.
+        """
+        self._pushed(version)
+        while late := self._receivers.late():
+            self._transport.push(weights, version, self._receivers, late)
+        if self._sample is self._before:  # nobody has taken the weights yet
+            for _ in weights.tensors():
+                pass
+
     def load(self, *explorers: int) -> None:
         """Has explorers load the newest version, together, without waiting for them.
 
-        If pushes are not in the background, they came up between two, and get weights when the trainer next waits.
+        If pushes are not in the background, they get weights when the trainer next waits.
         """
         if self._background is not None:
             self._background.load(*explorers)
         else:
             self._roster.want_weights(*explorers)
 
-    def push_alone(self, version: int, late: Sequence[int]) -> None:
-        """Pushes the policy's weights to the explorers, if any, that came up between two pushes."""
-        if late:
+    def push_late(self, version: int) -> None:
+        """Pushes the policy's weights to the explorers, if any, that want them and are not loading."""
+        if late := self._receivers.late():
             began = time.monotonic()
-            self._transport.push(self._take(version)[0], version, self._receivers, sorted(late))
+            self._transport.push(self._take(version)[0], version, self._receivers, late)
             self._observe("trainer", self._transport.push_label, began, version)
 
     def _take(self, version: int) -> tuple[Weights, Set[str] | None]:
@@ -168,10 +187,15 @@ class Background:
         self._thread.start()
 
     def push(self, weights: Weights, version: int) -> None:
-        """Queues a :func:`snapshot`."""
+        """Queues a copy of the weights."""
         with self._news:
             self._next = weights, version
             self._news.notify_all()
+
+    def overtake(self) -> None:
+        """Drops the version that waits, if any, since a newer one will follow: its copy takes memory."""
+        with self._news:
+            self._next = None
 
     def load(self, *explorers: int) -> None:
         """Queues the loads of explorers, which begin together unless the transport serves one at a time."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.explorer.pool import ExplorerPool
-from lightning_rft.explorer.spec import ExplorerSpec
+from lightning_rft.explorer.spec import ExplorerSpec, longest_prompt
 from lightning_rft.monitor.spans import Span
 from lightning_rft.run.checks import check_folder, sync_strategy
 from lightning_rft.run.coordinator import Coordinator
@@ -22,6 +23,7 @@ from lightning_rft.run.placement import cpu_threads, gpu_placement
 from lightning_rft.sync.strategy import SyncStrategy
 from lightning_rft.trainer.offload import Offload, Turn
 from lightning_rft.trainer.ranks import SIGTERM_STATUS, Ranks
+from lightning_rft.trainer.warm_up import Texts, warm_up
 
 __all__ = ["Session"]
 
@@ -43,6 +45,7 @@ class Session:
         self._offload = Offload(trainer)
         self._trainer = trainer
         self._run: Run | None = None
+        self._max_model_len: int | None = None  # of explorers that start and take no memory of the trainer's
         self._limit_val_batches: float | None = None
         if not validates:
             self._limit_val_batches = trainer.limit_val_batches  # type: ignore[attr-defined]
@@ -69,6 +72,8 @@ class Session:
         if pool.launcher.local and (placement.trainer or placement.explorers):
             rank_zero_info(placement.described(spec.engine.memory_share))
         pool.start(spec, self.folder, placement, threads)
+        if not placement.beside_trainer:
+            self._max_model_len = spec.max_model_len
 
     def begin(
         self,
@@ -93,10 +98,22 @@ class Session:
                 gathered=self.ranks.gathered,
                 observers=observers,
             )
-            self.coordinator.push_first()
+            self.coordinator.push_first(self._warm_up(settings))
 
         self.begun = True
         self.ranks.agree("the first push", begin)
+
+    def _warm_up(self, settings: RunSettings) -> Iterable[Callable[[], None]]:
+        """What the trainer can do while explorers start.
+
+        Several ranks would have to do it together, while rank 0 alone knows when explorers have started. An engine on
+        the same GPU measures how much memory is free there, which must not change meanwhile.
+        """
+        if self._max_model_len is None or not self.fits or isinstance(self._trainer.strategy, ParallelStrategy):
+            return ()
+        completion = settings.sampling.max_new_tokens or 1
+        prompt = longest_prompt(self._max_model_len, completion)
+        return warm_up(self._trainer.lightning_module, Texts(prompt, completion, settings.samples_per_task))
 
     def trained(self, batch: int) -> dict[str, float]:
         """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""

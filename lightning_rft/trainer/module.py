@@ -37,9 +37,9 @@ from lightning_rft.trainer.plan import planned
 from lightning_rft.trainer.precision import grad_norm, leave_unscaling_to_the_plugin, optimizer_for, zero_gradient
 from lightning_rft.trainer.saving import write_policy
 from lightning_rft.trainer.scoring import Announcement, encoded_text, score
-from lightning_rft.trainer.shortcuts import FastPath, probe
+from lightning_rft.trainer.shortcuts import FastPath, settled
 from lightning_rft.trainer.step_guard import StepGuard
-from lightning_rft.trainer.weighted import WeightedTurn, sampled_turns, token_batch, versions_of
+from lightning_rft.trainer.weighted import WeightedTurn, token_batch, versions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,7 +140,8 @@ class RFTModule(L.LightningModule):
         self.sampling_gap: float | None = None
         self._text_ids: tuple[int, ...] | None = None
         self._base_scores: dict[str, tuple[float, ...]] = {}  # of an adapter's base model, by the engines' dtype
-        self._fast_path: FastPath | None = None
+        #: The shortcuts that steps take, once they were tried.
+        self.fast_path: FastPath | None = None
         self._gathers: Gathering | None = None
         self._guard = StepGuard()
         self._objective = self.objective  # with the correction that goes with the strategy
@@ -270,14 +271,12 @@ class RFTModule(L.LightningModule):
             optimizer.zero_grad()
         agree = batch.ranks.agree
         self.metrics.update_groups(batch.groups, batch.batch, agree)
-        if self._fast_path is None:
-            turns = by_group(sampled_turns(batch.groups))
-            self._fast_path = probe(self._policy, turns, self._policy.config._attn_implementation, agree)
+        self.fast_path = settled(self.fast_path, self._policy, batch.groups, agree)
         self._objective = self.objective.on_policy(batch.on_policy)
         self._shares = planned(
             batch,
             self._objective,
-            self._fast_path,
+            self.fast_path,
             self._policy,
             *self._references,
             max_tokens=self.max_tokens_per_micro_batch,
@@ -312,18 +311,18 @@ class RFTModule(L.LightningModule):
 
     def _loss(self, turns: Sequence[WeightedTurn], version: int) -> Tensor:
         """Weighted sum of the losses of some turns' tokens, trained as a version."""
-        assert self._fast_path is not None, "a batch begins before its loss"
+        assert self.fast_path is not None, "a batch begins before its loss"
         counts = bool(turns)
         if not counts:
             if self.trainer.world_size == 1:
                 return zero_gradient(self.parameters())
             # what the other ranks do are collectives, in which this one takes part with a token that does not count
             turns = [_NOTHING]
-        packed = self._fast_path.pack(by_group(turns)).to(self.device)
+        packed = self.fast_path.pack(by_group(turns)).to(self.device)
         logprobs, entropy = token_logprobs(
             self._policy,
             packed,
-            chunked_head=self._fast_path.chunked_head,
+            chunked_head=self.fast_path.chunked_head,
             entropy_gradient=bool(self._objective.entropy),
         )
         tokens, weights = token_batch(turns, logprobs, entropy)

@@ -12,14 +12,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_rft.experience import Turn
+from lightning_rft.experience import Group, Turn
 from lightning_rft.trainer.layout import layout
 from lightning_rft.trainer.linear_logprobs import LogitTransform
 from lightning_rft.trainer.lines import Lines
 from lightning_rft.trainer.logprobs import kept_logits, replaced_forward, token_logprobs
+from lightning_rft.trainer.micro_batches import by_group
 from lightning_rft.trainer.packing import Packed, pack, shares_prompts
+from lightning_rft.trainer.weighted import sampled_turns
 
-__all__ = ["FastPath", "probe"]
+__all__ = ["FastPath", "longest", "probe", "random_group", "settled"]
 
 # Times the hidden size: 6 by the count of operations, where a layer has the usual 12 weights per hidden unit squared,
 # and 5 to 7 as measured on a CPU.
@@ -48,6 +50,8 @@ class FastPath:
     mask_dtype: torch.dtype
     #: What the width of shared rows is a multiple of.
     multiple: int
+    #: Tokens of the longest text that they were tried with, until a batch has settled them.
+    tried: int | None = None
 
     def pack(self, turns: Sequence[Sequence[Turn]]) -> Packed:
         """Packs turns into rows; see :func:`~lightning_rft.trainer.packing.pack`."""
@@ -104,6 +108,23 @@ def probe(
     return path
 
 
+def settled(
+    path: FastPath | None, model: Any, groups: Sequence[Group], agree: Callable[[str, Callable[[], Any]], Any] = _alone
+) -> FastPath:
+    """The shortcuts of a run, given its first batch: as they were tried, if that was with texts that are no shorter."""
+    if path is not None and path.tried is None:
+        return path
+    turns = by_group(sampled_turns(groups))
+    if path is None or agree("the first batch's longest text", lambda: longest(turns)) > (path.tried or 0):
+        path = probe(model, turns, model.config._attn_implementation, agree)
+    return replace(path, tried=None)
+
+
+def longest(turns: Sequence[Sequence[Turn]]) -> int:
+    """Tokens of the longest text."""
+    return max((len(turn.prompt_ids) + turn.num_tokens for group in turns for turn in group), default=0)
+
+
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
     """Turns off dropout, which makes rows differ, and restores the random state, which a resumed run must repeat."""
@@ -138,7 +159,7 @@ def _logit_transform(model: Any) -> LogitTransform | str:
         split.append(hasattr(head.weight, "placements"))
         return returned[-1]
 
-    packed = pack(_made_up(model, *_SHORT), shared=False).to(model.device)
+    packed = pack(random_group(model, *_SHORT), shared=False).to(model.device)
     with replaced_forward(head, known):
         logits = kept_logits(model, packed)
     if len(returned) != 1 or logits.shape != returned[0].shape:
@@ -175,7 +196,7 @@ def _query_dtype(model: Any) -> torch.dtype:
     dtypes: list[torch.dtype] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
     try:
-        kept_logits(model, pack(_made_up(model, *_SHORT), shared=False).to(model.device))
+        kept_logits(model, pack(random_group(model, *_SHORT), shared=False).to(model.device))
     finally:
         hook.remove()
     return dtypes[0]
@@ -183,7 +204,7 @@ def _query_dtype(model: Any) -> torch.dtype:
 
 def _row_difference(model: Any, path: FastPath, measures: tuple[int, int, int]) -> float:
     """Mean difference in nats between log-probs in a shared row and in ordinary ones."""
-    made_up = _made_up(model, *measures)
+    made_up = random_group(model, *measures)
     shared, ordinary = (
         token_logprobs(model, packed.to(model.device), chunked_head=path.chunked_head)[0]
         for packed in (
@@ -200,13 +221,13 @@ def _measures(path: FastPath, turns: Sequence[Sequence[Turn]]) -> tuple[int, int
     texts = [turn for group in turns for turn in group if turn.num_tokens]
     if not texts:
         return _SHORT
-    longest = max(texts, key=lambda turn: len(turn.prompt_ids) + turn.num_tokens)
-    prompt, completion = len(longest.prompt_ids), longest.num_tokens
+    most = max(texts, key=lambda turn: len(turn.prompt_ids) + turn.num_tokens)
+    prompt, completion = len(most.prompt_ids), most.num_tokens
     width = path.pack(turns).input_ids.shape[1]
     return prompt, completion, max(2, (width - prompt) // max(1, completion - 1))
 
 
-def _made_up(model: Any, prompt: int, completion: int, samples: int) -> list[list[Turn]]:
+def random_group(model: Any, prompt: int, completion: int, samples: int) -> list[list[Turn]]:
     """A group of random tokens, the same in every process."""
     vocabulary = model.config.get_text_config().vocab_size
     random = torch.Generator().manual_seed(0)

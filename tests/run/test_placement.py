@@ -183,8 +183,9 @@ def test_a_share_that_leaves_the_trainer_nothing_is_refused(machine: Machine) ->
     assert takes.engine.memory_share == 0.9
 
 
-def test_nccl_is_refused_where_a_gpu_is_shared_and_chosen_where_none_is(machine: Machine) -> None:
-    strategy = rft.Synchronous(transport=rft.CollectiveTransport("nccl"))
+@pytest.mark.parametrize("make", [rft.Synchronous, rft.FullyAsynchronous])
+def test_nccl_is_refused_where_a_gpu_is_shared_and_chosen_where_none_is(make: Any, machine: Machine) -> None:
+    strategy = make(transport=rft.CollectiveTransport("nccl"))
     machine(2)
     planned(pool(), strategy=strategy)
     machine(1)
@@ -192,10 +193,6 @@ def test_nccl_is_refused_where_a_gpu_is_shared_and_chosen_where_none_is(machine:
         ConfigurationError, match=r"backend='nccl'\) needs the trainer and vLLM engines on GPUs of their"
     ):
         planned(pool(), strategy=strategy)
-    machine(2)
-    asynchronous = rft.FullyAsynchronous(transport=rft.CollectiveTransport("nccl"))
-    with pytest.raises(ConfigurationError, match="a strategy that waits"):
-        planned(pool(), strategy=asynchronous)
 
 
 # Names

@@ -145,27 +145,74 @@ class BreaksOff(Transport):
         self.taken.append(dict(weights.tensors()))
 
 
-def test_a_push_that_is_repeated_gathers_again_and_knows_what_changed_since_the_last() -> None:
-    policy = {"w": torch.ones(900), "v": torch.ones(100)}
-    policy["alias"] = policy["w"]
-    scores = Scores((1, 2), (-1.0,), 1.0, "float32")
-    begun: list[str] = []
+class Policy:
+    """Weights of which a push may change some, one of them tied."""
 
-    def gathered(dtype: str) -> Iterator[Any]:
-        begun.append(dtype)
-        weights = Weights.of(list(policy.items()), dtype)
-        yield Announcement(list(weights.manifest), weights.device, scores)
+    def __init__(self) -> None:
+        self.weights = {"w": torch.ones(900), "v": torch.ones(100)}
+        self.weights["alias"] = self.weights["w"]
+        self.begun: list[str] = []
+
+    def gathered(self, dtype: str) -> Iterator[Any]:
+        self.begun.append(dtype)
+        weights = Weights.of(list(self.weights.items()), dtype)
+        yield Announcement(list(weights.manifest), weights.device, Scores((1, 2), (-1.0,), 1.0, "float32"))
         yield from weights.tensors()
 
-    transport, nothing = BreaksOff(), lambda *_: None
-    pusher = Pusher(
-        transport, background=False, roster=nothing, receivers=SimpleNamespace(dtype="bfloat16"),  # type: ignore[arg-type]
-        gathered=gathered, expect=nothing, pushed=nothing, failed=nothing, observe=nothing,
-    )  # fmt: skip
+    def train(self) -> None:
+        self.weights["w"][:10], self.weights["v"][:] = 2.0, 1.0001  # the second is 1 in bfloat16
+
+    def pusher(self, transport: Transport, told: list[int], *, background: bool, late: Any = None) -> Pusher:
+        nothing = lambda *_: None  # noqa: E731
+        return Pusher(
+            transport, background=background, roster=nothing,  # type: ignore[arg-type]
+            receivers=SimpleNamespace(dtype="bfloat16", late=late),  # type: ignore[arg-type]
+            gathered=self.gathered, expect=nothing, pushed=told.append, failed=nothing, observe=nothing,
+        )  # fmt: skip
+
+
+def test_a_push_that_is_repeated_gathers_again_and_knows_what_changed_since_the_last() -> None:
+    policy, transport = Policy(), BreaksOff()
+    pusher = policy.pusher(transport, [], background=False)
     pusher.push(0)
     assert pusher.share_changed() == 1.0
-    policy["w"][:10], policy["v"][:] = 2.0, 1.0001  # the second is 1 in bfloat16
+    policy.train()
     pusher.push(1)
     assert pusher.share_changed() == pytest.approx(0.01)
     assert [list(taken) for taken in transport.taken] == [["w", "v"]] * 2
-    assert begun == ["bfloat16"] * 4
+    assert policy.begun == ["bfloat16"] * 4
+
+
+def test_explorers_that_may_load_only_later_ask_then_and_what_changed_is_known_now() -> None:
+    class Blocking(BreaksOff):
+        blocking = True
+
+    asked: list[list[int]] = [[], [0], [1], [], [1], []]
+    policy, transport, told = Policy(), Blocking(), list[int]()
+    pusher = policy.pusher(transport, told, background=True, late=lambda: asked.pop(0))
+    pusher.push(0)  # nobody may load
+    assert told == [0]
+    assert transport.taken == []
+    policy.train()
+    pusher.push(1)  # one after another
+    assert told == [0, 1]
+    assert pusher.share_changed() == pytest.approx(0.01)
+    assert len(transport.taken) == 2
+    pusher.push_late(1)
+    pusher.push_late(1)
+    assert len(transport.taken) == 2 + 1
+    assert told == [0, 1]
+    assert not asked
+
+
+def test_a_copy_that_waits_makes_room_for_the_next_one() -> None:
+    told, transport = Told(), Slow()
+    background = told.background(transport)
+    background.push([], 1)
+    assert transport.begun.wait(30)
+    background.push([], 2)
+    background.overtake()
+    assert background._next is None
+    transport.go_on.set()
+    background.close(30.0)
+    assert told.done == [1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import queue
 import threading
 import time
@@ -20,9 +21,14 @@ import torch
 
 import lightning_rft as rft
 from lightning_rft.errors import ConfigurationError, LinkError, TransportError
-from lightning_rft.experience import TensorInfo
+from lightning_rft.experience import GroupKey, TensorInfo
+from lightning_rft.run.pusher import Pusher
+from lightning_rft.sync.actions import Action, Issue, Lease, Load
+from lightning_rft.sync.order import Order
+from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.transports.nccl import NCCLLink, NCCLSender
 from lightning_rft.sync.transports.transport import Named, Weights, announce
+from lightning_rft.trainer.scoring import Announcement, Scores
 from tests.sync.cuda_on_cpu import CUDA, Stream
 
 pytestmark = pytest.mark.vllm
@@ -114,6 +120,11 @@ class Explorers:
         self.ended: dict[int, str] = {}
         self.loading: dict[int, list[Future[Any]]] = {}
         self.links: list[NCCLLink] = []
+        self.text_ids: tuple[int, ...] = ()
+        self.wanting: set[int] = set()  # weights, when the trainer has time
+        #: Called when one has loaded, and when one is gone.
+        self.loaded: Callable[[int, int], None] = lambda explorer, version: None
+        self.gone: Callable[[int], None] = lambda explorer: None
         for explorer, size in sizes.items():
             self.add(explorer, size)
 
@@ -139,6 +150,10 @@ class Explorers:
             worker.ask(worker.engine.receive_weights, update) for worker in self.workers[explorer]
         ]
 
+    def late(self) -> list[int]:
+        late, self.wanting = sorted(self.wanting & self.members().keys()), set()
+        return late
+
     def raise_failures(self) -> None:
         for futures in list(self.loading.values()):
             for future in futures:
@@ -150,6 +165,7 @@ class Explorers:
         for explorer in explorers:
             for future in self.loading[explorer]:
                 future.result(LIMIT_S)
+            self.loaded(explorer, version)
 
     def end(self, explorers: Sequence[int], blame: str) -> None:
         for explorer in explorers:
@@ -163,6 +179,7 @@ class Explorers:
 
     def remove(self, explorer: int) -> list[Worker]:
         workers = self.workers.pop(explorer)
+        self.gone(explorer)
         for worker in workers:
             worker.die()
             worker.asked.put(None)
@@ -186,9 +203,11 @@ def explorers() -> Iterator[Callable[..., Explorers]]:
         each.close()
 
 
-def transport(bucket_bytes: int = 64, timeout_s: float = LIMIT_S) -> rft.CollectiveTransport:
+def transport(
+    bucket_bytes: int = 64, timeout_s: float = LIMIT_S, background: Any = "snapshot"
+) -> rft.CollectiveTransport:
     """With buckets that are smaller than can be set."""
-    made = rft.CollectiveTransport("nccl", timeout_s=timeout_s)
+    made = rft.CollectiveTransport("nccl", timeout_s=timeout_s, background=background)
     make_sender = made._make_sender
 
     def smaller(device: torch.device, them: Any) -> Any:
@@ -482,6 +501,294 @@ def test_the_store_ends_when_all_have_met(cuda: CUDA, explorers: Any) -> None:
     with pytest.raises(LinkError):
         NCCLLink(**vars(to.links[0]) | {"timeout_s": 0.2}).come(0)
     by.close()
+
+
+# Under strategies that do not wait for explorers
+
+
+class OnGPU(torch.Tensor):
+    """Copies of it within the GPU are queued on the stream on which they are asked for."""
+
+    def to(self, *args: Any, **settings: Any) -> torch.Tensor:
+        whole = self.as_subclass(torch.Tensor)
+        if args[0] == "cpu":
+            return whole.to(*args, **settings)
+        copy = torch.zeros(self.shape, dtype=args[0])
+        torch.cuda.current_stream(DEVICE).work.append(lambda: copy.copy_(whole))  # type: ignore[attr-defined]
+        COPIES.append(weakref.ref(copy))
+        return copy
+
+
+COPIES: list[weakref.ref[torch.Tensor]] = []
+
+
+class Training:
+    """A trainer of which nothing is real but schedule and pusher, whose optimizer and weights are on a stream."""
+
+    def __init__(self, rule: rft.SyncStrategy, to: Explorers, cuda: CUDA) -> None:
+        self.to, self.stream = to, Stream(cuda=cuda)
+        self.weights = policy(0)
+        self.schedule = Schedule(Order(rule, size=lambda batch: 1))
+        self.open: list[GroupKey] = []
+        self.leased = False
+        self.loads: list[tuple[int, int]] = []  # explorer, version
+        self.failures: list[BaseException] = []
+        self.lock = threading.RLock()
+        self.pusher = Pusher(
+            rule.transport,
+            background=rule.asynchronous,
+            roster=self,  # type: ignore[arg-type]
+            receivers=to,  # type: ignore[arg-type]
+            gathered=self.gathered,
+            expect=lambda version, scores: None,
+            pushed=lambda version: self.tell(self.schedule.pushed, version),
+            failed=self.failures.append,
+            observe=lambda *span: None,
+        )
+        to.loaded, to.gone = self.loaded, lambda explorer: self.tell(self.schedule.died, explorer)
+        for explorer in to.members():
+            self.tell(self.schedule.joined, explorer)
+        self.push(0)
+
+    def gathered(self, dtype: str) -> Iterator[Any]:
+        on_gpu = [(name, tensor.as_subclass(OnGPU)) for name, tensor in self.weights.items()]
+        yield Announcement(announce(on_gpu, dtype), DEVICE, Scores((), (), 1.0, dtype), frozenset())
+        yield from Weights.of(on_gpu, dtype).tensors()
+
+    def tell(self, event: Callable[..., list[Action]], *args: Any, **settings: Any) -> None:
+        with self.lock:
+            for action in event(*args, **settings):
+                if isinstance(action, Issue):
+                    self.open.append(action.group)
+                elif isinstance(action, Load):
+                    self.pusher.load(action.explorer)
+                self.leased |= isinstance(action, Lease)
+
+    def want_weights(self, explorer: int) -> None:
+        self.to.wanting.add(explorer)
+
+    def loaded(self, explorer: int, version: int) -> None:
+        self.loads.append((explorer, version))
+        self.tell(self.schedule.loaded, explorer, version, alone=self.pusher._as_asked)
+
+    def push(self, version: int) -> None:
+        with torch.cuda.stream(self.stream):  # type: ignore[arg-type]
+            self.pusher.push(version)
+
+    def train(self, pushes: bool = True) -> int:
+        """Trains a batch, all of it queued on the stream; the next version."""
+        self.leased = False
+        batch = self.schedule.version
+        self.tell(self.schedule.wanted, batch)
+        until(lambda: bool(self.open) or self.leased)
+        while not self.leased:
+            self.tell(self.schedule.ready, self.open.pop(0))
+        self.tell(self.schedule.trained, batch)
+        self.stream.work.append(lambda: self.step(batch + 1))
+        if pushes:
+            self.push(batch + 1)
+        return batch + 1
+
+    def step(self, version: int) -> None:
+        for name, tensor in policy(version).items():
+            self.weights[name].copy_(tensor)
+
+    def holds(self, version: int) -> bool:
+        """Whether every explorer does."""
+        assert not self.failures, self.failures
+        return {explorer: held for explorer, held in self.loads if explorer in self.to.workers} == dict.fromkeys(
+            self.to.workers, version
+        )
+
+    def assert_holds(self, version: int) -> None:
+        for workers in self.to.workers.values():
+            assert_holds(workers, version)
+
+
+@pytest.fixture
+def training(cuda: CUDA, explorers: Any) -> Iterator[Callable[..., Training]]:
+    made: list[Training] = []
+
+    def make(rule: Any, background: str, k: int = 1, timeout_s: float = LIMIT_S, **sizes: int) -> Training:
+        COPIES.clear()
+        by = transport(timeout_s=timeout_s, background=background)
+        absent = {int(name[6:]) for name in sizes if name.startswith("absent")}
+        to = explorers(**{name.replace("absent", "e"): size for name, size in sizes.items()})
+        to.absent = absent
+        made.append(Training(rule(k, max_staleness=4, transport=by), to, cuda))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.pusher.close()
+
+
+@pytest.fixture(params=["snapshot", "blocking"])
+def background(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[rft.FullyAsynchronous, rft.MultiExplorerAsynchronous], ids=["c", "d"])
+def rule(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def test_every_version_arrives(rule: Any, background: str, cuda: CUDA, training: Any) -> None:
+    of = training(rule, background, e0=1, e1=2)
+    for version in (1, 2, 3):
+        until(lambda version=version: of.holds(version - 1))
+        of.assert_holds(version - 1)
+        assert of.train() == version
+        if background == "blocking":  # training went on only now
+            assert of.holds(version)
+    until(lambda: of.holds(3))
+    of.assert_holds(3)
+    together = rule is rft.FullyAsynchronous and background == "blocking"
+    assert {link.world_size for link in of.to.links} == ({4} if together else {2, 3})
+    assert len(of.to.links) == 2  # the groups last
+
+
+def test_a_copy_is_of_its_version_whatever_is_trained_meanwhile(rule: Any, cuda: CUDA, training: Any) -> None:
+    of, trained = training(rule, "snapshot", e0=1, e1=1), threading.Event()
+    until(lambda: of.holds(0))
+    cuda.broadcasting = lambda rank, number: None if rank else assert_ends(trained)
+    of.train()
+    of.stream.work.append(lambda: of.step(7))  # goes beyond what was pushed
+    of.stream.run()
+    assert torch.equal(of.weights["norm"], torch.tensor(7.5))
+    trained.set()
+    until(lambda: of.holds(1))
+    of.assert_holds(1)
+
+
+def test_training_waits_for_a_copy_alone(rule: Any, cuda: CUDA, training: Any) -> None:
+    of, begun, end = training(rule, "snapshot", e0=1, e1=1), threading.Event(), threading.Event()
+
+    def hangs(rank: int, number: int) -> None:
+        begun.set()
+        assert rank or end.wait(LIMIT_S)
+
+    until(lambda: of.holds(0))
+    cuda.broadcasting = hangs
+    for _ in range(3):
+        of.train()
+        assert_ends(begun)  # with version 1
+        # three tensors of the version on its way, and of the one that waits: others are left out
+        until(lambda: sum(copy() is not None for copy in COPIES) <= 6)
+    end.set()
+    until(lambda: of.holds(3))
+    of.assert_holds(3)
+    assert {version for _, version in of.loads} == {0, 1, 3}
+    until(lambda: sum(copy() is not None for copy in COPIES) == 3)  # for explorers that come late
+    of.pusher.close()
+    until(lambda: not any(copy() is not None for copy in COPIES))
+
+
+def test_calls_and_their_order_beside_training(rule: Any, background: str, cuda: CUDA, training: Any) -> None:
+    of = training(rule, background, e0=1, e1=1)
+    until(lambda: of.holds(0))
+    cuda.calls.clear()
+    of.train()
+    until(lambda: of.holds(1))
+    here = threading.current_thread().name
+    by_thread = {thread: list(calls) for thread, calls in by(cuda.calls, "thread").items()}
+    sent = by_thread["weight-push"]
+    assert {call.device for call in sent} == {DEVICE}
+    assert {call.device for name in ("explorer-0-0", "explorer-1-0") for call in by_thread[name]} == {
+        torch.device("cpu:0")
+    }
+    assert by_thread.keys() <= {"weight-push", "explorer-0-0", "explorer-1-0", here}
+    if background == "snapshot":
+        (made,) = by_thread[here]
+        assert (made.what, made.stream) == ("synchronize", of.stream)
+        assert cuda.calls[0] is made  # before anything is sent
+        assert "wait" not in {call.what for call in sent}  # for what training has queued since
+    else:
+        assert here not in by_thread
+        assert {call.other for call in sent if call.what == "wait"} == {of.stream}
+    kept = [call.what for call in sent if call.what in ("wait", "keep")]
+    pushes = 1 if background == "blocking" and rule is rft.FullyAsynchronous else 2
+    assert kept == (["keep"] if background == "snapshot" else ["wait", "keep"]) * 3 * pushes
+    assert [call.what for call in sent if call.what == "synchronize"] == ["synchronize"] * 2 * pushes
+
+
+def by(calls: Iterable[Any], field: str) -> dict[str, list[Any]]:
+    order = sorted(calls, key=lambda call: getattr(call, field))
+    return {key: list(group) for key, group in itertools.groupby(order, key=lambda call: getattr(call, field))}
+
+
+def test_one_after_another_where_exploration_never_stops(background: str, cuda: CUDA, training: Any) -> None:
+    of = training(rft.MultiExplorerAsynchronous, background, e0=1, e1=1)
+    loading: list[list[int]] = []
+
+    def looks(rank: int, number: int) -> None:
+        if not rank:
+            loading.append([index for index, member in of.schedule._explorers.items() if member.loading])
+
+    until(lambda: of.holds(0))
+    cuda.broadcasting = looks
+    of.train()
+    until(lambda: of.holds(1))
+    assert loading
+    assert {len(those) for those in loading} == {1}
+
+
+def test_one_that_comes_late(rule: Any, background: str, cuda: CUDA, training: Any) -> None:
+    """It gets what was pushed, or if training has to wait for it anyway, the newest there is."""
+    of = training(rule, background, k=2, e0=1, e1=1)
+    for pushes in (False, True, False):
+        of.train(pushes)
+    until(lambda: of.holds(2))
+    of.to.add(2)
+    of.tell(of.schedule.joined, 2)
+    with torch.cuda.stream(of.stream):  # type: ignore[arg-type]
+        of.pusher.push_late(of.schedule.version)  # as when the trainer waits
+    until(lambda: 2 in dict(of.loads))
+    version = dict(of.loads)[2]
+    assert version == (2 if background == "snapshot" else 3)
+    assert_holds(of.to.workers[2], version)
+    of.train()
+    until(lambda: of.holds(4))
+    of.assert_holds(4)
+
+
+def test_a_death_in_mid_push_costs_the_other_nothing(rule: Any, background: str, cuda: CUDA, training: Any) -> None:
+    of = training(rule, background, e0=1, e1=1)
+    until(lambda: of.holds(0))
+    gone: list[Worker] = []
+
+    def dies(rank: int, number: int) -> None:
+        if not rank and not gone:
+            gone.extend(of.to.remove(0))
+
+    cuda.broadcasting = dies
+    began = time.monotonic()
+    of.train()
+    until(lambda: of.holds(1))
+    assert time.monotonic() - began < LIMIT_S / 2
+    assert list(of.to.workers) == [1]
+    assert_holds(of.to.workers[1], 1)
+    assert of.to.ended == {}
+    of.train()
+    until(lambda: of.holds(2))
+
+
+def test_a_missing_member_costs_one_deadline_beside_training(
+    rule: Any, background: str, cuda: CUDA, training: Any
+) -> None:
+    began = time.monotonic()
+    of = training(rule, background, timeout_s=1.0, absent0=1, e1=1)
+    until(lambda: of.holds(0))
+    assert 1.0 < time.monotonic() - began < 2.0 + LIMIT_S / 4
+    assert list(of.to.ended) == [0]
+    of.train()
+    until(lambda: of.holds(1))
+    of.assert_holds(1)
+
+
+def test_how_to_push_is_one_of_two() -> None:
+    with pytest.raises(ConfigurationError, match=r"background='later'\): use 'snapshot' or 'blocking'"):
+        rft.CollectiveTransport(background="later")  # type: ignore[arg-type]
 
 
 def assert_ends(event: threading.Event) -> None:

@@ -102,8 +102,8 @@ def modules(tiny_model_path: Path) -> dict[str, SteppedModule]:
     for kind in ("shared", "ordinary"):
         module = SteppedModule(tiny_model_path)
         module.step(make_batch(0))  # tries the model
-        assert module._fast_path is not None and module._fast_path.shared
-        module._fast_path = replace(module._fast_path, shared=kind == "shared")
+        assert module.fast_path is not None and module.fast_path.shared
+        module.fast_path = replace(module.fast_path, shared=kind == "shared")
         made[kind] = module
     return made
 

@@ -175,8 +175,8 @@ def test_every_way_to_compute_a_step_gives_the_gradient_of_the_merged_weight(tar
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
             assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), (way, name)
-    assert module._fast_path.shared
-    assert (module._fast_path.chunked_head is None) == ("lm_head" in target)
+    assert module.fast_path.shared
+    assert (module.fast_path.chunked_head is None) == ("lm_head" in target)
 
 
 def test_small_steps_in_half_precision_are_kept(tiny_model_path: Path) -> None:

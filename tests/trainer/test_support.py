@@ -89,7 +89,7 @@ def plain(model: Any, groups: Sequence[Sequence[Turn]]) -> tuple[Tensor, Tensor]
 def stepped(tiny_model_path: Path) -> SteppedModule:
     module = SteppedModule(tiny_model_path)
     module.step(make_batch(0))  # tries the model
-    assert module._fast_path is not None and module._fast_path.shared and module._fast_path.chunked_head is not None
+    assert module.fast_path is not None and module.fast_path.shared and module.fast_path.chunked_head is not None
     return module
 
 
@@ -256,13 +256,13 @@ def test_the_loss_is_that_of_the_tokens_that_had_an_alternative(objective: Any, 
 def test_no_cut_changes_the_gradient(
     stepped: SteppedModule, seed: int, objective: Any, shared: bool, chunked: bool, max_tokens: int, parts: int
 ) -> None:
-    groups, path = make_batch(seed), stepped._fast_path
+    groups, path = make_batch(seed), stepped.fast_path
     assert path is not None
     stepped.objective = objective
     gradient = stepped.step(groups)
-    stepped._fast_path = replace(path, shared=shared, chunked_head=path.chunked_head if chunked else None)
+    stepped.fast_path = replace(path, shared=shared, chunked_head=path.chunked_head if chunked else None)
     cut = stepped.step(groups, max_tokens=max_tokens, parts=parts)
-    stepped._fast_path = path
+    stepped.fast_path = path
     assert (cut - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9
 
 

@@ -17,6 +17,12 @@ __all__ = ["measurements"]
 WAYS: dict[str, Callable[[Path], rft.SyncStrategy]] = {
     "Gloo": lambda folder: rft.Synchronous(transport=rft.CollectiveTransport("gloo")),
     "NCCL": lambda folder: rft.Synchronous(transport=rft.CollectiveTransport("nccl")),
+    "NCCL beside training, from a copy": lambda folder: rft.FullyAsynchronous(
+        transport=rft.CollectiveTransport("nccl", background="snapshot")
+    ),
+    "NCCL beside training, blocking": lambda folder: rft.FullyAsynchronous(
+        transport=rft.CollectiveTransport("nccl", background="blocking")
+    ),
     "checkpoint in memory": lambda folder: rft.Synchronous(transport=rft.CheckpointTransport()),
     "checkpoint on a disk": lambda folder: rft.Synchronous(transport=rft.CheckpointTransport(folder, keep=1)),
 }

@@ -38,33 +38,49 @@ class CollectiveTransport(Transport):
         backend: ``"gloo"``, ``"nccl"``, or ``"auto"`` for NCCL where both sides can use it, else Gloo.
         timeout_s: Seconds that one push may take, the making of the group included.
         bucket_mib: MiB per broadcast, more where a tensor is larger.
+        background: How :class:`FullyAsynchronous` and :class:`MultiExplorerAsynchronous` push. ``"snapshot"``: training
+            waits for a copy of the weights in the engines' dtype, on its GPU with NCCL and in the CPU's memory with
+            Gloo; a thread sends it to one explorer after another. ``"blocking"``: training waits until explorers have
+            the weights, and nothing is copied; it goes with ``in_flight=True``, since an explorer that finishes its
+            groups first has to wait for training to end a step.
 
     Raises:
-        ConfigurationError: ``backend`` is none of the three, or there is nothing to make a bucket of.
+        ConfigurationError: ``backend`` or ``background`` is none of these, or there is nothing to make a bucket of.
     """
 
     one_by_one = True  # in a group of two each, a slow explorer holds up no other
 
     def __init__(
-        self, backend: Literal["auto", "nccl", "gloo"] = "auto", timeout_s: float = 120.0, bucket_mib: int = 64
+        self,
+        backend: Literal["auto", "nccl", "gloo"] = "auto",
+        timeout_s: float = 120.0,
+        bucket_mib: int = 64,
+        background: Literal["snapshot", "blocking"] = "snapshot",
     ) -> None:
         if backend not in ("auto", "nccl", "gloo"):
             raise ConfigurationError(f"CollectiveTransport(backend={backend!r}): use 'auto', 'nccl' or 'gloo'")
         if bucket_mib < 1:
             raise ConfigurationError(f"CollectiveTransport(bucket_mib={bucket_mib}) must be at least 1")
+        if background not in ("snapshot", "blocking"):
+            raise ConfigurationError(f"CollectiveTransport(background={background!r}): use 'snapshot' or 'blocking'")
         self.backend = backend
         self.timeout_s = timeout_s
         self.bucket_mib = bucket_mib
+        self.background = background
+        self.blocking = background == "blocking"
         self._senders: dict[tuple[tuple[int, int], ...], Sender] = {}  # by members, as in Explorers.members()
 
     @override
     def check(self, *, nccl: bool) -> None:
         if self.backend == "nccl" and not nccl:
             raise ConfigurationError(
-                "CollectiveTransport(backend='nccl') needs the trainer and vLLM engines on GPUs of their own, and a "
-                "strategy that waits for pushes (asynchronous ones push from a snapshot in the CPU's memory): use "
+                "CollectiveTransport(backend='nccl') needs the trainer and vLLM engines on GPUs of their own: use "
                 "backend='auto'"
             )
+
+    @override
+    def snapshot(self, weights: Weights, explorers: Explorers) -> Weights:
+        return weights.snapshot(on_cpu=not self._by_nccl(weights.device, explorers))
 
     @override
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
@@ -84,7 +100,7 @@ class CollectiveTransport(Transport):
                 break
             except LinkError as error:
                 absent = sender.absent()
-                self.close()  # the others cannot use a group in which one member broke off
+                self._leave(sender)  # the others cannot use a group in which one member broke off
                 explorers.end(absent, f"did not join the weight transport in time: raise {_SETTING}, or see its log")
                 explorers.settle(list(members), _SETTLE_S)
                 if members.keys() <= explorers.members().keys():  # no death explains it
@@ -103,6 +119,10 @@ class CollectiveTransport(Transport):
             sender.close()
         self._senders.clear()
 
+    def _leave(self, sender: Sender) -> None:
+        sender.close()
+        self._senders = {key: other for key, other in self._senders.items() if other is not sender}
+
     def _sender(self, members: dict[int, int], device: torch.device, explorers: Explorers) -> Sender:
         """The group of exactly these explorers; closes other groups that share one with it or have lost one."""
         key = tuple(members.items())
@@ -116,11 +136,14 @@ class CollectiveTransport(Transport):
         return self._senders[key]
 
     def _make_sender(self, device: torch.device, explorers: Explorers) -> Sender:
-        nccl = device.type == "cuda" and explorers.nccl
-        self.check(nccl=nccl)
-        if nccl and self.backend != "gloo":
+        if self._by_nccl(device, explorers):
             return NCCLSender(device, self.timeout_s, self.bucket_mib << 20)
         return GlooSender(self.timeout_s, self.bucket_mib << 20)
+
+    def _by_nccl(self, device: torch.device, explorers: Explorers) -> bool:
+        nccl = device.type == "cuda" and explorers.nccl
+        self.check(nccl=nccl)
+        return nccl and self.backend != "gloo"
 
 
 class _LateError(LinkError):

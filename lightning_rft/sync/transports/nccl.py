@@ -57,7 +57,7 @@ class NCCLLink(MeetingPlace):
 class NCCLSender(Sender):
     """Rank 0 of an NCCL group with vLLM's workers; ``device`` holds the weights."""
 
-    _made: Any  # from begin on, the stream on which the trainer makes weights
+    _made: Any  # from begin on, the stream on which the trainer makes weights; None of a copy, which is made
 
     def __init__(self, device: torch.device, timeout_s: float, bucket_bytes: int) -> None:
         self._device = device
@@ -105,7 +105,7 @@ class NCCLSender(Sender):
 
     @override
     def begin(self, weights: Weights) -> Iterator[Named]:
-        self._made = torch.cuda.current_stream(self._device)
+        self._made = None if weights.copied else torch.cuda.current_stream(self._device)
         return weights.tensors()
 
     @override
@@ -134,7 +134,8 @@ class NCCLSender(Sender):
                     f"{name} ({info.dtype}) follows tensors of smaller elements, so that vLLM could not read it: set "
                     "CollectiveTransport(backend='gloo')"
                 )
-            self._packs.wait_stream(self._made)  # for whatever the optimizer and a gathering have queued there
+            if self._made is not None:
+                self._packs.wait_stream(self._made)  # for whatever the optimizer and a gathering have queued there
             tensor.record_stream(self._packs)  # its memory is for no other before it has been read
             packed[offset : offset + _size(info)].view(dtype).view(info.shape).copy_(tensor)
             offset += _size(info)

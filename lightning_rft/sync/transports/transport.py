@@ -71,6 +71,7 @@ class Weights:
     manifest: Sequence[TensorInfo]
     device: torch.device  #: Where they are made.
     tensors: Callable[[], Iterator[Named]]
+    copied: bool = False  #: Whether they are a complete copy, which training does not change.
 
     @classmethod
     def of(cls, named: Sequence[Named], dtype: str) -> Weights:
@@ -80,8 +81,8 @@ class Weights:
         device = named[0][1].device if named else torch.device("cpu")
         return cls(manifest, device, lambda: ((name, tensor.detach()) for name, tensor in named if name in names))
 
-    def snapshot(self) -> Weights:
-        """Copies them to the CPU's memory, in the dtypes that are announced.
+    def snapshot(self, *, on_cpu: bool = True) -> Weights:
+        """Copies them, in the dtypes that are announced, to the CPU's memory, else within that of their GPU.
 
         Example:
             >>> tied = torch.ones(2)
@@ -91,8 +92,13 @@ class Weights:
             [('embedding', tensor([1., 1.], dtype=torch.bfloat16))]
         """
         dtypes = {info.name: getattr(torch, info.dtype) for info in self.manifest}
-        copies = [(name, tensor.to("cpu", dtypes[name], copy=True)) for name, tensor in self.tensors()]
-        return Weights(self.manifest, torch.device("cpu"), lambda: iter(copies))
+        if on_cpu:
+            copies = [(name, tensor.to("cpu", dtypes[name], copy=True)) for name, tensor in self.tensors()]
+            return Weights(self.manifest, torch.device("cpu"), lambda: iter(copies), copied=True)
+        copies = [(name, tensor.to(dtypes[name], copy=True)) for name, tensor in self.tensors()]
+        # who sends them does so on a stream of its own, and would else have to wait for what training queues on this
+        torch.cuda.current_stream(self.device).synchronize()
+        return Weights(self.manifest, self.device, lambda: iter(copies), copied=True)
 
 
 class Transport(ABC):
@@ -103,11 +109,17 @@ class Transport(ABC):
     load_label: str = "load"
     #: Whether pushes in the background go to one explorer at a time.
     one_by_one: bool = False
+    #: Whether training waits for pushes under asynchronous strategies, too.
+    blocking: bool = False
     #: Seconds that one push may take; an explorer that has not loaded by then is ended.
     timeout_s: float = 120.0
 
     def check(self, *, nccl: bool) -> None:
         """Raises :class:`ConfigurationError` if it needs NCCL and there can be none (``nccl``)."""
+
+    def snapshot(self, weights: Weights, explorers: Explorers) -> Weights:
+        """A copy of the weights for a push in the background."""
+        return weights.snapshot()
 
     def prepare(self, weights: Weights, version: int, explorers: Explorers) -> bool:
         """Does what can be done before anyone loads ``version``, such as writing a file; whether there was anything.
