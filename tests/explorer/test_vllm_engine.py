@@ -43,7 +43,7 @@ def load_by_nccl(engine: VLLMEngine, tensors: Mapping[str, Any], version: int) -
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as threads:
         CUDA.put_in_place(patch)
         sender, links = NCCLSender(torch.device("cuda:1"), 60.0, 1 << 14), Queue[Any]()
-        explorers: Any = SimpleNamespace(connect=lambda _, link: links.put(link))
+        explorers: Any = SimpleNamespace(address="127.0.0.1", connect=lambda _, link: links.put(link))
         joined = threads.submit(sender.join, explorers, {0: 1})
         engine.connect(links.get(timeout=60))
         joined.result()
