@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 import lightning_rft as rft
+from lightning_rft.authentication import Gate
+from lightning_rft.errors import DeadlineError
 from lightning_rft.sync.transports.gloo import GlooSender
-from lightning_rft.trainer import ranks
+from lightning_rft.trainer import rendezvous
 from tests.processes import LightEngine
 from tests.trainer_and_data import SUMS, fake_data, quiet_trainer
 
@@ -69,14 +71,13 @@ def test_a_run_listens_on_loopback_alone(tiny_model_path: Path, tmp_path: Path, 
 
 def test_a_rank_is_heard_only_with_the_runs_secret() -> None:
     secret = secrets.token_bytes(32)
-    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
-        host, port = server.getsockname()
-        welcomed = threads.submit(ranks._welcome, server, secret, 2)
-        stranger = ranks._join(host, port, bytes(32), 1)
-        with pytest.raises((EOFError, ConnectionResetError)):  # hung up on
-            stranger.receive(20)
-        stranger.close()
-        rank = ranks._join(host, port, secret, 1)
+    server = socket.create_server(("127.0.0.1", 0))
+    host, port = server.getsockname()
+    with Gate(server, secret) as gate, ThreadPoolExecutor(1) as threads:
+        welcomed = threads.submit(rendezvous.welcome, gate, 2, 20.0)
+        with pytest.raises(DeadlineError):  # hung up on, each time that it comes
+            rendezvous.join(host, port, bytes(32), 1, timeout_s=0.3)
+        rank = rendezvous.join(host, port, secret, 1)
         (peer,) = welcomed.result(20).values()
         rank.send("here")
         assert peer.receive(20) == "here"
