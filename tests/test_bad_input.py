@@ -98,7 +98,7 @@ def test_what_is_refused_here_would_start_otherwise(fit: Fit) -> None:
         ({"explorers": 0, "buffer": rft.Buffer("b", group_filter=rft.has_signal)}, "leave the buffer's group_filter"),
         ({"explorers": 0, "buffer": rft.Buffer("b", selection=rft.Priority("recency"))}, "buffer's .* selection"),
         ({"explorers": 0, "buffer": rft.Buffer("b", replay=rft.Replay())}, "buffer's .* replay"),
-        ({"explorers": 0, "buffer": rft.Buffer("b", capacity=9)}, "buffer's .* capacity out"),
+        ({"explorers": 0, "buffer": rft.Buffer("b", capacity=9)}, "buffer's .* capacity and keep out"),
     ],
 )
 def test_settings_of_the_datamodule(settings: dict[str, Any], message: str) -> None:

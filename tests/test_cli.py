@@ -190,7 +190,7 @@ def test_settings_that_belong_together(
     given.write_text(yaml.safe_dump(config))
     options = ["--data.sampling.seed", "5", "--data.timeouts.reward_s", "2", "--data.tolerance.max_error_rate=0.5"]
     config = printed(given, *options)
-    defaults = {"sample_s": None, "start_s": 600.0, "progress_s": 600.0, "workflow_s": 600.0}
+    defaults = {"sample_s": None, "start_s": 600.0, "progress_s": 600.0, "workflow_s": 600.0, "sleep_s": 120.0}
     assert config["data"]["timeouts"] == {"reward_s": 2.0, **defaults}
     given.write_text(yaml.safe_dump(config))
     assert printed(given) == config

@@ -166,9 +166,9 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Groups of turns that the shortcuts were tried with."""
     made, probe = [], shortcuts.probe
 
-    def recorded(model: Any, turns: Any, attn_implementation: str) -> Any:
+    def recorded(model: Any, turns: Any, *rest: Any) -> Any:
         made.append(turns)
-        return probe(model, turns, attn_implementation)
+        return probe(model, turns, *rest)
 
     for module in (shortcuts, warm_ups):
         monkeypatch.setattr(module, "probe", recorded)
