@@ -39,7 +39,7 @@ class Schedule:
         >>> schedule.joined(0) + schedule.wanted(0)
         []
         >>> schedule.loaded(0, 0) + schedule.pushed(0)
-        [Issue(group=GroupKey(batch=0, slot=0), explorer=0)]
+        [Issue(group=GroupKey(batch=0, slot=0), explorer=0, oldest=0)]
         >>> schedule.ready(GroupKey(0, 0))
         [Lease(batch=0, groups=(GroupKey(batch=0, slot=0),))]
         >>> schedule.trained(0)

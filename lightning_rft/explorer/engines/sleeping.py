@@ -22,6 +22,7 @@ class Sleeping:
         >>> sleeping = Sleeping()
         >>> sleeping.begin(DROPS, busy=False)
         >>> sleeping.end(WEIGHTS)
+        ['weights']
         >>> sleeping.check("load", WEIGHTS, version=0)
         >>> sleeping.check("step", PARTS, version=0)
         Traceback (most recent call last):
