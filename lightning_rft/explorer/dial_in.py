@@ -18,6 +18,7 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.launcher import Handle, Launcher, Place
 from lightning_rft.explorer.reception import Guest, Reception
 from lightning_rft.explorer.secret import VARIABLE, read_secret, write_secret
+from lightning_rft.network import address_towards
 
 __all__ = ["Admission", "DialIn", "DialledProcess", "host_and_port"]
 
@@ -198,9 +199,7 @@ def host_and_port(address: str, setting: str) -> tuple[str, int]:
 def _own_address() -> str:
     """This machine's address in the direction of other networks; nothing is sent."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
-            line.connect(("192.0.2.1", 9))  # reserved for documentation
-            return str(line.getsockname()[0])
+        return address_towards("192.0.2.1")  # reserved for documentation
     except OSError as error:
         raise ConfigurationError(
             f"this machine's address is not known ({error}): name it by DialIn(address=...)"
