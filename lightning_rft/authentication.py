@@ -1,37 +1,47 @@
 """Connections whose two ends prove to each other that they know a secret, before either reads anything else.
 
-Who listens sends a nonce; who comes answers with a nonce of its own, its number, and a keyed hash (HMAC-SHA256) of all
-of these; the listener proves itself by another. The secret never travels, a proof is of no use on another connection,
-and whatever a stranger sends, a fixed number of bytes is read and compared, and nothing is unpickled. What travels
-later is neither encrypted nor signed.
+::
+
+    who listens   HELLO, nonce
+    who comes     nonce, claim, HMAC(secret, "comes", all of the above)
+    who listens   HMAC(secret, "listens", all of the above)
+
+Three passes, as in ISO/IEC 9798-4. Each has a fixed size, so that what a stranger sends is neither measured, parsed nor
+unpickled: it is compared, and that is all. Nonces make what was overheard worthless, and the two names keep one side's
+proof from being used for the other's. What travels later is neither encrypted nor signed.
 """
 
 from __future__ import annotations
 
 import hmac
+import logging
 import secrets
 import selectors
 import socket
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+from lightning_rft.errors import AuthenticationError
 
 __all__ = ["Gate", "prove"]
 
-_NONCE = 32
-_NUMBER = 4
-_PROOF = 32
-_CLAIM = _NONCE + _NUMBER + _PROOF
+_log = logging.getLogger(__name__)
+
+_HELLO = b"lightning-rft/1\n"
+_NONCE, _PROOF = 32, 32
+_REFUSED = bytes(_PROOF)  # in place of a proof, to one that does not know the secret
 _PATIENCE_S = 5.0  # with one that has connected; who knows the secret needs a round trip
 _MOST = 64  # that have connected and proven nothing; one more, and the first of them has to go
+_PAUSE_S = 0.1
 
 
 @dataclass
 class _Caller:
     """One that has connected and proven nothing yet."""
 
-    nonce: bytes = field(default_factory=lambda: secrets.token_bytes(_NONCE))
+    opening: bytes = field(default_factory=lambda: _HELLO + secrets.token_bytes(_NONCE))
     deadline: float = field(default_factory=lambda: time.monotonic() + _PATIENCE_S)
     said: bytes = b""
 
@@ -39,13 +49,16 @@ class _Caller:
 class Gate:
     """Admits those who know a secret, however many strangers connect, hang up or say nothing.
 
-    It owns the socket that listens, and the connections of those whom it has not admitted.
+    It owns the socket that listens, and the connections of those whom it has not admitted. Callers say ``claim_size``
+    bytes of themselves.
     """
 
-    def __init__(self, server: socket.socket, secret: bytes) -> None:
+    def __init__(self, server: socket.socket, secret: bytes, claim_size: int) -> None:
         self._server = server
         self._secret = secret
+        self._said_size = _NONCE + claim_size + _PROOF
         self._callers: dict[socket.socket, _Caller] = {}  # the first to come first
+        self._warned = False
         self._selector = selectors.DefaultSelector()
         server.setblocking(False)
         self._selector.register(server, selectors.EVENT_READ)
@@ -56,8 +69,8 @@ class Gate:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
-    def admit(self, timeout_s: float) -> tuple[int, socket.socket]:
-        """Waits for the next that knows the secret; returns its number and its connection, which is then the caller's.
+    def admit(self, timeout_s: float) -> tuple[bytes, socket.socket]:
+        """Waits for the next that knows the secret; returns its claim and its connection, which is then the caller's.
 
         Raises:
             TimeoutError: Nobody came in time.
@@ -75,8 +88,8 @@ class Gate:
                 assert isinstance(line, socket.socket)
                 if line is self._server:
                     self._accept()
-                elif line in self._callers and (number := self._hear(line)) is not None:
-                    return number, line
+                elif line in self._callers and (claim := self._hear(line)) is not None:
+                    return claim, line
 
     def close(self) -> None:
         """Listens no more, and turns away those who wait; safe to call twice."""
@@ -89,34 +102,44 @@ class Gate:
         try:
             line, _ = self._server.accept()
         except OSError:  # it has hung up already, or this process has no descriptor left for it
+            time.sleep(_PAUSE_S)  # in which case the selector would tell at once again
             return
         if len(self._callers) == _MOST:
             self._turn_away(next(iter(self._callers)))
         line.setblocking(False)
         caller = self._callers[line] = _Caller()
         self._selector.register(line, selectors.EVENT_READ)
-        self._say(line, caller.nonce)
+        self._say(line, caller.opening)
 
-    def _hear(self, line: socket.socket) -> int | None:
-        """Takes in what has come; its number once it has proven to know the secret, and has got the answer."""
+    def _hear(self, line: socket.socket) -> bytes | None:
+        """Takes in what has come; the claim of one that has proven to know the secret, and has got the answer."""
         caller = self._callers[line]
         try:
-            said = line.recv(_CLAIM - len(caller.said))
+            said = line.recv(self._said_size - len(caller.said))
         except OSError:
             said = b""
         caller.said += said
         if not said:
             self._turn_away(line)
-        if not said or len(caller.said) < _CLAIM:
+        if not said or len(caller.said) < self._said_size:
             return None
         shown, proof = caller.said[:-_PROOF], caller.said[-_PROOF:]
-        known = hmac.compare_digest(proof, _hash(self._secret, b"comes", caller.nonce, shown))
-        if not (known and self._say(line, _hash(self._secret, b"listens", caller.nonce, shown))):
+        if not hmac.compare_digest(proof, _proof(self._secret, b"comes", caller.opening + shown)):
+            self._refuse(line)
+            return None
+        if not self._say(line, _proof(self._secret, b"listens", caller.opening + caller.said)):
             self._turn_away(line)
             return None
         self._forget(line)
         line.setblocking(True)
-        return int.from_bytes(shown[_NONCE:], "big")
+        return shown[_NONCE:]
+
+    def _refuse(self, line: socket.socket) -> None:
+        if not self._warned:  # once, since who has no secret decides how often this happens
+            self._warned = True
+            _log.warning("refused %s, which does not know the secret of this run", _peer(line))
+        self._say(line, _REFUSED)
+        self._turn_away(line)
 
     def _say(self, line: socket.socket, words: bytes) -> bool:
         """Whether it could be said: a new connection has room for far more than this."""
@@ -134,24 +157,39 @@ class Gate:
         self._selector.unregister(line)
 
 
-def prove(line: socket.socket, secret: bytes, number: int, timeout_s: float) -> bool:
-    """Proves to a :class:`Gate` that this end knows its secret, under a number; whether the other end knows it too.
+def prove(line: socket.socket, secret: bytes, claim: bytes, timeout_s: float) -> None:
+    """Proves to a :class:`Gate` that this end knows its secret, with a claim; returns once the other end has, too.
 
     Raises:
-        TimeoutError: The other end said nothing in time.
-        OSError: It hung up, as a gate does to one that does not know the secret.
+        AuthenticationError: What listens there has another secret, or is something else.
+        TimeoutError: It said nothing in time.
+        OSError: The connection broke off.
     """
     deadline = time.monotonic() + timeout_s
-    nonce = _read(line, _NONCE, deadline)
-    shown = secrets.token_bytes(_NONCE) + number.to_bytes(_NUMBER, "big")
-    line.sendall(shown + _hash(secret, b"comes", nonce, shown))
-    return hmac.compare_digest(_read(line, _PROOF, deadline), _hash(secret, b"listens", nonce, shown))
+    opening = _read(line, len(_HELLO) + _NONCE, deadline)
+    if not opening.startswith(_HELLO):
+        raise AuthenticationError("what listens there is no trainer of lightning_rft, or another version of it")
+    shown = secrets.token_bytes(_NONCE) + claim
+    said = shown + _proof(secret, b"comes", opening + shown)
+    line.sendall(said)
+    proof = _read(line, _PROOF, deadline)
+    if proof == _REFUSED:
+        raise AuthenticationError("the trainer there does not take this secret: it is another run's")
+    if not hmac.compare_digest(proof, _proof(secret, b"listens", opening + said)):
+        raise AuthenticationError("what listens there does not know this run's secret, and is not obeyed")
+
+
+def _proof(secret: bytes, who: bytes, said: bytes) -> bytes:
+    return hmac.digest(secret, who + b"\0" + said, "sha256")
 
 
 def _read(line: socket.socket, size: int, deadline: float) -> bytes:
     found = b""
     while len(found) < size:
-        line.settimeout(max(0.001, deadline - time.monotonic()))
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the other end says too little")
+        line.settimeout(left)
         more = line.recv(size - len(found))
         if not more:
             raise ConnectionResetError("the other end hung up before it proved to know the secret")
@@ -159,5 +197,8 @@ def _read(line: socket.socket, size: int, deadline: float) -> bytes:
     return found
 
 
-def _hash(secret: bytes, who: bytes, nonce: bytes, shown: bytes) -> bytes:
-    return hmac.digest(secret, who + nonce + shown, "sha256")
+def _peer(line: socket.socket) -> Any:
+    try:
+        return line.getpeername()[0]
+    except OSError:  # it has just hung up
+        return "a stranger"

@@ -2,6 +2,7 @@
 
 __all__ = [
     "AgreementError",
+    "AuthenticationError",
     "ConfigurationError",
     "ContextFull",
     "DeadlineError",
@@ -22,6 +23,10 @@ class RFTError(Exception):
 
 class ConfigurationError(RFTError, ValueError):
     """A setting, or a combination of settings, cannot work; raised before any process starts if possible."""
+
+
+class AuthenticationError(ConfigurationError):
+    """The other end of a connection does not know this run's secret, or does not take ours."""
 
 
 class ContextFull(ConfigurationError):

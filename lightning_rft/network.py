@@ -7,10 +7,12 @@ from ipaddress import ip_address
 
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["LOOPBACK", "address_towards", "is_loopback", "listen"]
+__all__ = ["LOOPBACK", "address_towards", "is_loopback", "keep_alive", "listen"]
 
 #: Where nobody but this machine reaches it.
 LOOPBACK = "127.0.0.1"
+
+_PROBES = 4
 
 
 def address_towards(host: str) -> str:
@@ -42,3 +44,19 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def keep_alive(line: socket.socket, silence_s: float) -> None:
+    """Has the system end a connection whose other side has not answered it for so long, whether or not anyone sends."""
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    every = max(1, round(silence_s / (_PROBES + 1)))
+    for name, value in {
+        "TCP_KEEPIDLE": every,
+        "TCP_KEEPALIVE": every,  # what macOS calls it
+        "TCP_KEEPINTVL": every,
+        "TCP_KEEPCNT": _PROBES,
+        "TCP_USER_TIMEOUT": round(1000 * silence_s),  # Linux: also while something is under way
+    }.items():
+        if hasattr(socket, name):
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

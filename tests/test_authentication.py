@@ -16,17 +16,19 @@ from typing import Any
 
 import pytest
 
-from lightning_rft import channel
+from lightning_rft import authentication, channel
 from lightning_rft.authentication import Gate, prove
 from lightning_rft.errors import ConfigurationError, DeadlineError, RankError
 from lightning_rft.network import LOOPBACK, address_towards, is_loopback, listen
 from lightning_rft.trainer import ranks as ranks_of_a_trainer
 from lightning_rft.trainer.ranks import Ranks
-from lightning_rft.trainer.rendezvous import join, welcome
+from lightning_rft.trainer.rendezvous import gate_at, join, welcome
 from tests.processes import until
 
 SECRET = b"known to the run".ljust(32)
+OPENING = len(authentication._Caller().opening)
 CLAIM = 32 + 4 + 32  # bytes: nonce, number, proof
+REFUSED = bytes(32)
 
 Place = tuple[str, int]
 
@@ -61,7 +63,7 @@ class Recorded:
 
 @pytest.fixture
 def gate() -> Iterator[Gate]:
-    with Gate(listen(LOOPBACK, 128), SECRET) as gate:
+    with gate_at(listen(LOOPBACK, 128), SECRET) as gate:
         yield gate
 
 
@@ -99,9 +101,10 @@ def heard(line: socket.socket) -> bytes:
 
 def test_both_ends_know_the_secret(gate: Gate, place: Place) -> None:
     with ThreadPoolExecutor(1) as threads, socket.create_connection(place, 10) as line:
-        proven = threads.submit(prove, line, SECRET, 7, 10.0)
-        number, admitted = gate.admit(10)
-        assert proven.result() and number == 7
+        proven = threads.submit(prove, line, SECRET, b"7777", 10.0)
+        claim, admitted = gate.admit(10)
+        proven.result()
+        assert claim == b"7777"
         with admitted:
             line.settimeout(10)
             admitted.sendall(b"and now a message")
@@ -133,7 +136,7 @@ def test_nothing_of_a_stranger_is_unpickled(
         peers[rank].send("from 0")
         assert theirs.receive(10) == "from 0"
     gate.close()
-    assert max(len(heard(line)) for line in lines) <= 32, "a stranger got more than a nonce"
+    assert {heard(line)[OPENING:] for line in lines} <= {b"", REFUSED}, "a stranger got more than a nonce"
     assert len(read) == 4 and not (tmp_path / "trace").exists()
     for line in [*peers.values(), *joined.values()]:
         line.close()
@@ -147,19 +150,20 @@ def test_a_crowd_of_the_silent_makes_room(gate: Gate, place: Place, strangers: A
         for line in (joined.result(), peers[1]):
             line.close()
     assert len(gate._callers) <= 64
-    assert len(heard(crowd[0])) == 32  # the first to come is the first to go
+    assert len(heard(crowd[0])) == OPENING  # the first to come is the first to go
 
 
 def test_what_was_overheard_is_of_no_use(gate: Gate, place: Place, strangers: Any) -> None:
     with ThreadPoolExecutor(1) as threads, socket.create_connection(place, 10) as line:
         recorded = Recorded(line)
-        proven = threads.submit(prove, recorded, SECRET, 1, 10.0)  # type: ignore[arg-type]
+        proven = threads.submit(prove, recorded, SECRET, bytes(4), 10.0)  # type: ignore[arg-type]
         gate.admit(10)[1].close()
-        assert proven.result() and len(recorded.said) == CLAIM
+        proven.result()
+        assert len(recorded.said) == CLAIM
     again = strangers(recorded.said)
     with pytest.raises(TimeoutError):
         gate.admit(0.2)
-    assert len(heard(again)) == 32
+    assert heard(again)[OPENING:] == REFUSED
 
 
 @pytest.mark.parametrize("rank", [0, 3, 2**32 - 1])
@@ -199,8 +203,13 @@ def false_rank_0() -> Iterator[Callable[[bytes], Place]]:
     server.close()
 
 
-def test_a_false_rank_0_is_not_listened_to(false_rank_0: Callable[[bytes], Place], tmp_path: Path) -> None:
-    place = false_rank_0(bytes(64) + framed(Bomb(tmp_path / "trace")))
+@pytest.mark.parametrize(
+    "words", [bytes(OPENING + 32), authentication._HELLO + bytes(32) + b"\1" * 32], ids=["no trainer", "another secret"]
+)
+def test_a_false_rank_0_is_not_listened_to(
+    words: bytes, false_rank_0: Callable[[bytes], Place], tmp_path: Path
+) -> None:
+    place = false_rank_0(words + framed(Bomb(tmp_path / "trace")))
     with pytest.raises(RankError, match=f"what answers at {place[0]}:{place[1]} is not rank 0 of this run"):
         join(*place, SECRET, 1, timeout_s=10)
     assert not (tmp_path / "trace").exists()

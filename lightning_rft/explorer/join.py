@@ -11,12 +11,14 @@ import subprocess
 import time
 from collections.abc import Sequence
 
+from lightning_rft.authentication import prove
 from lightning_rft.channel import Channel, Failure, start, unpack
 from lightning_rft.errors import ConfigurationError, DeadlineError, RFTError
+from lightning_rft.explorer.about import About
 from lightning_rft.explorer.dial_in import Admission, host_and_port
-from lightning_rft.explorer.handshake import greet, keep_alive
 from lightning_rft.explorer.messages import Failed
 from lightning_rft.explorer.secret import VARIABLE, read_secret
+from lightning_rft.network import keep_alive
 
 __all__ = ["join", "main"]
 
@@ -88,7 +90,7 @@ def _dial(host: str, port: int, secret: bytes, deadline: float) -> socket.socket
         # it may not listen yet, its name may not be known yet, and it may go away at any time
         with contextlib.suppress(OSError), contextlib.ExitStack() as ends:
             line = ends.enter_context(socket.create_connection((host, port), _GREETING_S))
-            greet(line, secret, time.monotonic() + _GREETING_S)
+            prove(line, secret, About.this().claim(), _GREETING_S)
             line.settimeout(None)
             ends.pop_all()
             return line

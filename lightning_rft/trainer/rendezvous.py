@@ -10,13 +10,14 @@ import lightning as L
 
 from lightning_rft.authentication import Gate, prove
 from lightning_rft.channel import Channel
-from lightning_rft.errors import ConfigurationError, DeadlineError, RankError
+from lightning_rft.errors import AuthenticationError, ConfigurationError, DeadlineError, RankError
 from lightning_rft.network import LOOPBACK, address_towards, listen
 
-__all__ = ["connect", "join", "welcome"]
+__all__ = ["connect", "gate_at", "join", "welcome"]
 
 _MEET_S = 120.0  # for all ranks to connect; they have just met in Lightning's own group
 _PROOF_S = 5.0
+_RANK_BYTES = 4
 _PAUSE_S = 0.1
 
 
@@ -45,9 +46,14 @@ def connect(trainer: L.Trainer) -> dict[int, Channel]:
         strategy.broadcast(error)  # the others would wait for it in vain
         raise
     secret = secrets.token_bytes(32)
-    with Gate(server, secret) as gate:
+    with gate_at(server, secret) as gate:
         strategy.broadcast((host, server.getsockname()[1], secret))
         return welcome(gate, count)
+
+
+def gate_at(server: socket.socket, secret: bytes) -> Gate:
+    """Where ranks come in, and each claims its number."""
+    return Gate(server, secret, _RANK_BYTES)
 
 
 def welcome(gate: Gate, count: int, timeout_s: float = _MEET_S) -> dict[int, Channel]:
@@ -56,7 +62,8 @@ def welcome(gate: Gate, count: int, timeout_s: float = _MEET_S) -> dict[int, Cha
     peers: dict[int, Channel] = {}
     try:
         while len(peers) < count - 1:
-            rank, line = gate.admit(deadline - time.monotonic())
+            claim, line = gate.admit(deadline - time.monotonic())
+            rank = int.from_bytes(claim, "big")
             if not 0 < rank < count:
                 line.close()
                 continue
@@ -79,8 +86,13 @@ def join(host: str, port: int, secret: bytes, rank: int, timeout_s: float = _MEE
     while True:
         try:
             with socket.create_connection((host, port), max(_PAUSE_S, deadline - time.monotonic())) as line:
-                if prove(line, secret, rank, min(_PROOF_S, max(_PAUSE_S, deadline - time.monotonic()))):
-                    return _channel(line)
+                patience_s = min(_PROOF_S, max(_PAUSE_S, deadline - time.monotonic()))
+                prove(line, secret, rank.to_bytes(_RANK_BYTES, "big"), patience_s)
+                return _channel(line)
+        except AuthenticationError as error:
+            raise RankError(
+                f"what answers at {host}:{port} is not rank 0 of this run ({error}): see what else listens there"
+            ) from error
         except OSError as error:
             if time.monotonic() > deadline:
                 raise DeadlineError(
@@ -89,8 +101,6 @@ def join(host: str, port: int, secret: bytes, rank: int, timeout_s: float = _MEE
                     "or set MASTER_ADDR to another address of the first node"
                 ) from error
             time.sleep(_PAUSE_S)  # a crowd of strangers may have pushed this one out
-        else:
-            raise RankError(f"what answers at {host}:{port} is not rank 0 of this run: see what else listens there")
 
 
 def _address_of_rank_0(trainer: L.Trainer) -> str:

@@ -20,8 +20,8 @@ import pytest
 from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerError
 from lightning_rft.experience import GroupKey, Task
 from lightning_rft.explorer import join as joining
+from lightning_rft.explorer.about import About
 from lightning_rft.explorer.dial_in import DialIn
-from lightning_rft.explorer.handshake import About
 from lightning_rft.explorer.join import join
 from lightning_rft.explorer.launcher import Place
 from lightning_rft.explorer.messages import Died, Explore, Explored, Started

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_rft.errors import ConfigurationError
-from lightning_rft.explorer import handshake, reception
-from lightning_rft.explorer.handshake import GREETING_SIZE, REFUSED, About, Challenge, greet
+from lightning_rft import authentication
+from lightning_rft.authentication import prove
+from lightning_rft.errors import AuthenticationError
+from lightning_rft.explorer.about import CLAIM_SIZE, About
 from lightning_rft.explorer.reception import Guest, Reception
 from tests.processes import until
 
 SECRET, OTHER = b"5" * 64, b"6" * 64
-OPENING_SIZE = len(Challenge(SECRET).opening)
+OPENING_SIZE = len(authentication._Caller().opening)
+GREETING_SIZE = 32 + CLAIM_SIZE + 32  # nonce, claim, proof
+REFUSED = bytes(32)
 
 
 @pytest.fixture
 def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Reception, int]]:
-    monkeypatch.setattr(reception, "_GREETING_S", 0.5)
+    monkeypatch.setattr(authentication, "_PATIENCE_S", 0.5)
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
     listening = Reception(server, SECRET, silence_s=60)
@@ -46,7 +47,7 @@ def come(port: int, secret: bytes = SECRET) -> socket.socket:
     """An explorer that knows a secret."""
     line = dial(port)
     try:
-        greet(line, secret, time.monotonic() + 5)
+        prove(line, secret, About.this().claim(), 5)
     except BaseException:
         line.close()
         raise
@@ -71,8 +72,8 @@ def rest(line: socket.socket) -> bytes:
 
 def greeting(opening: bytes, secret: bytes = SECRET) -> bytes:
     """What an explorer with a secret says."""
-    said = bytes(32) + json.dumps(asdict(About.this())).encode().ljust(256)
-    return said + handshake._proof(secret, b"explorer", opening + said)
+    shown = bytes(32) + About.this().claim()
+    return shown + authentication._proof(secret, b"comes", opening + shown)
 
 
 def test_who_knows_the_secret_is_let_in(listening: tuple[Reception, int]) -> None:
@@ -100,7 +101,7 @@ def test_another_secret_is_refused_and_the_reason_said(
     listening: tuple[Reception, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(3):
-        with pytest.raises(ConfigurationError, match="does not take this secret"):
+        with pytest.raises(AuthenticationError, match="does not take this secret"):
             come(listening[1], OTHER)
     assert caplog.text.count("refused 127.0.0.1, which does not know the secret") == 1
     assert SECRET.decode() not in caplog.text and OTHER.decode() not in caplog.text
@@ -111,30 +112,47 @@ def test_an_explorer_does_not_obey_who_has_another_secret() -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             say(theirs)
-            with pytest.raises(ConfigurationError, match=match):
-                greet(ours, SECRET, time.monotonic() + 5)
+            with pytest.raises(AuthenticationError, match=match):
+                prove(ours, SECRET, About.this().claim(), 5)
 
-    opening = Challenge(OTHER).opening
+    opening = authentication._Caller().opening
     pretend(lambda line: line.sendall(opening + b"\1" * 32), "does not know this run's secret")
     pretend(lambda line: line.sendall(b"HTTP/1.1 400 Bad Request\r\n" * 3), "no trainer of lightning_rft")
 
 
-def test_one_sides_proof_is_none_for_the_other() -> None:
-    challenge = Challenge(SECRET)
-    said = greeting(challenge.opening)
-    proof, _ = challenge.answer(said) or (b"", None)
-    assert len(proof) == 32
-    assert challenge.answer(said[:-32] + proof) is None
-    assert Challenge(SECRET).answer(said) is None  # overheard
-    assert Challenge(OTHER).answer(said) is None
+def test_one_sides_proof_is_none_for_the_other(listening: tuple[Reception, int]) -> None:
+    room, port = listening
+
+    def answer(said: Callable[[bytes], bytes]) -> bytes:
+        with dial(port) as line:
+            line.sendall(said(line.recv(OPENING_SIZE, socket.MSG_WAITALL)))
+            return line.recv(32, socket.MSG_WAITALL)
+
+    with dial(port) as line:
+        opening = line.recv(OPENING_SIZE, socket.MSG_WAITALL)
+        overheard = greeting(opening)
+        line.sendall(overheard)
+        proof = line.recv(32, socket.MSG_WAITALL)
+        assert len(proof) == 32 and proof != REFUSED
+        taken(room).line.close()
+    assert answer(lambda _: overheard) == REFUSED
+    assert answer(lambda opening: greeting(opening)[:-32] + proof) == REFUSED
+
+    def mirrored(opening: bytes) -> bytes:
+        """With what the trainer would prove itself by, in place of an explorer's proof."""
+        shown = greeting(opening)[:-32]
+        return shown + authentication._proof(SECRET, b"listens", opening + shown)
+
+    assert answer(mirrored) == REFUSED
+    assert answer(lambda opening: greeting(opening, OTHER)) == REFUSED
 
 
 def test_an_explorer_waits_for_nobody_for_ever() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        theirs.sendall(Challenge(SECRET).opening[:-1])
+        theirs.sendall(authentication._Caller().opening[:-1])
         with pytest.raises(TimeoutError):
-            greet(ours, SECRET, time.monotonic() + 0.1)
+            prove(ours, SECRET, About.this().claim(), 0.1)
 
 
 def test_who_says_too_little_is_sent_away(listening: tuple[Reception, int]) -> None:
@@ -148,11 +166,11 @@ def test_who_says_too_little_is_sent_away(listening: tuple[Reception, int]) -> N
 def test_many_who_say_nothing_keep_nobody_out(
     listening: tuple[Reception, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reception, "_GREETING_S", 60)
+    monkeypatch.setattr(authentication, "_PATIENCE_S", 60)
     room, port = listening
-    silent = [dial(port) for _ in range(3 * reception._MOST_STRANGERS)]
+    silent = [dial(port) for _ in range(3 * authentication._MOST)]
     with come(port):
-        assert len(room._strangers) <= reception._MOST_STRANGERS
+        assert len(room._gate._callers) <= authentication._MOST
         taken(room).line.close()
     for line in silent:
         line.close()
