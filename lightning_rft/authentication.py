@@ -116,6 +116,8 @@ class Gate:
         caller = self._callers[line]
         try:
             said = line.recv(self._said_size - len(caller.said))
+        except BlockingIOError:  # told of in vain
+            return None
         except OSError:
             said = b""
         caller.said += said
