@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, groupby, takewhile
+from operator import itemgetter
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.turn import Support, Turn
@@ -22,14 +24,25 @@ class Part:
     tokens: Turn  # without the prompt; the finish reason is empty if others follow
 
 
-def joined(parts: Iterable[Part]) -> Turn:
-    """The tokens of a call's parts."""
-    whole = Turn((), (), (), (), "")
+def joined(parts: Sequence[Part]) -> Turn:
+    """The tokens of a call's parts, of which a long answer has thousands."""
+    length = 0
     for part in parts:
-        if part.start != whole.num_tokens:
-            raise ScheduleError(f"tokens from {part.start} on came after {whole.num_tokens} of their answer")
-        whole = _followed(whole, part.tokens)
-    return whole
+        if part.start != length:
+            raise ScheduleError(f"tokens from {part.start} on came after {length} of their answer")
+        length += part.tokens.num_tokens
+    turns = [part.tokens for part in parts]
+    supports = [turn.support.packed() for turn in turns if turn.support is not None]
+    runs = groupby(chain.from_iterable(turn.version_runs for turn in turns), key=itemgetter(0))
+    merged = ((version, sum(count for _, count in each)) for version, each in runs)
+    return Turn(
+        (),
+        b"".join(turn.token_ids.tobytes() for turn in turns),
+        b"".join(turn.logprobs.tobytes() for turn in turns),
+        array("i", chain.from_iterable(merged)).tobytes(),
+        turns[-1].finish_reason if turns else "",
+        support=Support(*map(b"".join, zip(*supports, strict=True))) if supports else None,
+    )
 
 
 def up_to(tokens: Turn, version: int) -> Turn:
@@ -44,16 +57,3 @@ def up_to(tokens: Turn, version: int) -> Turn:
         support = Support(*(array.tobytes() for array in kept))
     ids, logprobs = tokens.token_ids[:length].tobytes(), tokens.logprobs[:length].tobytes()
     return Turn((), ids, logprobs, tokens.versions[:length].tolist(), "", support=support)
-
-
-def _followed(first: Turn, then: Turn) -> Turn:
-    """All tokens of both."""
-    if not first.num_tokens:
-        return then
-    support = then.support
-    if first.support is not None and support is not None:
-        support = Support(*(a + b for a, b in zip(first.support.packed(), support.packed(), strict=True)))
-    ids = first.token_ids.tobytes() + then.token_ids.tobytes()
-    logprobs = first.logprobs.tobytes() + then.logprobs.tobytes()
-    versions = [*first.versions.tolist(), *then.versions.tolist()]
-    return Turn((), ids, logprobs, versions, then.finish_reason, support=support)

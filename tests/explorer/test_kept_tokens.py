@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_rft.errors import ScheduleError
 from lightning_rft.experience import Experience, GroupKey, Task, TensorInfo, Turn
+from lightning_rft.explorer import partials
 from lightning_rft.explorer.engines.engine import Engine
 from lightning_rft.explorer.engines.fake import FakeEngine
 from lightning_rft.explorer.engines.requests import Completion, Request
@@ -169,6 +170,16 @@ def test_a_part_without_those_before_it_is_refused() -> None:
     part = Part(0, b"call", 3, Turn((), (1,), (-1.0,), (0,), ""))
     with pytest.raises(ScheduleError, match="tokens from 3 on came after 0 of their answer"):
         joined([part])
+
+
+def test_thousands_of_parts_are_joined_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 joins them while nobody else is heard: not once more for each part."""
+    parts = [Part(0, b"call", at, Turn((), (at,), (-1.0,), (at // 1000,), "")) for at in range(3000)]
+    made: list[Turn] = []
+    monkeypatch.setattr(partials, "Turn", lambda *args, **named: made.append(Turn(*args, **named)) or made[-1])
+    whole = joined(parts)
+    assert made == [whole] and whole.token_ids.tolist() == list(range(3000))
+    assert whole.version_runs == [(0, 1000), (1, 1000), (2, 1000)]
 
 
 def test_a_call_is_known_by_what_it_asks() -> None:
