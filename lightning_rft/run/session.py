@@ -145,6 +145,7 @@ class Session:
         """Ends the run, but not the ranks' meeting; returns where training stood."""
         if self._limit_val_batches is not None:
             self._trainer.limit_val_batches = self._limit_val_batches  # type: ignore[attr-defined]
+        self._offload.close()
         run, self._run = self._run, None
         if run is None:
             return {}

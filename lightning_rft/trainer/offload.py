@@ -80,6 +80,13 @@ class Offload:
             refusal.remove()
         self._away, self._refusals = [], []
 
+    def close(self) -> None:
+        """Lets optimizers step again, whose state stays where it is: the next fit moves it to its device."""
+        for refusal in self._refusals:
+            refusal.remove()
+        self._away, self._refusals = [], []
+        self._pinned.clear()
+
     def _moves(self, tensor: Tensor) -> bool:
         sharded = hasattr(tensor, "device_mesh")
         return tensor.dim() > 0 and tensor.device.type in self._moved and not sharded

@@ -92,6 +92,19 @@ def test_no_step_in_the_explorers_turn() -> None:
     step(trainer)
 
 
+def test_a_run_that_is_over_refuses_no_step() -> None:
+    """The optimizer may be the user's own, and step in the next fit, of which another offload knows."""
+    stays, moves = trainer_of(adamw, torch.float32), trainer_of(adamw, torch.float32)
+    offload = Offload(moves, moved=("cpu",))
+    step(stays)
+    step(moves)
+    offload.take(Turn.EXPLORERS)
+    offload.close()
+    step(stays)
+    step(moves)
+    assert torch.equal(stays.lightning_module.weight, moves.lightning_module.weight)
+
+
 def test_what_stays() -> None:
     trainer = trainer_of(adamw, torch.float32, offloads=False)
     step(trainer)
