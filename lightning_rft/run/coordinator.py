@@ -167,7 +167,6 @@ class Coordinator:
         waited = time.monotonic()
         if due:
             self._status.say(f"pushing weights (version {self.version})")
-        if due:
             self._push()
         self._end_status()  # from now on the progress bar moves
         logged = {

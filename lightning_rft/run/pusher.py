@@ -227,6 +227,8 @@ class Background:
     def _step(self) -> None:
         with self._news:
             new, self._next = self._next, None
+            count = 0 if new is not None else 1 if self._transport.one_by_one else len(self._loads)
+            explorers, self._loads = self._loads[:count], self._loads[count:]
         if new is not None:
             weights, version = new
             began = time.monotonic()
@@ -235,9 +237,8 @@ class Background:
             self._current = new
             self._pushed(version)
             return
+        if not explorers:  # what it was woken for was overtaken
+            return
         assert self._current is not None, "a load before the first version"
         weights, version = self._current
-        with self._news:
-            count = 1 if self._transport.one_by_one else len(self._loads)
-            explorers, self._loads = self._loads[:count], self._loads[count:]
         self._transport.push(weights, version, self._receivers, explorers)

@@ -17,6 +17,7 @@ from lightning_rft.errors import DeadlineError
 from lightning_rft.run.pusher import Background, Pusher
 from lightning_rft.sync.transports.transport import Transport, Weights
 from lightning_rft.trainer.scoring import Announcement, Scores
+from tests.processes import until
 from tests.trainer_and_data import fake_data, pool_of, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +62,20 @@ def test_what_a_newer_version_overtakes_is_left_out_and_errors_are_told() -> Non
     assert told.done[0] == 1
     assert isinstance(told.done[1], rft.TransportError)
     background.close(1.0)
+
+
+def test_nobody_is_pushed_to_when_what_waited_was_overtaken() -> None:
+    """The thread may wake for a version, and find it gone."""
+    told, pushed = Told(), []
+    transport = Slow()
+    transport.go_on.set()
+    transport.push = lambda weights, version, explorers, to=None: pushed.append(to)  # type: ignore[method-assign]
+    background = told.background(transport)
+    background.push([], 1)
+    until(lambda: told.done == [1], "the first version")
+    background._step()
+    background.close(30.0)
+    assert pushed == []
 
 
 def test_a_push_that_hangs_is_told_of() -> None:
