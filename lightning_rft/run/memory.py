@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import lightning as L
 import torch
@@ -84,5 +84,10 @@ def check_memory(trainer: L.Trainer, pool: ExplorerPool, placement: Placement) -
         reference=module.objective.needs_reference and module.peft_config is None,
         ranks=trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1,
     )
+    trains = not (trainer.evaluating or trainer.predicting)
+    if not trains:
+        held = replace(held, gradients=0.0)
     total = torch.cuda.get_device_properties(trainer.strategy.root_device).total_memory
-    rank_zero_info(check_fit(held, total=total, share=share, engines=placement.beside_trainer))
+    said = check_fit(held, total=total, share=share, engines=placement.beside_trainer)
+    if trains:
+        rank_zero_info(said)
