@@ -30,7 +30,8 @@ class MultiExplorerAsynchronous(FullyAsynchronous):
         max_staleness: Maximum batches that a token may lag behind the version that is trained, at least ``k - 1``.
         overdue: What a step does about a group that is still explored and would be too old after it: ``"wait"``, or
             ``"drop"``, which never waits but loses long answers.
-        transport: How weights travel; left out, by checkpoint. By collective they load one after another in any case.
+        transport: How weights travel; left out, by checkpoint. By collective in the background they load one after
+            another in any case.
         in_flight: Whether explorers load new weights in mid-generation; else an explorer finishes its groups first.
         loading: Share of the explorers that may load at the same time, above 0 and below 1; one may in any case. With a
             larger one new weights are everywhere sooner, with a smaller one more explorers go on exploring meanwhile.

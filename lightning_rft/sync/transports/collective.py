@@ -48,8 +48,6 @@ class CollectiveTransport(Transport):
         ConfigurationError: ``backend`` or ``background`` is none of these, or there is nothing to make a bucket of.
     """
 
-    one_by_one = True  # in a group of two each, a slow explorer holds up no other
-
     def __init__(
         self,
         backend: Literal["auto", "nccl", "gloo"] = "auto",
@@ -66,8 +64,8 @@ class CollectiveTransport(Transport):
         self.backend = backend
         self.timeout_s = timeout_s
         self.bucket_mib = bucket_mib
-        self.background = background
         self.blocking = background == "blocking"
+        self.one_by_one = not self.blocking  # in a group of two each, a slow explorer holds up no other
         self._senders: dict[tuple[tuple[int, int], ...], Sender] = {}  # by members, as in Explorers.members()
 
     @override

@@ -124,7 +124,7 @@ class Transport(ABC):
     def prepare(self, weights: Weights, version: int, explorers: Explorers) -> bool:
         """Does what can be done before anyone loads ``version``, such as writing a file; whether there was anything.
 
-        A background push calls it first, and :meth:`push` later, for one explorer after another.
+        A background push calls it first, and :meth:`push` later, for those explorers that load together.
         """
         return False
 
