@@ -21,7 +21,7 @@ help:
 	@echo "make test        all tests"
 	@echo "make test-quick  the tests that need no vLLM and kill nothing at random"
 	@echo "make chaos       the tests that kill processes, with CHAOS=5 times as many kills"
-	@echo "make bench       all benchmarks, for about five hours; BENCHMARKS='overhead rollout' chooses"
+	@echo "make bench       all benchmarks, for about seven hours; BENCHMARKS='overhead rollout' chooses"
 	@echo "make gpu         what works on this machine's GPUs, how fast, and what was skipped; PYTHON=python3 installs nothing"
 	@echo "make check       lint, formatting, types and the examples in docstrings"
 	@echo "make format      rewrite the code in the project's style"

@@ -52,7 +52,8 @@ class DialIn(Launcher):
             interface alone, and a port that the system chooses.
         address: Host name or address at which explorers reach this machine; left out, that of ``bind``, or where that
             is every interface, the one that leads to other networks.
-        silence_s: Seconds for which a connection may be cut; after these its explorer counts as dead.
+        silence_s: Seconds for which a connection may be cut; after these its explorer counts as dead. While more is to
+            be sent than the system's buffers take, it is 20 at most.
 
     Raises:
         ConfigurationError: ``bind`` is no address with a port, or ``silence_s`` is below 1.

@@ -64,6 +64,8 @@ def speed(machine: Machine, shared: bool, product: Callable[[], float], card: fl
     step()  # the first of a process is slow
     with FlopCounterMode(display=False) as counter:
         step()
+    if machine.gpus:
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(machine.work.steps):
         began = now(machine.device)
