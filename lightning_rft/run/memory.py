@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rft.errors import ConfigurationError
@@ -84,7 +85,7 @@ def check_memory(trainer: L.Trainer, pool: ExplorerPool, placement: Placement) -
         reference=module.objective.needs_reference and module.peft_config is None,
         ranks=trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1,
     )
-    trains = not (trainer.evaluating or trainer.predicting)
+    trains = trainer.state.fn == TrainerFn.FITTING
     if not trains:
         held = replace(held, gradients=0.0)
     total = torch.cuda.get_device_properties(trainer.strategy.root_device).total_memory

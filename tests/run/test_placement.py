@@ -23,6 +23,7 @@ from lightning_rft.explorer.placement import Placement, place
 from lightning_rft.hardware import available_cpus
 from lightning_rft.run.memory import Held, check_fit, check_memory
 from lightning_rft.run.placement import cpu_threads, devices_beside, gpu_placement
+from lightning_rft.trainer.loading import without_memory
 
 Machine = Callable[..., None]
 
@@ -420,6 +421,7 @@ def test_figures_are_checked_before_anything_starts(
     machine(1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
     trainer, shares = trainer_on(1), pool()
+    trainer.state.fn = TrainerFn.FITTING
     trainer.strategy.connect(rft.RFTModule(tiny_model_path))
     placed = gpu_placement(trainer, rft.Synchronous(), shares)
     if total == 10:
@@ -428,3 +430,20 @@ def test_figures_are_checked_before_anything_starts(
     else:
         check_memory(trainer, shares, placed)
     check_memory(trainer, rft.ExplorerPool(rft.FakeEngine()), placed)  # whose engine takes none
+
+
+def test_validation_needs_no_room_for_gradients(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path
+) -> None:
+    machine(1)
+    module, trainer, shares = rft.RFTModule(tiny_model_path), trainer_on(1), pool()
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.strategy.connect(module)
+    weights = Held.count(without_memory(module.pretrained, None, None), half=False, reference=False, ranks=1).weights
+    properties = SimpleNamespace(total_memory=1.9 * weights)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    placed = gpu_placement(trainer, rft.Synchronous(), shares)
+    with pytest.raises(ConfigurationError, match="weights and gradients take"):
+        check_memory(trainer, shares, placed)
+    trainer.state.fn = TrainerFn.VALIDATING
+    check_memory(trainer, shares, placed)
