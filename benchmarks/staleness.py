@@ -25,8 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # trainer and explorers sha
 import lightning as L
 
 import lightning_rft as rft
-from benchmarks.strategies import RESULTS, column, fit, policy, smollm2, sums
-from lightning_rft.rewards import last_number
+from benchmarks.strategies import RESULTS, column, demo_task, fit, policy, smollm2
 
 BOUNDS = (0, 1, 2, 4, 8)
 KINDS: dict[str, tuple[int, Callable[[int], rft.SyncStrategy], str]] = {  # explorers, by the bound, color
@@ -161,18 +160,7 @@ def main() -> None:
             ]
             if not missing:
                 continue
-            train, held_out = sums(seed)
-            with rft.RFTDataModule(
-                tasks=train,
-                val_tasks=held_out,
-                reward=last_number,
-                explorers=explorers,
-                tasks_per_step=4,
-                samples_per_task=8,
-                max_new_tokens=12,
-                sampling=rft.Sampling(seed=seed),
-                engine=rft.VLLMEngine(),
-            ) as data:
+            with demo_task(seed, explorers, validates=True) as data:
                 for kind, bound in missing:
                     results.append(run(kind, bound, seed, arguments.steps, data, model))
                     RESULTS.mkdir(exist_ok=True)

@@ -62,11 +62,12 @@ class Steps(Callback):
         self.times.append(time.perf_counter())
 
 
-def demo_task(seed: int, explorers: int = 1) -> rft.RFTDataModule:
+def demo_task(seed: int, explorers: int = 1, *, validates: bool = False) -> rft.RFTDataModule:
     """The demo's task, 4 tasks with 8 samples each a step, and explorers for it."""
-    train, _ = sums(seed)
+    train, held_out = sums(seed)
     return rft.RFTDataModule(
         tasks=train,
+        val_tasks=held_out if validates else None,
         reward=last_number,
         explorers=explorers,
         tasks_per_step=4,
