@@ -23,6 +23,7 @@ from lightning_rft.network import LOOPBACK, address_towards, is_loopback, listen
 from lightning_rft.trainer import ranks as ranks_of_a_trainer
 from lightning_rft.trainer.ranks import Ranks
 from lightning_rft.trainer.rendezvous import gate_at, join, welcome
+from tests.bombs import Bomb, framed
 from tests.processes import until
 
 SECRET = b"known to the run".ljust(32)
@@ -31,22 +32,6 @@ CLAIM = 32 + 4 + 32  # bytes: nonce, number, proof
 REFUSED = bytes(32)
 
 Place = tuple[str, int]
-
-
-class Bomb:
-    """Leaves a trace where it is unpickled."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.trace,)
-
-
-def framed(message: object) -> bytes:
-    """A message as a channel sends it."""
-    packed = pickle.dumps(message)
-    return struct.pack("!i", len(packed)) + packed
 
 
 class Recorded:
@@ -115,7 +100,7 @@ def test_nothing_of_a_stranger_is_unpickled(
     gate: Gate, place: Place, strangers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many talk and many are silent, and the ranks of a run meet among them all the same."""
-    chance, bomb, read = random.Random(0), framed(Bomb(tmp_path / "trace")), []
+    chance, bomb, read = random.Random(0), framed(pickle.dumps(Bomb(tmp_path / "trace"))), []
     whole = pickle.loads
     monkeypatch.setattr(channel.pickle, "loads", lambda packed: read.append(packed) or whole(packed))
     lines = [strangers(chance.randbytes(chance.choice([1, 4, CLAIM - 1, CLAIM, CLAIM + 1, 300]))) for _ in range(40)]
@@ -209,7 +194,7 @@ def false_rank_0() -> Iterator[Callable[[bytes], Place]]:
 def test_a_false_rank_0_is_not_listened_to(
     words: bytes, false_rank_0: Callable[[bytes], Place], tmp_path: Path
 ) -> None:
-    place = false_rank_0(words + framed(Bomb(tmp_path / "trace")))
+    place = false_rank_0(words + framed(pickle.dumps(Bomb(tmp_path / "trace"))))
     with pytest.raises(RankError, match=f"what answers at {place[0]}:{place[1]} is not rank 0 of this run"):
         join(*place, SECRET, 1, timeout_s=10)
     assert not (tmp_path / "trace").exists()
@@ -260,7 +245,7 @@ def test_a_message_that_does_not_go_on_is_waited_for_no_longer_than_silence(monk
     rank_1 = Ranks(1, 2, {0: channel.Channel(ours.detach())})
     began = time.monotonic()
     with theirs:
-        theirs.sendall(framed("a message")[:-1])  # as where the line to another machine is cut
+        theirs.sendall(framed(pickle.dumps("a message"))[:-1])  # as where the line to another machine is cut
         with pytest.raises(RankError, match="rank 0 is gone"):
             rank_1.agree("the next batch", lambda: None)
     assert time.monotonic() - began < 5

@@ -8,7 +8,6 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +18,7 @@ from lightning_rft.authentication import prove
 from lightning_rft.errors import AuthenticationError
 from lightning_rft.explorer.about import CLAIM_SIZE, About
 from lightning_rft.explorer.reception import Guest, Reception
+from tests.bombs import Bomb, framed
 from tests.processes import until
 
 SECRET, OTHER = b"5" * 64, b"6" * 64
@@ -177,21 +177,6 @@ def test_many_who_say_nothing_keep_nobody_out(
 
 
 # The fuzz
-
-
-class Bomb:
-    """Its unpickling makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self._path,)
-
-
-def framed(packed: bytes) -> bytes:
-    """As a channel sends it."""
-    return struct.pack("!i", len(packed)) + packed
 
 
 # What a stranger says, given what the trainer has said, an explorer's greeting from before, and a bomb.
