@@ -178,8 +178,8 @@ class Explorers:
                 future.exception(LIMIT_S)
 
     def remove(self, explorer: int) -> list[Worker]:
+        self.gone(explorer)  # first: a run hears of a death under one lock, and here a push may break off in between
         workers = self.workers.pop(explorer)
-        self.gone(explorer)
         for worker in workers:
             worker.die()
             worker.asked.put(None)
