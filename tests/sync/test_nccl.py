@@ -413,11 +413,12 @@ def test_one_joins_and_one_leaves(cuda: CUDA, explorers: Any) -> None:
 def test_death_in_mid_push_costs_the_others_nothing(cuda: CUDA, explorers: Any) -> None:
     to, by = explorers(e0=1, e1=1), transport()
     push(by, 0, to)
-    gone: list[Worker] = []
+    gone: list[int] = []
 
     def dies(rank: int, number: int) -> None:
         if (rank, number) == (0, 4):  # the second broadcast of this push
-            gone.extend(to.remove(1))
+            gone.append(1)
+            to.remove(1)
 
     cuda.broadcasting = dies
     push(by, 1, to)
