@@ -175,7 +175,7 @@ class RFTDataModule(L.LightningDataModule):
         )
         if self._session is not None:  # of a call that Lightning did not end
             self._session.ranks.close()
-        self._session = Session(self._trainer, module.pushed, validates=bool(self.val_tasks))
+        self._session = Session(self._trainer, validates=bool(self.val_tasks))
         self._session.ranks.agree("setup", lambda: self._start_explorers(module))
 
     def _start_explorers(self, module: RFTModule) -> None:

@@ -33,14 +33,21 @@ class Agreement:
         self._largest = largest
         self._engine_dtype = engine_dtype
         self._expected: dict[int, Scores] = {}
+        self._early: dict[int, list[tuple[int, Sequence[float]]]] = {}  # explorers that were faster than the trainer
         self._gap: float | None = None  # the largest since the last metrics
         self._computes = False  # whether any explorer does, or all only simulate
 
     def expect(self, version: int, scores: Scores) -> None:
-        """Takes in how the trainer scores the text with a version that is about to be pushed."""
+        """Takes in how the trainer scores the text with a version that is being pushed.
+
+        Raises:
+            AgreementError: An explorer has scored it otherwise.
+        """
         self._expected[version] = scores
         for old in sorted(self._expected)[:-_KEPT]:
             del self._expected[old]
+        for explorer, logprobs in self._early.pop(version, ()):
+            self._compare(explorer, version, logprobs, scores)
 
     def loaded(self, explorer: int, version: int, logprobs: Sequence[float]) -> None:
         """Takes in how an explorer scores the text, or its beginning; an engine that computes nothing sends nothing.
@@ -48,9 +55,14 @@ class Agreement:
         Raises:
             AgreementError: It computes something else than the trainer, or the base model of its adapter.
         """
-        scores = self._expected.get(version)
-        if scores is None or not logprobs:
+        if not logprobs:
             return
+        if version in self._expected:
+            self._compare(explorer, version, logprobs, self._expected[version])
+        elif version > max(self._expected, default=-1):
+            self._early.setdefault(version, []).append((explorer, logprobs))
+
+    def _compare(self, explorer: int, version: int, logprobs: Sequence[float], scores: Scores) -> None:
         self._computes = True
         gap = fmean(abs(ours - theirs) for ours, theirs in zip(scores.logprobs, logprobs, strict=False))
         self._gap = max(gap, self._gap or 0.0)

@@ -65,7 +65,7 @@ class Coordinator:
             roster=self._roster,
             receivers=receivers,
             gathered=gathered,
-            expect=dispatcher.agreement.expect,
+            expect=dispatcher.expect,
             pushed=lambda version: dispatcher.tell(dispatcher.schedule.pushed, version),
             failed=self._listener.failed,
             observe=self._activity.observe,

@@ -39,6 +39,7 @@ from lightning_rft.run.groups import Groups, Judged
 from lightning_rft.run.validation import Validation
 from lightning_rft.settings import Sampling, Timeouts
 from lightning_rft.sync.schedule import Action, Drop, Issue, Lease, Load, Push, Schedule
+from lightning_rft.trainer.scoring import Scores
 
 __all__ = ["Dispatcher"]
 
@@ -110,6 +111,11 @@ class Dispatcher:
         with self.listener.locked():
             self.groups.trained(batch)
             self._carry_out(self.schedule.trained(batch))
+
+    def expect(self, version: int, scores: Scores) -> None:
+        """Notes how the trainer scores the text that proves a push; raises if an explorer scored it otherwise."""
+        with self.listener.locked():
+            self.agreement.expect(version, scores)
 
     def take_push(self) -> bool:
         """Whether a push has become due since the last call."""

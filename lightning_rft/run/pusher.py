@@ -25,10 +25,11 @@ _SAMPLED_ELEMENTS = 100_000
 class Pusher:
     """Brings the policy's weights to the explorers of one run, in the ``background`` unless the transport blocks.
 
-    ``gathered`` begins to gather the policy's weights in a dtype, on the trainer's thread: it yields an
-    :class:`~lightning_rft.trainer.scoring.Announcement`, and then one tensor after another. ``expect`` gets a version
-    and its scores before the push. ``pushed`` gets the version once it is pushed, or can be loaded; ``failed`` an error
-    in the background; ``observe`` track, label, begin and version for the timeline.
+    ``gathered`` begins to gather the policy's ``"weights"`` in a dtype, on the trainer's thread: it yields an
+    :class:`~lightning_rft.trainer.scoring.Announcement`, and then one tensor after another; or it yields the policy's
+    ``"scores"``. ``expect`` gets a version and its scores, while explorers load it or explore with it. ``pushed`` gets
+    the version once it is pushed, or can be loaded; ``failed`` an error in the background; ``observe`` track, label,
+    begin and version for the timeline.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Pusher:
         background: bool,
         roster: Roster,
         receivers: Receivers,
-        gathered: Callable[[str], Iterator[Any]],
+        gathered: Callable[[str, str], Iterator[Any]],
         expect: Callable[[int, Scores], None],
         pushed: Callable[[int], None],
         failed: Callable[[BaseException], None],
@@ -55,17 +56,18 @@ class Pusher:
         self._observe = observe
         self._sample: torch.Tensor | None = None  # of the last push
         self._before: torch.Tensor | None = None  # of the one before
+        self._scored = -1  # the latest version that was
         self._as_asked = background and transport.blocking
         self._background: Background | None = None
         if background and not transport.blocking:
             self._background = Background(transport, receivers, pushed, failed, observe)
 
     def push(self, version: int) -> None:
-        """Pushes the policy's weights, or hands a copy of them to the background."""
+        """Pushes the policy's weights, or hands a copy of them to the background; then scores what proves the push."""
         self.version = version
         began = time.monotonic()
         self._before = self._sample
-        taken, trained = self._take(version)
+        taken, trained = self._take()
         weights = Weights(taken.manifest, taken.device, lambda: self._sampled(taken, trained))
         if self._background is not None:
             self._background.overtake()
@@ -77,6 +79,7 @@ class Pusher:
             self._transport.push(weights, version, self._receivers)
             self._observe("trainer", self._transport.push_label, began, version)
             self._pushed(version)
+        self._score(version)
 
     def _push_as_asked(self, weights: Weights, version: int) -> None:
         """Pushes to all explorers that may load now, in the order in which the schedule has them load.
@@ -104,19 +107,25 @@ class Pusher:
         """Pushes the policy's weights to the explorers, if any, that want them and are not loading."""
         if late := self._receivers.late():
             began = time.monotonic()
-            self._transport.push(self._take(version)[0], version, self._receivers, late)
+            self._transport.push(self._take()[0], version, self._receivers, late)
             self._observe("trainer", self._transport.push_label, began, version)
+            self._score(version)  # which may lie between two that are pushed to all
 
-    def _take(self, version: int) -> tuple[Weights, Set[str] | None]:
+    def _score(self, version: int) -> None:
+        """Scores what explorers do, which have something else to do meanwhile: once it is pushed, and before a step."""
+        if version > self._scored:
+            self._scored = version
+            self._expect(version, next(self._gathered("scores", self._receivers.dtype)))
+
+    def _take(self) -> tuple[Weights, Set[str] | None]:
         """The weights, and the names of those that training changes if not all."""
         dtype = self._receivers.dtype
-        begun = [self._gathered(dtype)]
+        begun = [self._gathered("weights", dtype)]
         announced: Announcement = next(begun[0])
-        self._expect(version, announced.scores)
-        self._receivers.text_ids = announced.scores.ids
+        self._receivers.text_ids = announced.text_ids
 
         def tensors() -> Iterator[Named]:
-            return begun.pop() if begun else islice(self._gathered(dtype), 1, None)
+            return begun.pop() if begun else islice(self._gathered("weights", dtype), 1, None)
 
         return Weights(announced.manifest, announced.device, tensors), announced.trained
 

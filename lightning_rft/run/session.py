@@ -31,17 +31,15 @@ __all__ = ["Session"]
 class Session:
     """Brings the trainer's ranks together; rank 0's session holds the run, and all see what comes of it.
 
-    ``pushed`` yields what is pushed in a dtype, step by step on all ranks together. Where nothing ``validates``,
-    Lightning is kept from warning of an empty loader until :meth:`end`.
+    Where nothing ``validates``, Lightning is kept from warning of an empty loader until :meth:`end`.
     """
 
-    def __init__(self, trainer: L.Trainer, pushed: Callable[[str], Iterator[Any]], *, validates: bool) -> None:
+    def __init__(self, trainer: L.Trainer, *, validates: bool) -> None:
         #: The run's own folder; asked for here, since on several ranks ``log_dir`` is a collective.
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "rft"
         self.ranks = Ranks.meet(trainer, self._together)
         #: Whether the run has begun, which only rank 0 has.
         self.begun = False
-        self._pushed = pushed
         self._offload = Offload(trainer)
         self._trainer = trainer
         self._run: Run | None = None
@@ -154,11 +152,15 @@ class Session:
         finally:
             run.close()
 
-    def _together(self, what: str | Turn, within_batch: bool = False) -> Iterator[Any]:
-        """What ranks do together: they gather what is pushed in a dtype, or take a turn on the GPUs."""
-        return self._takes(what, within_batch) if isinstance(what, Turn) else self._pushed(what)
+    def _together(self, what: str | Turn, how: Any) -> Iterator[Any]:
+        """What ranks do together: they gather ``"weights"`` or ``"scores"`` in a dtype, or take a turn on the GPUs."""
+        if isinstance(what, Turn):
+            return self._takes(what, within_batch=how)
+        module: Any = self._trainer.lightning_module
+        found: Iterator[Any] = {"weights": module.pushed, "scores": module.scored}[what](how)
+        return found
 
-    def _takes(self, turn: Turn, within_batch: bool) -> Iterator[Turn]:
+    def _takes(self, turn: Turn, *, within_batch: bool) -> Iterator[Turn]:
         self._offload.take(turn, within_batch=within_batch)
         self._trainer.strategy.barrier()  # no explorer takes memory that some rank has not given back
         yield turn

@@ -36,7 +36,7 @@ from lightning_rft.trainer.objectives.objective import Objective
 from lightning_rft.trainer.plan import planned
 from lightning_rft.trainer.precision import grad_norm, leave_unscaling_to_the_plugin, optimizer_for, zero_gradient
 from lightning_rft.trainer.saving import write_policy
-from lightning_rft.trainer.scoring import Announcement, encoded_text, score
+from lightning_rft.trainer.scoring import Announcement, ProofText, Scores
 from lightning_rft.trainer.shortcuts import FastPath, settled
 from lightning_rft.trainer.step_guard import StepGuard
 from lightning_rft.trainer.weighted import WeightedTurn, token_batch, versions_of
@@ -138,8 +138,7 @@ class RFTModule(L.LightningModule):
         #: Mean difference, in nats, between the log-probs that the last batch's tokens were sampled and trained with,
         #: where both are of the same weights; ``None`` if no weights were pushed, or there was no such token.
         self.sampling_gap: float | None = None
-        self._text_ids: tuple[int, ...] | None = None
-        self._base_scores: dict[str, tuple[float, ...]] = {}  # of an adapter's base model, by the engines' dtype
+        self._text: ProofText | None = None  # once weights were pushed
         #: The shortcuts that steps take, once they were tried.
         self.fast_path: FastPath | None = None
         self._gathers: Gathering | None = None
@@ -189,14 +188,16 @@ class RFTModule(L.LightningModule):
 
         Sharded weights are cast to ``dtype`` before they are gathered.
         """
-        if self._text_ids is None:
-            self._text_ids = encoded_text(self.pretrained)
-        with self.trainer.precision_plugin.forward_context():
-            scores = score(self._policy, self._text_ids, self.device, dtype, self._base_scores.get(dtype))
-        if scores.pushed_and_base is not None:
-            self._base_scores[dtype] = scores.pushed_and_base[1]
-        yield Announcement(self._gathering.manifest(dtype), self.device, scores, self._gathering.trained)
+        self._text = self._text or ProofText(self.pretrained)
+        yield Announcement(self._gathering.manifest(dtype), self.device, self._text.ids, self._gathering.trained)
         yield from self._gathering.tensors(dtype)
+
+    def scored(self, dtype: str) -> Iterator[Scores]:
+        """What the policy makes of the text that explorers score after a push in ``dtype``; all ranks together."""
+        assert self._text is not None, "scored before the first push"
+        with self.trainer.precision_plugin.forward_context():
+            scores = self._text.score(self._policy, self.device, dtype)
+        yield scores
 
     @property
     def _gathering(self) -> Gathering:
@@ -328,7 +329,7 @@ class RFTModule(L.LightningModule):
         tokens, weights = token_batch(turns, logprobs, entropy)
         losses, statistics = self._objective.token_loss(tokens)
         self.metrics.update_tokens(entropy.detach(), statistics, float(counts))
-        if self._text_ids is not None and counts:  # else the tokens are of another run, or do not count
+        if self._text is not None and counts:  # else the tokens are of another run, or do not count
             scale = 1.0 if packed.temperature is None else packed.temperature  # as at temperature 1
             gap = (logprobs.detach() - tokens.sampling_logprobs).abs()
             self.metrics.update_gap(gap * scale, versions_of(turns, self.device) == version)

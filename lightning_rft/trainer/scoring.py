@@ -12,13 +12,13 @@ from lightning_rft.experience import TensorInfo
 from lightning_rft.model_folder import Pretrained
 from lightning_rft.trainer.lora import as_pushed, has_adapter, switched_off
 
-__all__ = ["Announcement", "Scores", "encoded_text", "score"]
+__all__ = ["Announcement", "ProofText", "Scores", "encoded_text", "score"]
 
 _TEXT = (
     "The quick brown fox jumps over the lazy dog. 0 + 1 = 1, 2 * 3 = 6 and 12 - 5 = 7. def f(x): return [x, x ** 2]\n"
     "What is the capital of France? Paris."
 )
-_TOKENS = 64
+_TOKENS = 32  # enough for a mean; both sides pay for each of them at every push
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,27 @@ class Scores:
 
 
 class Announcement(NamedTuple):
-    """What a push begins with: the weights that will follow, on which device they are, and the scores with them."""
+    """What a push begins with: the weights that will follow, on which device they are, and the text to be scored."""
 
     manifest: list[TensorInfo]
     device: torch.device
-    scores: Scores
+    text_ids: tuple[int, ...]
     trained: Set[str] | None = None  # names of the weights that training changes; None for all
+
+
+class ProofText:
+    """The text in a model's own tokens, scored whenever weights were pushed."""
+
+    def __init__(self, model: Pretrained) -> None:
+        self.ids = encoded_text(model)
+        self._base: dict[str, tuple[float, ...]] = {}  # an adapter's base model's scores, by the engines' dtype
+
+    def score(self, policy: Any, device: torch.device, engine_dtype: str) -> Scores:
+        """Scores it, and an adapter's base model only once."""
+        scores = score(policy, self.ids, device, engine_dtype, self._base.get(engine_dtype))
+        if scores.pushed_and_base is not None:
+            self._base[engine_dtype] = scores.pushed_and_base[1]
+        return scores
 
 
 def encoded_text(model: Pretrained) -> tuple[int, ...]:

@@ -174,11 +174,11 @@ class RankZero:
         version = self._schedule.pushed_version if self._in_background else self._schedule.version
         self.dispatcher.roster.begin_load(explorer, 0.0)
         self._handle(explorer, Loaded(version, (-1.0,)))
+        self.dispatcher.expect(version, _SCORES)  # the trainer scores last
 
     def _push(self) -> None:
         version = self._schedule.version
         self.loads.clear()
-        self.dispatcher.agreement.expect(version, _SCORES)
         if not self._in_background:
             for explorer in list(self._pool.up):
                 self._loaded(explorer)

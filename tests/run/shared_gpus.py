@@ -167,14 +167,17 @@ class World:
         if self.trains:
             assert not any(explorer.holds for explorer in self.alive.values()), self.log
 
-    def together(self, what: Any, within_batch: bool = False) -> Iterator[Any]:
+    def together(self, what: Any, how: Any) -> Iterator[Any]:
         if isinstance(what, offload.Turn):
             self.trains = what is offload.Turn.TRAINER
             self.log.append("trainer" if self.trains else "explorers")
             self.check()
             yield what
+        elif what == "scores":
+            assert not self.trains, self.log
+            yield Scores((1, 2), (-1.0,), 1.0, "float32")
         else:
-            yield Announcement([], torch.device("cpu"), Scores((1, 2), (-1.0,), 1.0, "float32"))
+            yield Announcement([], torch.device("cpu"), (1, 2))
 
     def _spawn(self) -> None:
         self._vacant -= 1

@@ -141,6 +141,28 @@ def test_sampled_tokens_are_compared_too() -> None:
         agreement.sampled(1, gap=0.5)
 
 
+def test_an_explorer_may_be_faster_than_the_trainer() -> None:
+    agreement = Agreement(0.6, lambda: "float32")
+    agreement.loaded(0, 3, (-1.5,))
+    agreement.loaded(1, 3, (-9.0,))
+    agreement.loaded(1, 4, (-1.0,))
+    assert agreement.metrics() == {}
+    with pytest.raises(AgreementError, match=r"explorer 1 computes something else .* push of version 3"):
+        agreement.expect(3, Scores((1, 2), (-1.0,), 1.0, "float32"))
+    agreement.expect(4, Scores((1, 2), (-1.25,), 1.0, "float32"))
+    assert agreement.metrics() == {"rft/push_gap": 8.0}
+    agreement.expect(4, Scores((1, 2), (-1.25,), 1.0, "float32"))  # nothing is compared twice
+    assert agreement.metrics() == {}
+
+
+def test_scores_of_versions_that_nobody_remembers_are_not_kept() -> None:
+    agreement = Agreement(0.6, lambda: "float32")
+    for version in range(20):
+        agreement.expect(version, Scores((1, 2), (-1.0,), 1.0, "float32"))
+    agreement.loaded(0, 1, (-9.0,))
+    assert agreement.metrics() == {} and not agreement._early
+
+
 def test_what_is_not_a_number_is_no_agreement() -> None:
     agreement = Agreement(0.5, lambda: "float32")
     agreement.expect(0, Scores((1, 2), (-1.0,), 1.0, "float32"))

@@ -168,10 +168,13 @@ class Policy:
         self.weights["alias"] = self.weights["w"]
         self.begun: list[str] = []
 
-    def gathered(self, dtype: str) -> Iterator[Any]:
-        self.begun.append(dtype)
+    def gathered(self, what: str, dtype: str) -> Iterator[Any]:
+        self.begun.append(f"{what} in {dtype}")
+        if what == "scores":
+            yield Scores((1, 2), (-1.0,), 1.0, "float32")
+            return
         weights = Weights.of(list(self.weights.items()), dtype)
-        yield Announcement(list(weights.manifest), weights.device, Scores((1, 2), (-1.0,), 1.0, "float32"))
+        yield Announcement(list(weights.manifest), weights.device, (1, 2))
         yield from weights.tensors()
 
     def train(self) -> None:
@@ -195,7 +198,38 @@ def test_a_push_that_is_repeated_gathers_again_and_knows_what_changed_since_the_
     pusher.push(1)
     assert pusher.share_changed() == pytest.approx(0.01)
     assert [list(taken) for taken in transport.taken] == [["w", "v"]] * 2
-    assert policy.begun == ["bfloat16"] * 4
+    assert policy.begun == ["weights in bfloat16", "weights in bfloat16", "scores in bfloat16"] * 2
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_trainer_scores_while_explorers_have_something_to_do(background: bool) -> None:
+    """And at once: the next step changes what it would score."""
+    order: list[str] = []
+
+    class Noted(Transport):
+        def push(self, weights: Weights, version: int, explorers: Any, to: Any = None) -> None:
+            order.extend(f"sent {name}" for name, _ in weights.tensors())
+
+    policy = Policy()
+    pusher = policy.pusher(Noted(), [], background=background)
+    pusher._expect = lambda version, scores: order.append(f"scored {version}")
+    pusher.push(5)
+    assert order == (["scored 5"] if background else ["sent w", "sent v", "scored 5"])
+    assert policy.begun == ["weights in bfloat16", "scores in bfloat16"]
+    pusher.close()
+
+
+def test_a_version_between_two_pushes_is_scored_once() -> None:
+    """An explorer that comes up gets the policy as it is."""
+    scored: list[int] = []
+    policy = Policy()
+    pusher = policy.pusher(BreaksOff(), [], background=False, late=lambda: [0])
+    pusher._expect = lambda version, scores: scored.append(version)
+    pusher.push(4)
+    for version in (4, 6, 6):
+        pusher.push_late(version)
+    pusher.push(8)
+    assert scored == [4, 6, 8]
 
 
 def test_explorers_that_may_load_only_later_ask_then_and_what_changed_is_known_now() -> None:

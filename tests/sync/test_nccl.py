@@ -551,9 +551,12 @@ class Training:
             self.tell(self.schedule.joined, explorer)
         self.push(0)
 
-    def gathered(self, dtype: str) -> Iterator[Any]:
+    def gathered(self, what: str, dtype: str) -> Iterator[Any]:
+        if what == "scores":
+            yield Scores((), (), 1.0, dtype)
+            return
         on_gpu = [(name, tensor.as_subclass(OnGPU)) for name, tensor in self.weights.items()]
-        yield Announcement(announce(on_gpu, dtype), DEVICE, Scores((), (), 1.0, dtype), frozenset())
+        yield Announcement(announce(on_gpu, dtype), DEVICE, (), frozenset())
         yield from Weights.of(on_gpu, dtype).tensors()
 
     def tell(self, event: Callable[..., list[Action]], *args: Any, **settings: Any) -> None:
