@@ -12,7 +12,7 @@ MODEL := runs/models/SmolLM2-135M-Instruct
 CONFIG := examples/synchronous.yaml
 # what makes the pages, in a folder that goes before the packages of $(VENV): it wants another docutils
 SPHINX := build/sphinx-$(DEPS)
-BENCHMARKS := $(filter-out __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHMARKS := $(filter-out __init__ beside,$(basename $(notdir $(wildcard benchmarks/*.py))))
 .PHONY: help install model demo train test test-quick chaos bench gpu check format docs dist dist-check tested clean
 
 help:

@@ -30,9 +30,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lightning_rft as rft
+from benchmarks.beside import DEADLINE_S, beside, one_of_two
 from benchmarks.overlap import restless, spans, trains
 from benchmarks.packing import chunked, group, plain
-from benchmarks.rollout import DEADLINE_S, beside, endless, questions
+from benchmarks.rollout import endless, questions
 from lightning_rft.channel import Channel
 from lightning_rft.explorer.engines.requests import Request
 from lightning_rft.hardware import fast_precision
@@ -114,9 +115,8 @@ def training(model_path: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def exploring(fd: int) -> None:
+def exploring(channel: Channel) -> None:
     """An explorer's engine, in a process with its environment: operations of its decoding steps."""
-    channel = Channel(fd)
     model, arguments, vocabulary = channel.receive()
     engine = rft.VLLMEngine(engine_args=arguments)
     engine.prepare()
@@ -248,7 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and sys.argv[1].isdigit():
-        exploring(int(sys.argv[1]))
-    else:
-        main()
+    one_of_two(main, exploring)

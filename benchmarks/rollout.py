@@ -27,7 +27,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import lightning_rft as rft
+from benchmarks.beside import DEADLINE_S, beside, one_of_two
 from benchmarks.overlap import restless, spans
-from lightning_rft.channel import Channel, spawn
+from lightning_rft.channel import Channel
 from lightning_rft.explorer.engines.requests import Request
-from lightning_rft.hardware import available_cpus, fast_dtype
+from lightning_rft.hardware import fast_dtype
 from lightning_rft.tasks.prompts import encode_prompt
 from lightning_rft.testing import tiny_model
 from lightning_rft.trainer.loader import BatchPart
@@ -50,7 +50,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 RESULTS = Path(__file__).parent / "results"
 GROUPS, SAMPLES, MAX_MODEL_LEN = 4, 8, 256
 LONGEST, SIGMA = 4, 0.8  # of answers whose lengths differ, the former in means
-DEADLINE_S = 600.0  # for whatever another process is asked
 
 
 @dataclass(frozen=True)
@@ -122,23 +121,6 @@ def questions(batches: int) -> list[rft.Task]:
     ]
 
 
-@contextmanager
-def beside(module: str) -> Iterator[Channel]:
-    """The line to another process of a benchmark, which has an explorer's environment and ends with the block."""
-    environment = rft.VLLMEngine().environment(available_cpus())
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        process, channel = spawn(module, environment=environment, log=log)
-        try:
-            yield channel
-        except (EOFError, OSError) as error:  # TimeoutError is one
-            raise SystemExit(f"{error!r} from {module}:\n{log.read_text()[-3000:]}") from error
-        finally:
-            channel.close()
-            process.kill()
-            process.wait(timeout=DEADLINE_S)
-
-
 def ours(model: Path, data: rft.RFTDataModule, batches: int) -> tuple[float, int]:
     """Seconds from the first group issued to the last one stored, and tokens; all by one version, so none is pushed."""
     module = Consumes(model)
@@ -149,9 +131,8 @@ def ours(model: Path, data: rft.RFTDataModule, batches: int) -> tuple[float, int
     return max(span.end for span in stored) - min(span.begin for span in rollouts), module.tokens
 
 
-def reference(fd: int) -> None:
+def reference(channel: Channel) -> None:
     """The other side's process: an engine, and a round each time that it is asked for one."""
-    channel = Channel(fd)
     rft.VLLMEngine().prepare()
     case, settings = channel.receive()
     if case["uneven"]:
@@ -287,7 +268,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and sys.argv[1].isdigit():
-        reference(int(sys.argv[1]))
-    else:
-        main()
+    one_of_two(main, reference)

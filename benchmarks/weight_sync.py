@@ -34,8 +34,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import lightning_rft as rft
+from benchmarks.beside import DEADLINE_S, beside, one_of_two
 from benchmarks.overlap import restless, spans
-from benchmarks.rollout import DEADLINE_S, Consumes, beside
+from benchmarks.rollout import Consumes
 from lightning_rft.channel import Channel
 from lightning_rft.experience import TensorInfo
 from lightning_rft.hardware import available_cpus, fast_dtype
@@ -79,9 +80,8 @@ def policy(model: Path, dtype: str) -> list[Named]:
     return list(AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).state_dict().items())
 
 
-def reload(fd: int) -> None:
+def reload(channel: Channel) -> None:
     """The process that loads from its own memory, once each time that it is asked."""
-    channel = Channel(fd)
     engine = rft.VLLMEngine(max_num_seqs=MAX_NUM_SEQS)
     engine.prepare()
     model = channel.receive()
@@ -189,7 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and sys.argv[1].isdigit():
-        reload(int(sys.argv[1]))
-    else:
-        main()
+    one_of_two(main, reload)
