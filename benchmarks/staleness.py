@@ -105,29 +105,31 @@ def _order(kind: str) -> int:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """What the policies get right, and the seconds of a step, over the bound; every seed a point."""
+    """What the policies get right and earn, and the seconds of a step, over the bound; every seed a point."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, name, label in zip(
-        both, ("held_out", "seconds_per_step"), ("held-out sums right, at the end", "seconds a step"), strict=True
-    ):
+    figure, all_axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    shown: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("held-out sums right, at the end", lambda row: float(row["held_out"])),
+        ("reward in training, last ten steps", lambda row: statistics.fmean(row["reward"][-10:])),
+        ("seconds a step", lambda row: float(row["seconds_per_step"])),
+    ]
+    for axes, (label, value) in zip(all_axes, shown, strict=True):
         for kind, (_, _, color) in KINDS.items():
-            points = [(row["bound"], row[name]) for row in rows if row["strategy"] == kind]
+            points = [(row["bound"], value(row)) for row in rows if row["strategy"] == kind]
             bounds = sorted({bound for bound, _ in points})
-            middle = [statistics.median(value for at, value in points if at == bound) for bound in bounds]
+            middle = [statistics.median(height for at, height in points if at == bound) for bound in bounds]
             axes.plot(bounds, middle, color=color, linewidth=2, marker="o", markersize=6, label=kind)
             if len(points) > len(bounds):
                 axes.plot(*zip(*points, strict=True), "o", color=color, markersize=3, alpha=0.5)
         axes.set(xlabel="largest staleness that is allowed, in steps", ylabel=label, xticks=BOUNDS)
+        axes.set_ylim(0, 1 if "seconds" not in label else None)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    both[0].set_ylim(0, 1)
-    both[1].set_ylim(0, None)
-    both[0].legend(loc="lower left", frameon=False)
+    all_axes[0].legend(loc="lower left", frameon=False)
     samples = {row["steps"] * 32 for row in rows}
     figure.suptitle(f"Every run trains {', '.join(map(str, sorted(samples)))} samples", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

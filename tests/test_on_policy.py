@@ -82,16 +82,17 @@ class TooEarlyAndUnchecked(TooEarly):
 
 
 class Yesterday(CollectiveTransport):
-    """Sends the weights of the push before, under the name of the new version."""
+    """From a version on, sends the weights of the push before under the name of the new version."""
 
-    def __init__(self) -> None:
+    def __init__(self, since: int = 0) -> None:
         super().__init__()
+        self.since = since
         self.kept: Any = None
 
     def push(self, weights: Any, version: int, explorers: Any, to: Any = None) -> Any:
         new = weights.snapshot()
         old, self.kept = self.kept or new, new
-        return super().push(old, version, explorers, to)
+        return super().push(old if version >= self.since else new, version, explorers, to)
 
 
 def test_a_rollout_before_the_sync_is_seen(data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path) -> None:
@@ -106,6 +107,14 @@ def test_old_weights_under_a_new_name_end_the_run(
     with pytest.raises(rft.AgreementError, match="after the push of version 1: log-probs differ by"):
         differences(rft.Synchronous(transport=Yesterday()), data, tiny_model_path, tmp_path)
     assert not pool_of(data).running
+
+
+def test_old_weights_in_the_last_push_end_the_run(
+    data: rft.RFTDataModule, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """Nothing is sampled with them, but a user would take what is sampled next for the trained policy's."""
+    with pytest.raises(rft.AgreementError, match=f"after the push of version {STEPS}: log-probs differ by"):
+        differences(rft.Synchronous(transport=Yesterday(since=STEPS)), data, tiny_model_path, tmp_path)
 
 
 def test_old_weights_under_a_new_name_are_seen_in_the_tokens_too(

@@ -13,7 +13,7 @@ from lightning_rft.settings import Sampling
 
 __all__ = [
     *("Advanced", "Cancel", "Connect", "Died", "Ended", "Explore", "Explored", "Failed", "Load", "LoadFailed"),
-    *("Loaded", "Prepare", "Sampled", "Several", "Sleep", "Slept", "Started", "Wake", "Woken"),
+    *("Loaded", "Prepare", "Sampled", "Scored", "Several", "Sleep", "Slept", "Started", "Wake", "Woken"),
 ]
 
 
@@ -102,7 +102,14 @@ class Started:
 
 @dataclass(frozen=True)
 class Loaded:
-    """From an explorer: it computes with ``version`` now, and scores the text so; not if it only simulates."""
+    """From an explorer: it computes with ``version`` now."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """From an explorer, before it samples with what it has loaded: how it scores the text; nothing if it simulates."""
 
     version: int
     logprobs: tuple[float, ...] = ()

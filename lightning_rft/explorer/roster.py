@@ -30,6 +30,8 @@ class Record:
     loaded: int | None = None
     loading_since: float | None = None
     broke_off: bool = False
+    #: Whether it has yet to say how it scores the text with what it loaded.
+    unproven: bool = False
     #: Whether it needs weights before the next push, and whether it is loading them by itself.
     needs_weights: bool = False
     alone: bool = False
@@ -39,7 +41,7 @@ class Record:
     @property
     def owes(self) -> bool:
         """Whether it was asked for anything that it has not answered."""
-        return bool(self.work) or self.loading_since is not None
+        return bool(self.work) or self.loading_since is not None or self.unproven
 
 
 class Roster:
@@ -129,7 +131,13 @@ class Roster:
         began, alone = record.loading_since, record.alone
         record.loaded, record.loading_since, record.progressed = version, None, now
         record.needs_weights = record.alone = False
+        record.unproven = True
         return began, alone
+
+    def scored(self, explorer: int, now: float) -> None:
+        """Notes that an explorer has said how it scores the text with what it loaded."""
+        record = self._records[explorer]
+        record.unproven, record.progressed = False, now
 
     def sleeps(self, explorer: int, *, forgets: bool) -> None:
         """Notes that an explorer is told to sleep; one that ``forgets`` has no weights from then on."""
@@ -166,6 +174,11 @@ class Roster:
         return any(record.needs_weights and not record.alone for record in self._records.values())
 
     @property
+    def any_unproven(self) -> bool:
+        """Whether an explorer has loaded weights and not proven yet that they are the trainer's."""
+        return any(record.unproven for record in self._records.values())
+
+    @property
     def work(self) -> set[GroupKey]:
         """Groups that some explorer works on."""
         return {key for record in self._records.values() for key in record.work}
@@ -184,9 +197,10 @@ class Roster:
 
     def owed(self, explorer: int) -> str:
         """What an explorer was asked for and has not answered, in words."""
-        work = self._records[explorer].work.values()
+        record = self._records[explorer]
+        work = record.work.values()
         samples = f"{sum(group.samples for group in work)} samples of {len(work)} groups"
-        return f"{samples}, a load" if self.is_loading(explorer) else samples
+        return samples + ", a load" * self.is_loading(explorer) + ", the scores of a text" * record.unproven
 
     def overdue(self, now: float) -> list[int]:
         """Explorers that owe an answer and have made no progress for ``timeout_s``."""

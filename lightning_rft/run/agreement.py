@@ -49,7 +49,7 @@ class Agreement:
         for explorer, logprobs in self._early.pop(version, ()):
             self._compare(explorer, version, logprobs, scores)
 
-    def loaded(self, explorer: int, version: int, logprobs: Sequence[float]) -> None:
+    def scored(self, explorer: int, version: int, logprobs: Sequence[float]) -> None:
         """Takes in how an explorer scores the text, or its beginning; an engine that computes nothing sends nothing.
 
         Raises:

@@ -24,6 +24,7 @@ from lightning_rft.explorer.messages import (
     Loaded,
     LoadFailed,
     Sampled,
+    Scored,
     Sleep,
     Slept,
     Started,
@@ -206,9 +207,11 @@ class Dispatcher:
             began, alone = self.roster.loaded(explorer, message.version, now)
             self.turns.loaded(explorer)
             self.activity.observe(f"explorer {explorer}", self._load_label, began, message.version)
-            self.agreement.loaded(explorer, message.version, message.logprobs)
             self._carry_out(self.schedule.loaded(explorer, message.version, alone=alone))
             self.ask()
+        elif isinstance(message, Scored):
+            self.roster.scored(explorer, now)
+            self.agreement.scored(explorer, message.version, message.logprobs)
         elif isinstance(message, Slept | Woken):
             self.turns.answered(explorer, message)
         elif isinstance(message, LoadFailed):

@@ -67,7 +67,9 @@ def test_a_load_is_owed_and_ends_by_success_or_not() -> None:
     assert roster.is_loading(0) and roster.with_weights == []
     assert roster.overdue(now=11) == [0]
     assert roster.loaded(0, 3, now=11) == (0, False)
-    assert roster.overdue(now=100) == [] and roster.with_weights == [0]
+    assert roster.with_weights == [0]
+    roster.scored(0, now=12)
+    assert roster.overdue(now=100) == []
     assert roster.without(3, [0, 1, 7]) == [1]
     roster.begin_load(0, now=20)
     assert roster.with_weights == [], "during a load it computes with nothing"
@@ -75,6 +77,18 @@ def test_a_load_is_owed_and_ends_by_success_or_not() -> None:
     assert (roster.broken([0, 1]), roster.is_loading(0), roster.with_weights) == ([0], False, [])
     roster.begin_load(0, now=22)
     assert roster.broken([0]) == []
+
+
+def test_a_proof_is_owed_after_every_load() -> None:
+    roster = make_roster(2)
+    for explorer in (0, 1):
+        roster.begin_load(explorer, now=0)
+        roster.loaded(explorer, 3, now=1)
+    roster.scored(0, now=2)
+    assert roster.any_unproven and roster.owed(1) == "0 samples of 0 groups, the scores of a text"
+    assert roster.overdue(now=12) == [1], "one that hangs while it scores is ended"
+    roster.died(1)
+    assert not roster.any_unproven
 
 
 def test_one_that_comes_late_loads_alone_once() -> None:

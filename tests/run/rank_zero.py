@@ -11,7 +11,7 @@ from lightning_rft.buffer.ledger import Ledger
 from lightning_rft.channel import Failure
 from lightning_rft.errors import ExplorerError
 from lightning_rft.experience import Experience, Group, Turn
-from lightning_rft.explorer.messages import Cancel, Died, Ended, Explore, Explored, Loaded, Started
+from lightning_rft.explorer.messages import Cancel, Died, Ended, Explore, Explored, Loaded, Scored, Started
 from lightning_rft.monitor.activity import Activity
 from lightning_rft.run.agreement import Agreement
 from lightning_rft.run.dispatcher import Dispatcher
@@ -173,7 +173,8 @@ class RankZero:
     def _loaded(self, explorer: int) -> None:
         version = self._schedule.pushed_version if self._in_background else self._schedule.version
         self.dispatcher.roster.begin_load(explorer, 0.0)
-        self._handle(explorer, Loaded(version, (-1.0,)))
+        self._handle(explorer, Loaded(version))
+        self._handle(explorer, Scored(version, (-1.0,)))
         self.dispatcher.expect(version, _SCORES)  # the trainer scores last
 
     def _push(self) -> None:

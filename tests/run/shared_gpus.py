@@ -27,6 +27,7 @@ from lightning_rft.explorer.messages import (
     Explored,
     Load,
     Loaded,
+    Scored,
     Several,
     Sleep,
     Slept,
@@ -90,7 +91,7 @@ class Explorer:
         elif isinstance(message, Load):
             self.engine.load(message.manifest, message.version)
             self.engine.wake()
-            self.outbox.append(Loaded(message.version))
+            self.outbox += [Loaded(message.version), Scored(message.version)]
         elif isinstance(message, Sleep):
             self.engine.sleep(message.level)
             self.outbox.append(Slept())

@@ -55,7 +55,7 @@ class Pair:
         spoil(weights, self.before)
         self.before = weights
         self.engine.load(self.link.push(weights), version)
-        self.agreement.loaded(0, version, self.engine.prompt_logprobs(self.ids))
+        self.agreement.scored(0, version, self.engine.prompt_logprobs(self.ids))
         return self.agreement.metrics()["rft/push_gap"]
 
     def update(self, size: float, seed: int) -> None:
@@ -127,7 +127,7 @@ def test_scores_know_no_dropout_and_leave_the_modes_as_they_are(tiny_model_path:
 def test_an_explorer_that_simulates_is_not_asked() -> None:
     agreement = Agreement(None, lambda: "float32")
     agreement.expect(0, Scores((1, 2), (-1.0,), 1.0, "float32"))
-    agreement.loaded(0, 0, ())
+    agreement.scored(0, 0, ())
     agreement.sampled(0, gap=5.0)
     assert agreement.metrics() == {}
 
@@ -135,7 +135,7 @@ def test_an_explorer_that_simulates_is_not_asked() -> None:
 def test_sampled_tokens_are_compared_too() -> None:
     agreement = Agreement(None, lambda: "float32")
     agreement.expect(0, Scores((1, 2), (-1.0,), 1.0, "float32"))
-    agreement.loaded(0, 0, (-1.0,))
+    agreement.scored(0, 0, (-1.0,))
     agreement.sampled(0, gap=5e-5)
     with pytest.raises(AgreementError, match="the tokens of batch 1 were sampled with the weights that are trained"):
         agreement.sampled(1, gap=0.5)
@@ -143,9 +143,9 @@ def test_sampled_tokens_are_compared_too() -> None:
 
 def test_an_explorer_may_be_faster_than_the_trainer() -> None:
     agreement = Agreement(0.6, lambda: "float32")
-    agreement.loaded(0, 3, (-1.5,))
-    agreement.loaded(1, 3, (-9.0,))
-    agreement.loaded(1, 4, (-1.0,))
+    agreement.scored(0, 3, (-1.5,))
+    agreement.scored(1, 3, (-9.0,))
+    agreement.scored(1, 4, (-1.0,))
     assert agreement.metrics() == {}
     with pytest.raises(AgreementError, match=r"explorer 1 computes something else .* push of version 3"):
         agreement.expect(3, Scores((1, 2), (-1.0,), 1.0, "float32"))
@@ -159,7 +159,7 @@ def test_scores_of_versions_that_nobody_remembers_are_not_kept() -> None:
     agreement = Agreement(0.6, lambda: "float32")
     for version in range(20):
         agreement.expect(version, Scores((1, 2), (-1.0,), 1.0, "float32"))
-    agreement.loaded(0, 1, (-9.0,))
+    agreement.scored(0, 1, (-9.0,))
     assert agreement.metrics() == {} and not agreement._early
 
 
@@ -167,11 +167,11 @@ def test_what_is_not_a_number_is_no_agreement() -> None:
     agreement = Agreement(0.5, lambda: "float32")
     agreement.expect(0, Scores((1, 2), (-1.0,), 1.0, "float32"))
     with pytest.raises(AgreementError):
-        agreement.loaded(0, 0, (float("nan"),))
+        agreement.scored(0, 0, (float("nan"),))
 
 
 def test_what_is_tolerated_can_be_set() -> None:
     agreement = Agreement(0.6, lambda: "float32")
     agreement.expect(0, Scores((1, 2), (-1.0,), 1.0, "float32"))
-    agreement.loaded(0, 0, (-1.5,))
+    agreement.scored(0, 0, (-1.5,))
     assert agreement.metrics() == {"rft/push_gap": 0.5}

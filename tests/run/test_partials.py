@@ -10,7 +10,7 @@ import pytest
 import lightning_rft as rft
 from lightning_rft.errors import ExplorerError
 from lightning_rft.experience import Experience, GroupKey, Turn
-from lightning_rft.explorer.messages import Died, Explore, Explored, Loaded, Sampled, Several, Started
+from lightning_rft.explorer.messages import Died, Explore, Explored, Loaded, Sampled, Scored, Several, Started
 from lightning_rft.explorer.partials import Part
 from lightning_rft.monitor.activity import Activity
 from lightning_rft.run.agreement import Agreement
@@ -114,6 +114,7 @@ def started(strategy: rft.SyncStrategy, explorers: int = 2) -> tuple[Dispatcher,
 def load(dispatcher: Dispatcher, explorer: int, version: int) -> None:
     dispatcher.roster.begin_load(explorer, now=0)
     dispatcher.handle(explorer, Loaded(version))
+    dispatcher.handle(explorer, Scored(version))
 
 
 def test_the_next_explorer_is_given_what_the_dead_one_had_sampled() -> None:

@@ -10,7 +10,7 @@ import pytest
 import lightning_rft as rft
 from lightning_rft.errors import ExplorerError
 from lightning_rft.experience import GroupKey, Task
-from lightning_rft.explorer.messages import Ended, Explore, Loaded, Several, Started
+from lightning_rft.explorer.messages import Ended, Explore, Loaded, Scored, Several, Started
 from lightning_rft.explorer.pool import Died
 from lightning_rft.monitor.activity import Activity
 from lightning_rft.run.agreement import Agreement
@@ -66,6 +66,7 @@ def run() -> tuple[Dispatcher, Pool]:
         dispatcher.handle(explorer, Started("float32", 1, False, max_num_seqs=4))
         dispatcher.roster.begin_load(explorer, now=0)
         dispatcher.handle(explorer, Loaded(0))
+        dispatcher.handle(explorer, Scored(0))
     dispatcher.tell(dispatcher.schedule.pushed, 0)
     assert pool.asked == [(0, FIRST, 1), (1, SECOND, 1)]
     return dispatcher, pool

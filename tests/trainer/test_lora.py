@@ -378,7 +378,7 @@ class Pair:
         with torch.autocast("cpu", getattr(torch, self.dtype), enabled=self.dtype != "float32"):
             self.agreement.expect(version, score(self.policy, self.ids, torch.device("cpu"), self.dtype))
         self.load(version, arrives)
-        self.agreement.loaded(0, version, self.engine.prompt_logprobs(self.ids))
+        self.agreement.scored(0, version, self.engine.prompt_logprobs(self.ids))
         return self.agreement.metrics()["rft/push_gap"]
 
 

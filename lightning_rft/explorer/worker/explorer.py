@@ -27,6 +27,7 @@ from lightning_rft.explorer.messages import (
     Loaded,
     LoadFailed,
     Sampled,
+    Scored,
     Several,
     Sleep,
     Slept,
@@ -190,7 +191,8 @@ class Explorer:
                 self._outbox.send(LoadFailed(message.version, Failure.of(error)))
             else:
                 await self._stepper.call(self._spec.engine.wake)  # what still sleeps: scoring takes all
-                self._outbox.send(Loaded(message.version, await self._score(message.text_ids)))
+                self._outbox.send(Loaded(message.version))
+                self._outbox.send(Scored(message.version, await self._score(message.text_ids)))
         elif isinstance(message, Sleep):
             await self._stepper.call(self._spec.engine.sleep, message.level)
             self._outbox.send(Slept())
