@@ -11,7 +11,7 @@ from operator import itemgetter
 from lightning_rft.errors import ScheduleError
 from lightning_rft.turn import Support, Turn
 
-__all__ = ["Part", "joined", "up_to"]
+__all__ = ["Part", "joined", "stretch", "up_to"]
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,18 @@ def joined(parts: Sequence[Part]) -> Turn:
 
 def up_to(tokens: Turn, version: int) -> Turn:
     """The tokens before the first that newer weights have sampled; as they are if there is none."""
-    length = sum(count for _, count in takewhile(lambda run: run[0] <= version, tokens.version_runs))
-    if length == tokens.num_tokens:
+    return stretch(tokens, 0, sum(count for _, count in takewhile(lambda run: run[0] <= version, tokens.version_runs)))
+
+
+def stretch(tokens: Turn, start: int, stop: int) -> Turn:
+    """The tokens from ``start`` to ``stop``; they end the answer if they are its last."""
+    if (start, stop) == (0, tokens.num_tokens):
         return tokens
     support = tokens.support
     if support is not None:
-        choices = int(support.counts[:length].sum())
-        kept = support.counts[:length], support.token_ids[:choices], support.logprobs[:choices]
+        first, last = int(support.counts[:start].sum()), int(support.counts[:stop].sum())
+        kept = support.counts[start:stop], support.token_ids[first:last], support.logprobs[first:last]
         support = Support(*(array.tobytes() for array in kept))
-    ids, logprobs = tokens.token_ids[:length].tobytes(), tokens.logprobs[:length].tobytes()
-    return Turn((), ids, logprobs, tokens.versions[:length].tolist(), "", support=support)
+    ids, logprobs = tokens.token_ids[start:stop].tobytes(), tokens.logprobs[start:stop].tobytes()
+    reason = tokens.finish_reason if stop == tokens.num_tokens else ""
+    return Turn((), ids, logprobs, tokens.versions[start:stop].tolist(), reason, support=support)

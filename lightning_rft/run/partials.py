@@ -25,7 +25,7 @@ class Partials:
         """Adds what the samples of a group have sampled since they were heard of last."""
         calls = self._calls[message.key]
         for part in message.parts:
-            if not part.start:  # the call has ended, or its sample was begun again
+            if not part.start:  # the call is new, or its sample was begun again
                 calls[part.sample, part.call] = []
             calls.setdefault((part.sample, part.call), []).append(part)
 

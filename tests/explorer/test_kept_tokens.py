@@ -110,10 +110,13 @@ def begin(engine: Engine, call: Call, kept: Partials) -> int:
     return 0 if call.request.kept is None else len(call.request.kept.token_ids)
 
 
-def tell(engine: Engine, calls: dict[str, Call], kept: Partials) -> None:
+def tell(engine: Engine, calls: dict[str, Call], kept: Partials) -> int:
+    """Tells rank 0 the news of calls; returns of how many tokens."""
     told = {name: call.told for name, call in calls.items() if call.done is None}
     sampled = {completion.request_id: completion for completion in engine.sampled(told)}
-    kept.take(Sampled(1, KEY, 1, tuple(news(calls, sampled))))
+    parts = tuple(news(calls, sampled))
+    kept.take(Sampled(1, KEY, 1, parts))
+    return sum(part.tokens.num_tokens for part in parts)
 
 
 @settings(max_examples=200, deadline=None)
@@ -129,15 +132,20 @@ def test_each_token_is_sampled_once_and_kept_as_it_was(
         engine = Numbered(drawn, life.version)
         engine.start("none", max_model_len=100, seed=0)
         call = Call(0, request)
-        calls = {"r": call}
         began = begin(engine, call, kept)
+        calls = {"r": call} if call.done is None else {}
         lost += held - began
         held = began
+        told = 0
         for what in life.doing:
             if what == "swap":
                 engine.version += 1
-            elif what == "tell":
-                tell(engine, calls, kept)
+            elif what == "tell" and (call.done is None or calls):
+                told += tell(engine, calls, kept)
+                assert told == held  # each token once
+                for part in kept.of(KEY) if told else ():
+                    assert part.tokens.num_tokens == held
+                    assert bool(part.tokens.finish_reason) == (call.done is not None)
             elif call.done is None:
                 held += 1
                 for completion in engine.step():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lightning_rft.explorer.engines.requests import Completion, Request
-from lightning_rft.explorer.partials import Part, up_to
+from lightning_rft.explorer.partials import Part, stretch, up_to
 from lightning_rft.turn import Turn
 
 __all__ = ["Call", "go_on", "news"]
@@ -50,12 +50,17 @@ def news(calls: dict[str, Call], sampled: Mapping[str, Completion]) -> Iterator[
     for name, call in list(calls.items()):
         if call.done is not None:
             del calls[name]
-            yield _part(call, 0, call.done)
+            answer = _turn(call.done)
+            yield _part(call, stretch(answer, call.told, answer.num_tokens))
         elif name in sampled:
-            yield _part(call, call.told, sampled[name])
-            call.told += len(sampled[name].token_ids)
+            tokens = _turn(sampled[name])
+            yield _part(call, tokens)
+            call.told += tokens.num_tokens
 
 
-def _part(call: Call, start: int, tokens: Completion) -> Part:
-    turn = Turn((), tokens.token_ids, tokens.logprobs, tokens.versions, tokens.finish_reason, support=tokens.support)
-    return Part(call.sample, call.request.fingerprint, start, turn)
+def _part(call: Call, tokens: Turn) -> Part:
+    return Part(call.sample, call.request.fingerprint, call.told, tokens)
+
+
+def _turn(tokens: Completion) -> Turn:
+    return Turn((), tokens.token_ids, tokens.logprobs, tokens.versions, tokens.finish_reason, support=tokens.support)
