@@ -38,8 +38,8 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        #: Whether it is the trainer's turn, or about to be.
-        self.trains = False
+        #: Whether it is the trainer's turn, or about to be; before the first turn, ``None``: both sides hold memory.
+        self.trains: bool | None = None
         self._awake: dict[int, set[str]] = {}  # by explorer, what of its memory it holds
         self._told: set[int] = set()  # those that have yet to answer
 

@@ -48,7 +48,6 @@ class Handover:
         self._together = together
         self._shared = shared
         self._timeout_s = timeout_s
-        self._turn = Turn.TRAINER  # whose memory is there; at first, explorers have theirs, too
 
     @property
     def idle(self) -> bool:
@@ -79,11 +78,11 @@ class Handover:
         dispatcher = self._dispatcher
         if not self._shared:
             return
-        if self._turn is Turn.TRAINER:
+        if dispatcher.turns.trains is not False:
             self._take(Turn.EXPLORERS, within_batch=dispatcher.groups.leased is not None)
-            dispatcher.pool.hold(False)
         with dispatcher.listener.locked():
             dispatcher.turn(dispatcher.turns.explorers(WEIGHTS if pushes else PARTS))
+            dispatcher.pool.hold(False)
         self._settle("wake", lambda: not dispatcher.turns.late)
         if pushes:
             return
@@ -94,7 +93,7 @@ class Handover:
 
     def _take(self, turn: Turn, within_batch: bool = False) -> None:
         for _ in self._together(turn, within_batch):
-            self._turn = turn
+            pass
 
     def _settle(self, what: str, done: Callable[[], bool]) -> None:
         """Waits for explorers to do what they were told, and ends those that do not."""
