@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,55 @@ def sampled(engine: rft.Engine) -> Any:
     return done[0].token_ids, done[0].logprobs, done[0].versions
 
 
-def weights(engine: rft.Engine) -> dict[str, torch.Tensor]:
-    if isinstance(engine, rft.TransformersEngine):
-        return {name: tensor.clone() for name, tensor in engine._lm.state_dict().items()}
-    return {"weight": torch.ones(3)}
+class Freeing(rft.TransformersEngine):
+    """Gives the CPU's memory back, as it does a GPU's."""
+
+    _frees = ("cpu",)
+
+    def start(self, model: Any, *, max_model_len: int, seed: int) -> None:
+        super().start(model, max_model_len=max_model_len, seed=seed)
+        for parameter in self._lm.parameters():
+            parameter.data = parameter.data.clone()  # what was read is the file's memory
 
 
-@pytest.fixture(params=[rft.FakeEngine, rft.TransformersEngine])
-def engine(request: pytest.FixtureRequest, tiny_model_path: Path) -> Any:
-    engine = request.param()
-    engine.start(str(tiny_model_path), max_model_len=16, seed=0)
-    link = MemoryLink()
+def held(engine: rft.TransformersEngine) -> list[int]:
+    """Bytes of memory of each weight."""
+    return [parameter.untyped_storage().nbytes() for parameter in engine._lm.parameters()]
+
+
+class Link(MemoryLink):
+    """Pushes the same weights again and again."""
+
+    def __init__(self, engine: rft.Engine) -> None:
+        super().__init__()
+        self.weights = {"weight": torch.ones(3)}
+        if isinstance(engine, rft.TransformersEngine):
+            self.weights = {name: tensor.clone() for name, tensor in engine._lm.state_dict().items()}
+
+    def pushed(self) -> Any:
+        return self.push(self.weights)
+
+
+def started(engine: rft.Engine, model: Path) -> Iterator[tuple[Any, Link]]:
+    engine.start(str(model), max_model_len=16, seed=0)
+    link = Link(engine)
     engine.connect(link)
-    engine.load(link.push(weights(engine)), 3)
+    engine.load(link.pushed(), 3)
     yield engine, link
     engine.stop()
 
 
-def refuses(engine: rft.Engine, link: MemoryLink, *, loads: bool = False) -> None:
+@pytest.fixture(params=[rft.FakeEngine, rft.TransformersEngine, Freeing])
+def engine(request: pytest.FixtureRequest, tiny_model_path: Path) -> Any:
+    yield from started(request.param(), tiny_model_path)
+
+
+@pytest.fixture
+def freeing(tiny_model_path: Path) -> Any:
+    yield from started(Freeing(), tiny_model_path)
+
+
+def refuses(engine: rft.Engine, link: Link, *, loads: bool = False) -> None:
     """What sleeps is neither asked to sample nor to score, and loads only if its weights are awake."""
     with pytest.raises(ScheduleError, match="add a request"):
         engine.add(request())
@@ -56,7 +88,7 @@ def refuses(engine: rft.Engine, link: MemoryLink, *, loads: bool = False) -> Non
         engine.prompt_logprobs((3, 4, 5))
     if not loads:
         with pytest.raises(ScheduleError, match="load while its weights"):
-            engine.load(link.push(weights(engine)), 4)
+            engine.load(link.pushed(), 4)
 
 
 def test_one_that_kept_its_weights_samples_as_before(engine: Any) -> None:
@@ -78,7 +110,7 @@ def test_one_that_dropped_its_weights_loads_before_it_samples(engine: Any) -> No
     assert engine.wake() == ["kv_cache"]
     with pytest.raises(ScheduleError, match="add a request without weights"):  # awake, but what with?
         engine.add(request())
-    engine.load(link.push(weights(engine)), 4)
+    engine.load(link.pushed(), 4)
     assert sampled(engine) == (tokens, logprobs, (4,) * len(tokens))
 
 
@@ -95,6 +127,37 @@ def test_what_is_busy_or_sleeps_is_not_put_to_sleep(engine: Any) -> None:
         engine.sleep(DROPS)
     with pytest.raises(ScheduleError, match="no cache to wake"):
         engine.wake(("cache",))
+
+
+@pytest.mark.parametrize("level", [KEEPS, DROPS])
+def test_weights_and_caches_take_no_memory_of_a_device_asleep(
+    freeing: Any, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, link = freeing
+    emptied: list[list[int]] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(held(engine)))
+    before, tokens = held(engine), sampled(engine)[0]
+    engine.sleep(level)
+    assert (engine._cache, engine._mask, engine._rows) == (None, None, [])
+    assert min(before) > 0 and held(engine) == [0] * len(before)
+    assert emptied == [held(engine)]  # after the weights have gone, or their memory stays reserved
+    assert [kept is None for _, _, kept in engine._away] == [level == DROPS] * len(before)
+    engine.wake(("kv_cache",))
+    assert held(engine) == [0] * len(before)
+    engine.wake()
+    assert held(engine) == before and engine._away == []
+    if level == DROPS:
+        engine.load(link.pushed(), 4)
+    assert sampled(engine)[0] == tokens
+
+
+def test_memory_of_a_cpu_is_kept(tiny_model_path: Path) -> None:
+    engine = rft.TransformersEngine(device="cpu")
+    engine.start(str(tiny_model_path), max_model_len=16, seed=0)
+    before = held(engine)
+    engine.sleep(DROPS)
+    assert held(engine) == before and engine._away == []
+    engine.stop()
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_rft.errors import ConfigurationError, RFTError, TransportError
 from lightning_rft.explorer.engines.engine import Engine, TensorInfo, listing
 from lightning_rft.explorer.engines.requests import Completion, Request, Running
+from lightning_rft.explorer.engines.sleeping import KEEPS, PARTS, WEIGHTS
 from lightning_rft.hardware import fast_dtype
 from lightning_rft.model_folder import Pretrained, checkpoint_weights, right_attention
 from lightning_rft.sampling import Sampling
@@ -48,6 +49,7 @@ class TransformersEngine(Engine):
     """
 
     counts = ("max_batch_size", "max_model_len")
+    _frees = ("cuda",)  # types of the devices whose memory it gives back asleep
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class TransformersEngine(Engine):
         self._cache: Any = None  # KV of every token but the last of each row; None: to be rebuilt
         self._mask: torch.Tensor | None = None  # [rows, length] of what the cache holds; 0 is left padding
         self._torn = False
+        self._away: list[tuple[torch.UntypedStorage, int, torch.UntypedStorage | None]] = []  # asleep, of each weight
 
     @property
     @override
@@ -171,9 +174,35 @@ class TransformersEngine(Engine):
             return list(map(float, logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist()))
 
     @override
+    def sleep(self, level: int) -> None:
+        import torch
+
+        super().sleep(level)
+        self._rows, self._cache, self._mask = [], None, None
+        if self._device.type in self._frees:
+            for parameter in self._lm.parameters():
+                storage = parameter.untyped_storage()
+                size = storage.nbytes()
+                kept = torch.UntypedStorage(size).copy_(storage) if level == KEEPS else None
+                self._away.append((storage, size, kept))
+                storage.resize_(0)
+            torch.cuda.empty_cache()
+
+    @override
+    def wake(self, parts: Collection[str] = PARTS) -> list[str]:
+        woken = super().wake(parts)
+        if not set(WEIGHTS).isdisjoint(woken):
+            for storage, size, kept in self._away:
+                storage.resize_(size)
+                if kept is not None:
+                    storage.copy_(kept)
+            self._away = []
+        return woken
+
+    @override
     def stop(self) -> None:
         super().stop()
-        self._rows = []
+        self._rows, self._away = [], []
         self._lm = self._cache = self._mask = None
 
     def _forward(self, **inputs: Any) -> Any:
