@@ -74,14 +74,16 @@ class Failure:
 class Channel:
     """One end of a channel; several threads may send, which fails after some seconds if the other end reads nothing.
 
-    With ``patient`` it waits instead, for a sender that ends with the other side.
+    With ``patient`` it waits instead, for a sender that ends with the other side. A message that began and does not go
+    on for ``silence_s`` is an ``OSError`` to its receiver, who else waits for ever.
     """
 
-    def __init__(self, fd: int, *, patient: bool = False) -> None:
-        if not patient:
-            with socket.socket(fileno=os.dup(fd)) as line:
-                # A stopped peer reads nothing: without this a full buffer would block the sender for ever.
-                line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_DEADLINE_S, 0))
+    def __init__(self, fd: int, *, patient: bool = False, silence_s: float = 0.0) -> None:
+        # A stopped peer reads nothing: without a limit a full buffer would block the sender for ever.
+        limits = {socket.SO_SNDTIMEO: 0.0 if patient else _SEND_DEADLINE_S, socket.SO_RCVTIMEO: silence_s}
+        with socket.socket(fileno=os.dup(fd)) as line:
+            for limit, seconds in limits.items():
+                line.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
         self._connection: Connection = Connection(fd)
         self._lock = threading.Lock()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import socket
@@ -21,6 +22,7 @@ from lightning_rft.authentication import Gate, prove
 from lightning_rft.errors import ConfigurationError, DeadlineError, RankError
 from lightning_rft.network import LOOPBACK, address_towards, is_loopback, listen
 from lightning_rft.trainer import ranks as ranks_of_a_trainer
+from lightning_rft.trainer import rendezvous
 from lightning_rft.trainer.ranks import Ranks
 from lightning_rft.trainer.rendezvous import gate_at, join, welcome
 from tests.bombs import Bomb, framed
@@ -238,15 +240,16 @@ def test_half_a_message_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     rank_0.close()
 
 
-def test_a_message_that_does_not_go_on_is_waited_for_no_longer_than_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks_of_a_trainer, "_SILENCE_S", 0.5)
+def test_a_message_that_does_not_go_on_is_waited_for_no_longer_than_silence(
+    gate: Gate, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "SILENCE_S", 0.5)
     monkeypatch.setattr(ranks_of_a_trainer, "_GRACE_S", 60.0)
-    ours, theirs = socket.socketpair()
-    rank_1 = Ranks(1, 2, {0: channel.Channel(ours.detach())})
-    began = time.monotonic()
-    with theirs:
-        theirs.sendall(framed(pickle.dumps("a message"))[:-1])  # as where the line to another machine is cut
-        with pytest.raises(RankError, match="rank 0 is gone"):
-            rank_1.agree("the next batch", lambda: None)
-    assert time.monotonic() - began < 5
-    rank_1.close()
+    with ThreadPoolExecutor(1) as threads:
+        joined = threads.submit(join, *place, SECRET, 1)
+        rank_0 = Ranks(0, 2, welcome(gate, 2, timeout_s=20))
+    os.write(joined.result().fileno(), framed(pickle.dumps("a message"))[:-1])  # as where the line is cut
+    with pytest.raises(RankError, match="rank 1 is gone"):
+        until(rank_0.check, "that it is noticed", timeout_s=10)  # type: ignore[func-returns-value]
+    rank_0.close()
+    joined.result().close()

@@ -260,7 +260,7 @@ def test_a_line_between_nodes_is_survived_if_it_comes_back_and_else_ends_both(
 ) -> None:
     shorter = """
     from lightning_rft.trainer import ranks
-    ranks._SILENCE_S = 4.0
+    ranks.SILENCE_S = 4.0
 """
     source = TRAINS.replace("devices=2", "devices=1, trainer_settings={'num_nodes': 2}")
     scripts = nodes(machines, start_on, shorter + source)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -161,10 +160,7 @@ class DialledProcess(Handle):
         self._line: socket.socket | None = guest.line
         self._lock = threading.Lock()
         guest.line.setblocking(True)
-        # half a message, and then nothing: whoever reads it must not wait for ever
-        seconds = struct.pack("ll", max(1, round(silence_s)), 0)
-        guest.line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
-        self.channel = Channel(os.dup(guest.line.fileno()))
+        self.channel = Channel(os.dup(guest.line.fileno()), silence_s=silence_s)
 
     @override
     def kill(self) -> None:

@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -29,7 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_rft.channel import Channel, Failure
 from lightning_rft.errors import RankError, ScheduleError
-from lightning_rft.trainer.rendezvous import connect
+from lightning_rft.trainer.rendezvous import SILENCE_S, connect
 
 __all__ = ["SIGTERM_STATUS", "Ranks"]
 
@@ -38,7 +37,6 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _POLL_S = 0.2
 _SIGN_OF_LIFE_S = 2.0
-_SILENCE_S = 120.0  # of a rank whose connection is still open: it was stopped, or its host is gone
 _GRACE_S = 4.0  # for a rank to end by itself after another, before it is ended inside a collective
 #: Exit status of a process that SIGTERM ended.
 SIGTERM_STATUS = 143
@@ -94,8 +92,6 @@ class Ranks:
         self._noticed = False  # whether the main thread is already ending
         self._closing = threading.Event()
         self._heard = dict.fromkeys(self._peers, time.monotonic())
-        for channel in self._peers.values():
-            _end_silence(channel)
         self._thread = threading.Thread(target=self._listen, name="ranks", daemon=True)
         if not self._alone:
             self._thread.start()
@@ -258,8 +254,8 @@ class Ranks:
             for rank, channel in list(self._peers.items()):
                 if channel in ready:
                     self._receive(rank, channel)
-                elif now - self._heard[rank] > _SILENCE_S:
-                    self._lost(rank, RankError(f"rank {rank} has given no sign of life for {_SILENCE_S:.0f} seconds"))
+                elif now - self._heard[rank] > SILENCE_S:
+                    self._lost(rank, RankError(f"rank {rank} has given no sign of life for {SILENCE_S:.0f} seconds"))
 
     def _receive(self, rank: int, channel: Channel) -> None:
         try:
@@ -297,13 +293,6 @@ class Ranks:
         sys.stderr.write(f"rank {self.rank} ends because it waits for rank {rank}: {error}\n{self._why}\n")
         sys.stderr.flush()
         os._exit(1)  # no hook can run: the main thread is in a collective that will not return
-
-
-def _end_silence(channel: Channel) -> None:
-    """Has a message that began and does not go on end the connection, as silence between messages does."""
-    with _line(channel) as line:
-        seconds, rest = divmod(_SILENCE_S, 1)
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
 
 
 def _line(channel: Channel) -> socket.socket:

@@ -13,8 +13,10 @@ from lightning_rft.channel import Channel
 from lightning_rft.errors import AuthenticationError, ConfigurationError, DeadlineError, RankError
 from lightning_rft.network import LOOPBACK, address_towards, listen
 
-__all__ = ["connect", "gate_at", "join", "welcome"]
+__all__ = ["SILENCE_S", "connect", "gate_at", "join", "welcome"]
 
+#: Of a rank whose connection is still open: it was stopped, or its host is gone.
+SILENCE_S = 120.0
 _MEET_S = 120.0  # for all ranks to connect; they have just met in Lightning's own group
 _PROOF_S = 5.0
 _RANK_BYTES = 4
@@ -122,4 +124,4 @@ def _channel(line: socket.socket) -> Channel:
     """A channel over a connection, which from here on has no timeout of its own and sends without delay."""
     line.settimeout(None)
     line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Channel(line.detach())
+    return Channel(line.detach(), silence_s=SILENCE_S)
