@@ -1,4 +1,4 @@
-"""Made-up batches, and the policy that trains them without a trainer."""
+"""The policy, and the shortcuts by which it is trained, without a trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_rft.model_folder import Pretrained
 from lightning_rft.trainer.loading import load_policy
 from lightning_rft.trainer.shortcuts import FastPath, probe
 
-__all__ = ["autocast", "fast_path", "made_up_groups", "policy", "sharing"]
+__all__ = ["autocast", "fast_path", "policy", "sharing"]
 
 _HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _ANY = 1e12  # a balance with which samples share rows whatever attention costs
@@ -32,19 +32,6 @@ def autocast(machine: Machine, precision: str) -> Iterator[None]:
     dtype = _HALF.get(precision)
     with contextlib.nullcontext() if dtype is None else torch.autocast(machine.device, dtype):
         yield
-
-
-def made_up_groups(model: Any, groups: int, samples: int, prompt: int, completion: int) -> list[list[Turn]]:
-    """Groups of random tokens, the same in every process."""
-    vocabulary = model.config.get_text_config().vocab_size
-    random = torch.Generator().manual_seed(0)
-
-    def some(count: int) -> list[int]:
-        return torch.randint(vocabulary // 8, vocabulary // 2, (count,), generator=random).tolist()
-
-    nothing = (0,) * completion
-    prompts = [some(prompt) for _ in range(groups)]
-    return [[Turn(ids, some(completion), nothing, nothing, "length") for _ in range(samples)] for ids in prompts]
 
 
 def fast_path(machine: Machine, model: Any, groups: list[list[Turn]], attention: str, precision: str) -> FastPath:

@@ -21,7 +21,7 @@ from lightning_rft.trainer.micro_batches import by_group
 from lightning_rft.trainer.packing import Packed, pack, shares_prompts
 from lightning_rft.trainer.weighted import sampled_turns
 
-__all__ = ["FastPath", "longest", "probe", "random_group", "settled"]
+__all__ = ["FastPath", "longest", "probe", "random_groups", "settled"]
 
 # Times the hidden size: 6 by the count of operations, where a layer has the usual 12 weights per hidden unit squared,
 # and 5 to 7 as measured on a CPU.
@@ -159,7 +159,7 @@ def _logit_transform(model: Any) -> LogitTransform | str:
         split.append(hasattr(head.weight, "placements"))
         return returned[-1]
 
-    packed = pack(random_group(model, *_SHORT), shared=False).to(model.device)
+    packed = pack(random_groups(model, *_SHORT), shared=False).to(model.device)
     with replaced_forward(head, known):
         logits = kept_logits(model, packed)
     if len(returned) != 1 or logits.shape != returned[0].shape:
@@ -196,7 +196,7 @@ def _query_dtype(model: Any) -> torch.dtype:
     dtypes: list[torch.dtype] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
     try:
-        kept_logits(model, pack(random_group(model, *_SHORT), shared=False).to(model.device))
+        kept_logits(model, pack(random_groups(model, *_SHORT), shared=False).to(model.device))
     finally:
         hook.remove()
     return dtypes[0]
@@ -204,7 +204,7 @@ def _query_dtype(model: Any) -> torch.dtype:
 
 def _row_difference(model: Any, path: FastPath, measures: tuple[int, int, int]) -> float:
     """Mean difference in nats between log-probs in a shared row and in ordinary ones."""
-    made_up = random_group(model, *measures)
+    made_up = random_groups(model, *measures)
     shared, ordinary = (
         token_logprobs(model, packed.to(model.device), chunked_head=path.chunked_head)[0]
         for packed in (
@@ -227,12 +227,15 @@ def _measures(path: FastPath, turns: Sequence[Sequence[Turn]]) -> tuple[int, int
     return prompt, completion, max(2, (width - prompt) // max(1, completion - 1))
 
 
-def random_group(model: Any, prompt: int, completion: int, samples: int) -> list[list[Turn]]:
-    """A group of random tokens, the same in every process."""
+def random_groups(model: Any, prompt: int, completion: int, samples: int, groups: int = 1) -> list[list[Turn]]:
+    """Groups of random tokens, the same in every process."""
     vocabulary = model.config.get_text_config().vocab_size
     random = torch.Generator().manual_seed(0)
     # Low and high ids are often special.
-    ids = torch.randint(vocabulary // 8, vocabulary // 4, (prompt + samples * completion,), generator=random)
+    ids = torch.randint(vocabulary // 8, vocabulary // 4, (groups, prompt + samples * completion), generator=random)
     nothing = (0,) * completion
-    completions = ids[prompt:].view(samples, completion).tolist()
-    return [[Turn(ids[:prompt].tolist(), tokens, nothing, nothing, "length") for tokens in completions]]
+    completions = ids[:, prompt:].reshape(groups, samples, completion).tolist()
+    return [
+        [Turn(prompt_ids, tokens, nothing, nothing, "length") for tokens in group]
+        for prompt_ids, group in zip(ids[:, :prompt].tolist(), completions, strict=True)
+    ]

@@ -16,7 +16,7 @@ import torch
 
 from lightning_rft.experience import Turn
 from lightning_rft.trainer.precision import MasterWeights
-from lightning_rft.trainer.shortcuts import longest, probe, random_group
+from lightning_rft.trainer.shortcuts import longest, probe, random_groups
 
 __all__ = ["Texts", "make_state", "warm_up"]
 
@@ -47,7 +47,7 @@ class Texts:
 
     def turns(self, model: Any) -> list[list[Turn]]:
         """Such a group, of random tokens."""
-        return random_group(model, self.prompt, self.completion, self.samples)
+        return random_groups(model, self.prompt, self.completion, self.samples)
 
 
 def warm_up(module: Any, texts: Texts) -> Iterator[Callable[[], None]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.batches import autocast, fast_path, made_up_groups, policy
+from benchmarks.gpu.batches import autocast, fast_path, policy
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.measurement import Figures, Measurement
 from benchmarks.memory import chunked, constant, naive
@@ -21,6 +21,7 @@ from lightning_rft.experience import Turn
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.micro_batches import by_group, micro_batches
 from lightning_rft.trainer.packing import Packed, pack
+from lightning_rft.trainer.shortcuts import random_groups
 from lightning_rft.trainer.weighted import WeightedTurn
 
 __all__ = ["measurements"]
@@ -55,7 +56,7 @@ def loaded(machine: Machine) -> Any:
 def head(machine: Machine) -> Figures:
     """Of log-probs in chunks and of all logits at once, above those of a loss that needs no head."""
     model, work = loaded(machine), machine.work
-    groups = made_up_groups(model, 1, SAMPLES, work.prompt, work.tokens)
+    groups = random_groups(model, work.prompt, work.tokens, SAMPLES)
     packed = pack(groups, shared=False).to(machine.device)
 
     def above(loss: Callable[[Any, Packed], Tensor]) -> float:
@@ -78,7 +79,7 @@ def head(machine: Machine) -> Figures:
 def cut(machine: Machine) -> Figures:
     """Of a group at a time, and in micro-batches with as many columns as its longest sample."""
     model, work = loaded(machine), machine.work
-    groups = made_up_groups(model, 1, SAMPLES, work.prompt, work.tokens)
+    groups = random_groups(model, work.prompt, work.tokens, SAMPLES)
     path = fast_path(machine, model, groups, "sdpa", machine.precision)
     weighted = [WeightedTurn(turn, 0, sample, turn.num_tokens) for sample, turn in enumerate(groups[0])]
     longest = work.prompt + work.tokens

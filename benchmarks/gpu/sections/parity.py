@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.batches import autocast, fast_path, made_up_groups, policy, sharing
+from benchmarks.gpu.batches import autocast, fast_path, policy, sharing
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.measurement import Figures, Measurement, Refuted, skipped
 from lightning_rft.trainer.logprobs import token_logprobs
 from lightning_rft.trainer.packing import pack
+from lightning_rft.trainer.shortcuts import random_groups
 
 __all__ = ["measurements"]
 
@@ -72,7 +73,7 @@ def distance(found: Tensor, exact: Tensor) -> float:
 def computed(machine: Machine, attention: str, precision: str, fast: bool = True) -> Computed:
     """One forward and backward of a weighted sum of log-probs, by the shortcuts or without."""
     model = policy(machine, attention)
-    groups = made_up_groups(model, GROUPS, SAMPLES, machine.work.prompt, 2 * machine.work.prompt)
+    groups = random_groups(model, machine.work.prompt, 2 * machine.work.prompt, SAMPLES, GROUPS)
     packed, head = pack(groups, shared=False), None
     if fast:
         path = sharing(fast_path(machine, model, groups, attention, precision))

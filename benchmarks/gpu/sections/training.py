@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.batches import autocast, fast_path, made_up_groups, policy
+from benchmarks.gpu.batches import autocast, fast_path, policy
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.measurement import Figures, Measurement, Skipped
 from benchmarks.gpu.peaks import card_tflops, measured_tflops, now
 from lightning_rft.hardware import fast_dtype
 from lightning_rft.trainer.logprobs import token_logprobs
+from lightning_rft.trainer.shortcuts import random_groups
 
 __all__ = ["measurements"]
 
@@ -45,7 +46,7 @@ def measurements(machine: Machine) -> Iterator[Measurement]:
 def speed(machine: Machine, shared: bool, product: Callable[[], float], card: float | None) -> Figures:
     """Tokens and operations per second, as medians of several steps."""
     model: Any = policy(machine, "sdpa")
-    groups = made_up_groups(model, GROUPS, machine.work.samples, machine.work.prompt, machine.work.tokens)
+    groups = random_groups(model, machine.work.prompt, machine.work.tokens, machine.work.samples, GROUPS)
     path = fast_path(machine, model, groups, "sdpa", machine.precision)
     if shared and not path.shared:
         raise Skipped("the samples of a group cannot share rows of this model")
