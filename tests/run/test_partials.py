@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-from unittest.mock import MagicMock
-
 import pytest
 
 import lightning_rft as rft
 from lightning_rft.errors import ExplorerError
 from lightning_rft.experience import Experience, GroupKey, Turn
-from lightning_rft.explorer.messages import Died, Explore, Explored, Loaded, Sampled, Scored, Several, Started
+from lightning_rft.explorer.messages import Died, Explored, Sampled, Started
 from lightning_rft.explorer.partials import Part
-from lightning_rft.monitor.activity import Activity
-from lightning_rft.run.agreement import Agreement
-from lightning_rft.run.dispatcher import Dispatcher
-from lightning_rft.run.error_rate import ErrorRate
-from lightning_rft.run.groups import Groups
 from lightning_rft.run.partials import Partials
-from lightning_rft.settings import Sampling, Timeouts
-from lightning_rft.sync.order import Order
-from lightning_rft.sync.schedule import Schedule
+from tests.run.dispatched import RUN, load, started
 
-RUN = 7
 FIRST = GroupKey(0, 0)
 
 
@@ -66,55 +55,6 @@ def test_what_began_with_weights_that_are_too_old_is_dropped() -> None:
     partials.drop_older(FIRST, 6)
     assert FIRST not in partials
     partials.drop_older(GroupKey(8, 0), 1)
-
-
-class Pool(MagicMock):
-    """Keeps what explorers were asked for."""
-
-    restarts = 0
-
-    def send(self, explorer: int, *messages: Any) -> None:
-        for message in messages:
-            for one in message.messages if isinstance(message, Several) else [message]:
-                if isinstance(one, Explore):
-                    self.asked.append((explorer, one))
-
-
-def started(strategy: rft.SyncStrategy, explorers: int = 2) -> tuple[Dispatcher, Pool]:
-    """Explorers that have loaded version 0."""
-    pool = Pool(asked=[])
-    groups = Groups(
-        MagicMock(),
-        MagicMock(),
-        rft.Buffer(),
-        incarnation=RUN,
-        samples_per_task=2,
-        min_samples=1,
-        sampling=Sampling(8, 1.0),
-        max_staleness=strategy.max_staleness,
-    )
-    dispatcher = Dispatcher(
-        Schedule(Order(strategy, size=lambda batch: 1), samples=2),
-        groups,
-        pool,
-        ErrorRate(0.1, 100),
-        Activity(()),
-        Agreement(None, lambda: "float32"),
-        timeouts=Timeouts(progress_s=60.0),
-        check_interrupt=lambda: None,
-        load_label="load",
-    )
-    for explorer in range(explorers):
-        dispatcher.handle(explorer, Started("float32", 1, False, max_num_seqs=4))
-        load(dispatcher, explorer, 0)
-    dispatcher.tell(dispatcher.schedule.pushed, 0)
-    return dispatcher, pool
-
-
-def load(dispatcher: Dispatcher, explorer: int, version: int) -> None:
-    dispatcher.roster.begin_load(explorer, now=0)
-    dispatcher.handle(explorer, Loaded(version))
-    dispatcher.handle(explorer, Scored(version))
 
 
 def test_the_next_explorer_is_given_what_the_dead_one_had_sampled() -> None:
