@@ -28,6 +28,7 @@ from lightning_rft.reward_calls import RewardSum
 from lightning_rft.rewards import check_answers
 from lightning_rft.run.checks import check_counts, check_source, check_together, check_unwrapped
 from lightning_rft.run.lifecycle import RunSettings
+from lightning_rft.run.nodes import check_nodes
 from lightning_rft.run.session import Session
 from lightning_rft.run.validation import validation_loaders, validation_sampling
 from lightning_rft.settings import Buffer, Sampling, Timeouts, Tolerance
@@ -176,6 +177,7 @@ class RFTDataModule(L.LightningDataModule):
         if self._session is not None:  # of a call that Lightning did not end
             self._session.ranks.close()
         self._session = Session(self._trainer, validates=bool(self.val_tasks))
+        check_nodes(self._session.ranks, self._trainer, self._pool if self.explorers else None)
         self._session.ranks.agree("setup", lambda: self._start_explorers(module))
 
     def _start_explorers(self, module: RFTModule) -> None:

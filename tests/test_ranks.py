@@ -327,6 +327,19 @@ def test_settings_that_rank_0_refuses_are_refused_by_all(start_ranks: StartRanks
         assert "max_new_tokens=100000" in script.stderr.splitlines()[-1]
 
 
+def test_settings_of_a_node_that_differ_from_the_firsts_are_refused(start_ranks: StartRanks) -> None:
+    scripts = start_ranks("""
+        import os
+        from tests.processes import fit
+        precision = ["32-true", "bf16-mixed"][int(os.environ["LOCAL_RANK"])]
+        fit(devices=2, parallel="ddp", trainer_settings={"precision": precision})
+    """)
+    for script in scripts:
+        assert script.wait(60) == 1
+        assert "precision=bf16-mixed where rank 0 has 32-true: start the same command" in script.stderr
+        script.gone()
+
+
 def test_tensor_parallelism_is_refused(start_ranks: StartRanks) -> None:
     scripts = start_ranks("""
         from lightning.pytorch.strategies import ModelParallelStrategy

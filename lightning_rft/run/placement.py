@@ -16,7 +16,7 @@ from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.hardware import available_cpus, share_cores
 from lightning_rft.sync.strategy import SyncStrategy
 
-__all__ = ["cpu_threads", "devices_beside", "gpu_placement", "takes_turns"]
+__all__ = ["cpu_threads", "devices_beside", "gpu_placement", "idle_gpus", "takes_turns"]
 
 _MOST_SHARED = (
     0.8  # of a GPU's memory, by all engines on it; the trainer holds several times the bytes of their weights
@@ -33,7 +33,15 @@ def gpu_placement(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool
     visible = _visible()
     if not pool.launcher.local:  # the trainer's alone, and explorers' are other machines'
         return _elsewhere(visible, trainer, strategy, pool)
-    placed = place(visible, _trainers(trainer), pool.count, pool.engine.gpus, pool.placement, pool.devices)
+    try:
+        placed = place(visible, _trainers(trainer), pool.count, pool.engine.gpus, pool.placement, pool.devices)
+    except ConfigurationError as error:
+        if trainer.num_nodes == 1:
+            raise
+        raise ConfigurationError(
+            f"{error}; that is of the first of {trainer.num_nodes} nodes, which alone starts explorers: from others "
+            "they dial in, by ExplorerPool(launcher=DialIn(...))"
+        ) from error
     sees_others = any(set(gpus) != set(visible) for gpus in placed.explorers)
     if pool.running and pool.devices is None and sees_others:
         raise ConfigurationError(
@@ -77,6 +85,13 @@ def _elsewhere(visible: Sequence[str], trainer: L.Trainer, strategy: SyncStrateg
     pool.engine.tenants, pool.engine.sleeps = 1, False
     strategy.transport.check(nccl=False)
     return place(visible, _trainers(trainer), pool.count, each=0)
+
+
+def idle_gpus(trainer: L.Trainer, pool: ExplorerPool) -> list[str]:
+    """Names of the GPUs here that the trainer leaves free, if explorers take GPUs and do not come by themselves."""
+    visible, used = _visible(), _trainers(trainer)
+    wanted = pool.launcher.local and pool.engine.gpus
+    return [name for index, name in enumerate(visible) if index not in used] if wanted else []
 
 
 def devices_beside(pool: ExplorerPool) -> int | str:

@@ -22,8 +22,10 @@ from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.placement import Placement, place
 from lightning_rft.hardware import available_cpus
 from lightning_rft.run.memory import Held, check_fit, check_memory
+from lightning_rft.run.nodes import check_nodes
 from lightning_rft.run.placement import cpu_threads, devices_beside, gpu_placement
 from lightning_rft.trainer.loading import without_memory
+from lightning_rft.trainer.ranks import Ranks
 
 Machine = Callable[..., None]
 
@@ -56,8 +58,10 @@ def planned(
     return gpu_placement(trainer_on(devices, accelerator), strategy or rft.Synchronous(), of)
 
 
-def trainer_on(devices: Any, accelerator: str = "gpu") -> L.Trainer:
-    return L.Trainer(accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False)
+def trainer_on(devices: Any, accelerator: str = "gpu", nodes: int = 1) -> L.Trainer:
+    return L.Trainer(
+        accelerator=accelerator, devices=devices, num_nodes=nodes, logger=False, enable_checkpointing=False
+    )
 
 
 TABLE = [
@@ -447,3 +451,40 @@ def test_validation_needs_no_room_for_gradients(
         check_memory(trainer, shares, placed)
     trainer.state.fn = TrainerFn.VALIDATING
     check_memory(trainer, shares, placed)
+
+
+# Several nodes
+
+
+def test_explorers_of_several_nodes_are_planned_for_the_first(machine: Machine) -> None:
+    machine(4)
+    trainer = trainer_on(3, nodes=2)
+    assert str(gpu_placement(trainer, rft.Synchronous(), pool())) == "trainer: GPUs 0-2; explorers: 3"
+    with pytest.raises(ConfigurationError, match=r"leaves 1: set .*; that is of the first of 2 nodes.*launcher=DialIn"):
+        gpu_placement(trainer, rft.Synchronous(), pool(2))
+
+
+@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize(
+    ("devices", "of", "idle"),
+    [
+        (2, pool(), "GPUs 2, 3 of node 1"),
+        (4, pool(placement="shared"), ""),
+        (2, pool(launcher=rft.DialIn()), ""),
+        (2, rft.ExplorerPool(rft.FakeEngine()), ""),
+        (2, None, ""),
+    ],
+    ids=["left", "none", "dial-in", "no GPUs", "stored"],
+)
+def test_gpus_that_no_explorer_takes_on_another_node_are_told_of_there(
+    node: int, devices: int, of: rft.ExplorerPool | None, idle: str,
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    machine(4)
+    monkeypatch.setenv("NODE_RANK", str(node))
+    trainer = trainer_on(devices, nodes=2)
+    trainer.strategy._lightning_module = SimpleNamespace(objective=rft.GRPO())  # type: ignore[assignment]
+    caplog.clear()  # of what Lightning said
+    check_nodes(Ranks(), trainer, of)
+    assert bool(caplog.messages) == bool(node and idle)
+    assert not caplog.messages or f"nobody uses {idle}" in caplog.text
