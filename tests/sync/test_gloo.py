@@ -7,19 +7,23 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch.distributed import ProcessGroupGloo  # type: ignore[attr-defined]
 
-from lightning_rft.errors import LinkError
+from lightning_rft.errors import LinkError, TransportError
 from lightning_rft.sync.transports import collective, gloo
 from lightning_rft.sync.transports.gloo import GlooLink, GlooReceiver, GlooSender
 from lightning_rft.sync.transports.memory import ReusedMemory
-from lightning_rft.sync.transports.transport import Named, Weights
+from lightning_rft.sync.transports.transport import Named, Weights, announce
+from tests.sync.background import begun
 
 BUCKET = 64  # bytes: four tensors of each push in a bucket, and one that is larger
 
@@ -73,15 +77,7 @@ def pushed(group: tuple[GlooSender, GlooReceiver], named: Sequence[Named], dtype
     """What arrives, all of it kept until everything is there."""
     sender, receiver = group
     weights = Weights.of(named, dtype)
-    done: Future[None] = Future()
-
-    def send() -> None:
-        try:
-            done.set_result(sender.send(weights.tensors(), weights.manifest))
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=send, daemon=True).start()
+    done = begun(sender.send, weights.tensors(), weights.manifest)
     arrived = list(receiver.receive(weights.manifest))
     done.result(20)
     return arrived
@@ -158,3 +154,197 @@ def test_who_waits_for_weights_learns_that_a_push_broke_off(
                 waiting.result(5)
         else:
             pytest.fail("the push did not break off")
+
+
+# Who joins, and when
+
+
+def test_a_sender_knows_who_is_missing_and_waits_until_it_is_closed() -> None:
+    explorers, sender = Explorers(), GlooSender(timeout_s=60, bucket_bytes=BUCKET)
+    assert sender.absent() == []
+    joined = begun(sender.join, explorers, {4: 1})
+    explorers.links.get(timeout=20)
+    assert sender.absent() == [4]
+    sender.close()
+    joined.result(20)
+    assert not sender.joined
+
+
+def test_a_sender_that_is_closed_first_waits_for_nobody() -> None:
+    sender = GlooSender(timeout_s=60, bucket_bytes=BUCKET)
+    sender.close()
+    sender.close()
+    begun(sender.join, Explorers(), {0: 1}).result(20)
+    assert not sender.joined
+    with pytest.raises(AssertionError, match="send before join"):
+        sender.send([], [])
+
+
+def test_a_group_has_met_when_its_members_have_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store has to stay until then."""
+    explorers, sender = Explorers(), GlooSender(timeout_s=20, bucket_bytes=BUCKET)
+    come, connected, may_tell = GlooLink.come, threading.Event(), threading.Event()
+
+    def tells_late(link: GlooLink, member: int) -> Any:
+        tell = come(link, member)
+
+        def later() -> None:
+            connected.set()
+            assert may_tell.wait(20)
+            tell()
+
+        return later
+
+    monkeypatch.setattr(GlooLink, "come", tells_late)
+    joined = begun(sender.join, explorers, {0: 1})
+    receiver = begun(explorers.links.get(timeout=20).open, 0)
+    assert connected.wait(20)
+    with pytest.raises(TimeoutError):
+        joined.result(0.1)
+    assert not sender.joined
+    may_tell.set()
+    joined.result(20)
+    assert sender.joined
+    receiver.result(20).close()
+    sender.close()
+
+
+def test_a_group_is_where_rank_0_is_reached_and_has_the_links_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, int, timedelta]] = []
+    asked: list[str] = []
+    towards = gloo.address_towards
+
+    class Watched(ProcessGroupGloo):  # type: ignore[misc]
+        def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
+            seen.append((rank, len(options._devices), options._timeout))
+            super().__init__(store, rank, size, options)
+
+    monkeypatch.setattr(gloo, "ProcessGroupGloo", Watched)
+    monkeypatch.setattr(gloo, "address_towards", lambda host: asked.append(host) or towards(host))
+    explorers, sender = Explorers(), GlooSender(timeout_s=17, bucket_bytes=BUCKET)
+    joined = begun(sender.join, explorers, {0: 1})
+    receiver = explorers.links.get(timeout=20).open(0)
+    joined.result(20)
+    assert sorted(seen) == [(rank, 1, timedelta(seconds=17)) for rank in (0, 1)]  # with a device that we chose
+    assert asked == ["127.0.0.1"] * 2
+    receiver.close()
+    sender.close()
+
+
+def test_a_group_that_cannot_be_made_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(gloo, "_gloo", fails)
+    explorers, sender = Explorers(), GlooSender(timeout_s=20, bucket_bytes=BUCKET)
+    joined = begun(sender.join, explorers, {0: 1})
+    with pytest.raises(LinkError, match="broke off: no such device"):
+        explorers.links.get(timeout=20).open(0)
+    with pytest.raises(RuntimeError, match="no such device"):
+        joined.result(20)
+    sender.close()
+
+
+# What is sent, and what is not
+
+
+@pytest.mark.parametrize("sent", [["norm"], []], ids=["another", "nothing"])
+def test_what_was_announced_must_be_sent(sent: list[str], group: tuple[GlooSender, GlooReceiver]) -> None:
+    manifest = announce([("layer", torch.ones(2))], "float32")
+    with pytest.raises(TransportError, match=f"layer was announced, but {(sent or ['nothing'])[0]} was to be sent"):
+        group[0].send([(name, torch.ones(2)) for name in sent], manifest)
+
+
+def test_weights_of_a_gpu_are_copied_where_they_are_made() -> None:
+    asked: list[Any] = []
+
+    class OnGPU(torch.Tensor):
+        def to(self, *place: Any) -> torch.Tensor:
+            asked.append(place)
+            return self.as_subclass(torch.Tensor)
+
+    weights = Weights([], torch.device("cuda"), lambda: iter([("layer", torch.ones(2).as_subclass(OnGPU))]))
+    sender = GlooSender(timeout_s=20, bucket_bytes=BUCKET)
+    assert [(name, type(tensor)) for name, tensor in sender.begin(weights)] == [("layer", torch.Tensor)]
+    here = replace(weights, device=torch.device("cpu"))
+    assert [(name, type(tensor)) for name, tensor in sender.begin(here)] == [("layer", OnGPU)]
+    assert asked == [("cpu",)]
+
+
+@pytest.fixture
+def events(group: tuple[GlooSender, GlooReceiver], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The broadcasts that the sender begins and waits for."""
+    whole, trainers = gloo._broadcast, id(group[0]._group)
+    seen: list[str] = []
+
+    class Travelling:
+        def __init__(self, work: Any) -> None:
+            self.work, self.number = work, sum("sent" in event for event in seen)
+            seen.append(f"sent {self.number}")
+
+        def wait(self) -> None:
+            seen.append(f"arrived {self.number}")
+            self.work.wait()
+
+    def broadcast(own: Any, buffer: torch.Tensor) -> Any:
+        return Travelling(whole(own, buffer)) if id(own) == trainers else whole(own, buffer)
+
+    monkeypatch.setattr(gloo, "_broadcast", broadcast)
+    return seen
+
+
+def three(events: list[str], sender: GlooSender, closed_at: str = "") -> Weights:
+    """Weights of a bucket each, whose making is an event; with one of them, the sender is closed."""
+
+    def tensors() -> Iterator[Named]:
+        for name in "abc":
+            events.append(name)
+            if name == closed_at:
+                sender.close()
+            yield name, torch.ones(BUCKET // 4)
+
+    return Weights(
+        announce([(name, torch.ones(BUCKET // 4)) for name in "abc"], "float32"), torch.device("cpu"), tensors
+    )
+
+
+def test_a_bucket_is_packed_while_the_one_before_travels(
+    events: list[str], group: tuple[GlooSender, GlooReceiver]
+) -> None:
+    sender, receiver = group
+    weights = three(events, sender)
+    arrived = begun(list, receiver.receive(weights.manifest))
+    sender.send(weights.tensors(), weights.manifest)
+    assert events == ["a", "sent 0", "b", "arrived 0", "sent 1", "c", "arrived 1", "sent 2", "arrived 2"]
+    assert [name for name, _ in arrived.result(20)] == ["a", "b", "c"]
+
+
+def test_a_sender_that_is_closed_in_mid_push_sends_no_more(
+    events: list[str], group: tuple[GlooSender, GlooReceiver]
+) -> None:
+    sender, receiver = group
+    weights = three(events, sender, closed_at="b")
+    arrived = begun(list, receiver.receive(weights.manifest))
+    sender.send(weights.tensors(), weights.manifest)
+    assert events == ["a", "sent 0", "b", "arrived 0", "sent 1"]
+    with pytest.raises(LinkError, match="broke off"):
+        arrived.result(20)
+
+
+def test_a_receiver_whose_link_breaks_off_as_it_begins_can_be_invited_again(
+    group: tuple[GlooSender, GlooReceiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(gloo, "_broadcast", fails)
+    with pytest.raises(LinkError, match="broke off: connection closed by peer"):
+        list(group[1].receive(announce([("layer", torch.ones(2))], "float32")))
+
+
+def test_a_receiver_that_is_closed_receives_nothing(group: tuple[GlooSender, GlooReceiver]) -> None:
+    receiver = group[1]
+    receiver.close()
+    with pytest.raises(TransportError, match="on a link that was closed") as caught:
+        list(receiver.receive([]))
+    assert not isinstance(caught.value, LinkError)

@@ -29,6 +29,7 @@ from lightning_rft.sync.schedule import Schedule
 from lightning_rft.sync.transports.nccl import NCCLLink, NCCLSender
 from lightning_rft.sync.transports.transport import Named, Weights, announce
 from lightning_rft.trainer.scoring import Announcement, Scores
+from tests.explorer.links import MemoryLink
 from tests.sync.cuda_on_cpu import CUDA, Stream
 
 pytestmark = pytest.mark.vllm
@@ -408,6 +409,63 @@ def test_one_joins_and_one_leaves(cuda: CUDA, explorers: Any) -> None:
     trainers = [group for group in cuda.groups if group.rank == 0]
     assert len(trainers) == 4
     until(lambda: all(group.destroyed_by == ["nccl-shutdown"] for group in trainers))
+    engines = [group for group in cuda.groups if group.rank != 0]
+    alive = to.workers[1][0].engine._nccl.model_update_group
+    assert [group for group in engines if not group.destroyed_by] == [alive]  # others were left for a newer one
+
+
+@pytest.mark.parametrize("forgets", [False, True], ids=["as it is", "before 0.32"])
+def test_an_engine_leaves_as_vllm_does_and_breaks_its_connections(
+    forgets: bool, cuda: CUDA, explorers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to, by = explorers(e0=1), transport()
+    push(by, 0, to)
+    engine = to.workers[0][0].engine
+    nccl = engine._nccl
+    group = nccl.model_update_group
+    if forgets:
+        monkeypatch.setattr(type(nccl), "shutdown", lambda engine: setattr(engine, "model_update_group", None))
+    engine.shutdown()
+    assert nccl.model_update_group is None
+    destroyed = list(group.destroyed_by)
+    assert destroyed
+    engine.shutdown()
+    assert group.destroyed_by == destroyed
+    by.close()
+
+
+def test_an_engine_that_has_joined_nothing_refuses_weights(cuda: CUDA, explorers: Any) -> None:
+    from lightning_rft.explorer.engines.vllm_weights import LinkInitInfo, ManifestUpdateInfo
+
+    (worker,) = explorers(e0=1).workers[0]
+    with pytest.raises(TransportError, match="announced before the transport was joined"):
+        worker.ask(worker.engine.receive_weights, ManifestUpdateInfo([])).result(LIMIT_S)
+    worker.ask(worker.engine.init_transfer_engine, LinkInitInfo()).result(LIMIT_S)  # nor by no link
+    with pytest.raises(TransportError, match="announced before the transport was joined"):
+        worker.ask(worker.engine.receive_weights, ManifestUpdateInfo([])).result(LIMIT_S)
+
+
+def test_an_engine_goes_from_nccl_to_another_link_and_back(cuda: CUDA, explorers: Any) -> None:
+    from lightning_rft.explorer.engines.vllm_weights import LinkInitInfo, ManifestUpdateInfo
+
+    to, by, link = explorers(e0=2), transport(), MemoryLink()
+    push(by, 0, to)
+    worker = to.workers[0][1]
+    group = worker.engine._nccl.model_update_group
+    worker.ask(worker.engine.init_transfer_engine, LinkInitInfo(link)).result(LIMIT_S)
+    assert link.opened == [1]
+    assert group.destroyed_by
+    update = ManifestUpdateInfo(link.push(policy(1)))
+    worker.ask(worker.engine.receive_weights, update).result(LIMIT_S)
+    assert torch.equal(worker.model.held["norm"], torch.tensor(1.5))
+    by.close()
+    by = transport()
+    push(by, 2, to)
+    assert_holds(to.workers[0], 2)
+    assert link.closed == 1
+    worker.engine.shutdown()
+    assert link.closed == 1
+    by.close()
 
 
 def test_death_in_mid_push_costs_the_others_nothing(cuda: CUDA, explorers: Any) -> None:

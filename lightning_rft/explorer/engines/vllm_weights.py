@@ -118,7 +118,7 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
 
         try:
             if self._nccl is not None:
-                self._receive_by_nccl([info for info in manifest if info.same_as is None], load)
+                self._receive_by_nccl(self._nccl, [info for info in manifest if info.same_as is None], load)
             elif self._receiver is not None:
                 load(self._receiver.receive(manifest))
             else:
@@ -128,9 +128,9 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
         for several in tied:
             self._load_tied(several)
 
-    def _receive_by_nccl(self, sent: Sequence[TensorInfo], load: Callable[..., None]) -> None:
-        nccl = self._nccl
-        assert nccl is not None
+    def _receive_by_nccl(
+        self, nccl: NCCLWeightTransferEngine, sent: Sequence[TensorInfo], load: Callable[..., None]
+    ) -> None:
         nccl.model = SimpleNamespace(load_weights=load)  # of which it calls nothing else
         info = NCCLWeightTransferUpdateInfo(
             names=[info.name for info in sent],

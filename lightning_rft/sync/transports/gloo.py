@@ -161,11 +161,8 @@ def _gloo(place: MeetingPlace, rank: int) -> ProcessGroupGloo:
 
 
 def _broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:
-    """Begins a broadcast, and returns the work to wait for."""
-    options = dist.BroadcastOptions()
-    options.rootRank = 0
-    options.rootTensor = 0
-    return group.broadcast([buffer], options)  # type: ignore[attr-defined]
+    """Begins a broadcast from rank 0, and returns the work to wait for."""
+    return group.broadcast([buffer], dist.BroadcastOptions())  # type: ignore[attr-defined]
 
 
 def _views(bucket: Sequence[TensorInfo], buffer: torch.Tensor) -> Iterator[tuple[TensorInfo, torch.Tensor]]:

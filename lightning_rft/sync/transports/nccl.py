@@ -57,8 +57,6 @@ class NCCLLink(MeetingPlace):
 class NCCLSender(Sender):
     """Rank 0 of an NCCL group with vLLM's workers; ``device`` holds the weights."""
 
-    _made: Any  # from begin on, the stream on which the trainer makes weights; None of a copy, which is made
-
     def __init__(self, device: torch.device, timeout_s: float, bucket_bytes: int) -> None:
         self._device = device
         self._timeout_s = timeout_s
@@ -105,6 +103,7 @@ class NCCLSender(Sender):
 
     @override
     def begin(self, weights: Weights) -> Iterator[Named]:
+        # the stream on which the trainer makes them; None of a copy, which is made
         self._made = None if weights.copied else torch.cuda.current_stream(self._device)
         return weights.tensors()
 
