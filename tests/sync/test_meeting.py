@@ -74,7 +74,7 @@ def test_a_meeting_that_ends_waits_for_nobody(invited: Any) -> None:
     gathered = begun(meeting.gather)
     meeting.close()
     meeting.close()
-    assert not gathered.result(LIMIT_S)
+    assert gathered.result(LIMIT_S) is False
     begun(meeting.wait_connected).result(LIMIT_S)
     assert meeting.absent() == []
 
