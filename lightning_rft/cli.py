@@ -190,6 +190,7 @@ class RFTCLI(LightningCLI):
             "trainer_class": trainer_class,
             "parser_kwargs": usage | kwargs.get("parser_kwargs", {}),
         }
+        self._chosen = _chosen(args)
         # jsonargparse finds a class by its short name only once it is imported
         for name in lightning_rft.__all__:
             getattr(lightning_rft, name)
@@ -208,6 +209,12 @@ class RFTCLI(LightningCLI):
             "evaluate": given,
             "plan": given,
         }
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._chosen not in (None, subcommand):
+            return self.init_parser(**kwargs)  # only its name is needed, and its options are most of the start's time
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -258,6 +265,13 @@ def main(args: ArgsType = None) -> None:
         "description": "Reinforcement fine-tuning of language models. `lightning-rft report RUN` makes a run's page.",
     }
     RFTCLI(args=args, parser_kwargs=about)
+
+
+def _chosen(args: ArgsType) -> str | None:
+    """The subcommand, or ``--help``, which needs none; ``None`` where options before it, or a file, may choose it."""
+    options = sys.argv[1:] if args is None else args
+    first = options[0] if isinstance(options, list) and options else "-"
+    return first if first in ("-h", "--help") or not first.startswith("-") else None
 
 
 def _with_config_of_run(options: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 import lightning_rft as rft
 from lightning_rft.cli import RFTCLI, main
 from lightning_rft.renamed import MOVED
+from tests.documents import Parsed
 from tests.processes import Zygote
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -259,6 +260,38 @@ def test_objects_without_a_run(config: dict[str, Any], monkeypatch: pytest.Monke
     cli = RFTCLI(datamodule_class=Mine, args=config, run=False, seed_everything_default=False)
     assert isinstance(cli.datamodule, Mine)
     assert cli.trainer.max_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "filled"),
+    [
+        (["fit", "--config", "fit.yaml"], 1),
+        (["--config", "all.yaml", "fit"], 6),
+        (["--config", "all.yaml"], 6),
+    ],
+    ids=["first", "last", "in a file"],
+)
+def test_only_a_subcommand_that_may_be_chosen_gets_its_options(
+    options: list[str], filled: int, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those of all would be most of the time that passes before a run begins."""
+
+    class Counts(Parsed):
+        filled = 0
+
+        def add_core_arguments_to_parser(self, parser: Any) -> None:
+            self.filled += 1
+            super().add_core_arguments_to_parser(parser)
+
+    config["data"]["tasks_per_step"] = 3
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump({"fit": config}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-rft", *options])
+    cli = Counts()
+    assert (cli.config.subcommand, cli.config.fit.data.tasks_per_step) == ("fit", 3)
+    assert cli.config.fit.model.objective.init_args.normalisation == "token"
+    assert cli.filled == filled
 
 
 # Mistakes
