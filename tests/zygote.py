@@ -7,6 +7,7 @@ installed; with the argument ``vllm`` it is imported before them all.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -69,6 +70,8 @@ def become(script: str, folder: str, environment: dict[str, str], vllm: bool) ->
 
 if __name__ == "__main__":
     preload(vllm="vllm" in sys.argv)
+    gc.collect()
+    gc.freeze()  # or each fork would search, and so copy, all of this when it ends, which takes longer than most runs
     to_run = serve()
     if to_run is None:
         os._exit(0)  # to end all that was imported would take seconds
