@@ -1,4 +1,4 @@
-"""Fixtures that all tests may use. Only two environment variables and the tests' order apply by themselves."""
+"""Fixtures that all tests may use. Two environment variables, the tests' order and a spared search apply to all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -34,8 +35,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip("needs vLLM"))
     if "PYTEST_XDIST_WORKER" in os.environ:
         tests = Counter(item.path for item in items)
+        runs = Counter(item.path for item in items if _runs(item))
         slow = {item.path for item in items if item.get_closest_marker("chaos") or item.get_closest_marker("vllm")}
-        items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))  # which keeps files whole
+        items.sort(key=lambda item: (item.path not in slow, -runs[item.path], -tests[item.path]))  # keeps files whole
+
+
+def _runs(item: pytest.Item) -> bool:
+    """Whether a test starts processes or loads models, as far as can be seen: it takes seconds, not milliseconds."""
+    wants = {"tiny_model_path", "zygote"}.intersection(getattr(item, "fixturenames", ()))
+    return bool(wants) or "subprocess" in vars(getattr(item, "module", item))
+
+
+def pytest_collection_finish() -> None:
+    """Spares every full search for garbage what was imported until now, which stays."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
