@@ -170,18 +170,14 @@ def test_fused_and_clipped_in_bfloat16(
 def on_one_and_two(
     buffer: Path, start: Start, start_ranks: StartRanks, tmp_path: Path, *, strategy: str, **settings: Any
 ) -> list[Any]:
-    """Weights and logged values of the same training on one rank and on two."""
+    """Weights and logged values of the same training on one rank and on two, at the same time."""
     results = [tmp_path / "one.pt", tmp_path / "two.pt"]
-    for devices, result in zip((1, 2), results, strict=True):
-        source = TRAIN.format(
-            buffer=buffer,
-            devices=devices,
-            strategy=strategy if devices == 2 else "'auto'",
-            result=result,
-            **settings,
-        )
-        for script in [start(source)] if devices == 1 else start_ranks(source):
-            assert script.wait() == 0, script.stderr
+    one, two = (
+        TRAIN.format(buffer=buffer, devices=devices, strategy=parallel, result=result, **settings)
+        for devices, parallel, result in zip((1, 2), ("'auto'", strategy), results, strict=True)
+    )
+    for script in [start(one), *start_ranks(two)]:
+        assert script.wait() == 0, script.stderr
     return [torch.load(result) for result in results]
 
 
