@@ -1,12 +1,13 @@
-"""Fixtures that all tests may use. Two environment variables, the tests' order and a spared search apply to all."""
+"""Fixtures that all tests may use. Three environment variables, the tests' order and a spared search apply to all."""
 
 from __future__ import annotations
 
 import os
 
-# Before anything imports transformers or tokenizers.
+# Before anything imports torch, transformers or tokenizers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # two would keep the core of the tests beside these busy, with waiting
 
 import gc
 from collections import Counter
