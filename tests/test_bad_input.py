@@ -159,7 +159,7 @@ def test_a_generator_of_tasks_with_steps_per_epoch() -> None:
 def test_settings_of_strategy_and_transport() -> None:
     with pytest.raises(rft.ConfigurationError, match="sync_interval=0 must be at least 1"):
         rft.Synchronous(sync_interval=0)
-    with pytest.raises(rft.ConfigurationError, match=r"backend='mpi'.: use 'auto', 'nccl' or 'gloo'"):
+    with pytest.raises(rft.ConfigurationError, match=r"backend='mpi'.: use 'auto', 'nccl', 'ipc' or 'gloo'"):
         rft.CollectiveTransport(backend="mpi")  # type: ignore[arg-type]
 
 

@@ -35,6 +35,8 @@ SKIPPED = {
     ("transports", "NCCL"): "no GPU",
     ("transports", "NCCL beside training, from a copy"): "no GPU",
     ("transports", "NCCL beside training, blocking"): "no GPU",
+    ("transports", "CUDA IPC, on the trainer's GPU"): "no GPU",
+    ("transports", "Gloo, on the trainer's GPU"): "no GPU",
     ("placement", "shared"): "no GPU",
     ("placement", "separate"): "no GPU",
 }

@@ -6,20 +6,25 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 import lightning_rft as rft
 from lightning_rft.errors import ConfigurationError
 from lightning_rft.explorer.placement import Placement
 from lightning_rft.run import session
+from lightning_rft.sync.transports.transport import Weights
 from lightning_rft.trainer.offload import Offload
 from tests.noting import Noting, note, noted
 from tests.processes import Script, until
+from tests.sync import ipc_on_cpu
+from tests.sync.ipc_engine import OnGPU
 from tests.trainer_and_data import SUMS, fake_data, pool_of, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,6 +156,32 @@ def test_an_interrupt_while_explorers_sleep_ends_all(tiny_model_path: Path, tmp_
         trainer.fit(rft.RFTModule(tiny_model_path), data)
     assert noted(path) == ["load 0", "explore", "sleep 2", "train 0"]
     assert not pool_of(data).running
+
+
+class FromGPU(rft.CollectiveTransport):
+    """Pushes weights as if they were on a GPU."""
+
+    def push(self, weights: Weights, *arguments: Any) -> None:
+        super().push(replace(weights, device=torch.device("cuda:0")), *arguments)
+
+
+def test_weights_go_by_cuda_ipc_where_all_share(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    placed = Placement(("0",), (("0",),))
+    monkeypatch.setattr(session, "gpu_placement", lambda *_: placed)
+    data = fake_data(tasks=SUMS[:3], engine=OnGPU(memory), tasks_per_step=1, buffer=":memory:")
+    trainer = quiet_trainer(tmp_path, rft.Synchronous(transport=FromGPU(bucket_mib=1)), max_steps=2)
+    module = rft.RFTModule(tiny_model_path)
+    with monkeypatch.context() as patch:
+        ipc_on_cpu.IPC.put_in_place(patch, "trainer", memory, [0])
+        trainer.fit(module, data)
+    assert trainer.callback_metrics["rft/push_gap"] < 1e-4  # what the explorer computes with it
+    record = [(call.who, call.what) for call in ipc_on_cpu.noted(memory)]
+    assert record.count(("explorer", "open")) == record.count(("explorer", "close")) == 3  # one a push
+    assert record.count(("trainer", "free")) == record.count(("trainer", "allocate")) == 3
 
 
 def test_all_ranks_take_turns(start_ranks: Callable[[str], list[Script]]) -> None:

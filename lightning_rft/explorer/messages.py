@@ -93,6 +93,7 @@ class Started:
     world_size: int
     nccl: bool
     max_num_seqs: int
+    ipc: bool = False
 
     @property
     def room(self) -> int:

@@ -51,13 +51,24 @@ class Placement:
         own = self.tenants == 1 and not any(name.startswith(_MIG) for name in names)
         return bool(self.trainer and self.explorers) and own
 
+    @property
+    def apart(self) -> str:
+        """Why the explorers are not on the trainer's GPUs, all of them; empty if they are."""
+        explorers = set(chain(*self.explorers))
+        if not self.trainer or not explorers:
+            return f"not both sides are on GPUs ({self})"
+        if any(name.startswith(_MIG) for name in self.trainer):
+            return "what they share are parts of a GPU (MIG)"
+        return "" if explorers <= set(self.trainer) else f"some have others ({self})"
+
     def described(self, share: float | None) -> str:
         """The plan, and what follows from sharing; ``share`` is that of a GPU's memory which an engine takes."""
         if self.tenants == 1:
             return str(self)
         memory = "" if share is None else f", and each engine takes {share:.2g} of its GPU's memory"
         turns = "explorers sleep while the trainer trains, " if self.beside_trainer else ""
-        weights = "weights go by Gloo or checkpoint, since NCCL refuses two processes on a GPU"
+        way = "Gloo" if self.apart else "CUDA IPC"
+        weights = f"weights go by {way} or checkpoint, since NCCL refuses two processes on a GPU"
         return f"{self} (shared: {turns}{weights}{memory})"
 
     def __str__(self) -> str:

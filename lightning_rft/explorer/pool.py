@@ -113,7 +113,7 @@ class ExplorerPool:
         self.launcher = launcher or LocalLauncher()
         self.assigned = False  # whether the processes know what to run
         self._spec: ExplorerSpec | None = None
-        self._placed = Placement()
+        self.placed = Placement()  # as far as this machine goes
         self._members: dict[int, _Member] = {}
         self._next_index = 0
         self._restarts = Restarts(max_restarts, restart_window_s)
@@ -175,8 +175,8 @@ class ExplorerPool:
         if self.assigned:
             return
         check_travels(reward=spec.reward, workflow=spec.workflow)
-        self._placed = placement or Placement()
-        self._launch(log_dir, self._placed.devices, threads)
+        self.placed = placement or Placement()
+        self._launch(log_dir, self.placed.devices, threads)
         self._spec = spec
         self.assigned = True
         for index in self._members:
@@ -234,7 +234,7 @@ class ExplorerPool:
     @property
     def nccl(self) -> bool:
         """Whether every engine can be a member of an NCCL group with the trainer."""
-        return self._placed.nccl and all(started.nccl for started in self._places.came_up.values())
+        return self.placed.nccl and all(started.nccl for started in self._places.came_up.values())
 
     @property
     def up(self) -> dict[int, Started]:

@@ -58,6 +58,11 @@ class Receivers(Explorers):
     def nccl(self) -> bool:
         return self._pool.nccl
 
+    @property
+    @override
+    def ipc(self) -> bool:
+        return not self._pool.placed.apart and all(started.ipc for started in self._pool.up.values())
+
     @override
     def connect(self, explorer: int, link: Any) -> None:
         self._pool.send(explorer, Connect(link))

@@ -59,7 +59,7 @@ def gpu_placement(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool
             f"{placed}: {share:g} of a GPU's memory for each engine leaves too little for the trainer, which shares "
             f"it: leave gpu_memory_utilization out, or set it to at most {_MOST_SHARED / engines:.2g}"
         )
-    strategy.transport.check(nccl=placed.nccl)
+    strategy.transport.check(nccl=placed.nccl, apart=placed.apart)
     return placed
 
 
@@ -83,7 +83,7 @@ def takes_turns(trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool) 
 def _elsewhere(visible: Sequence[str], trainer: L.Trainer, strategy: SyncStrategy, pool: ExplorerPool) -> Placement:
     """The placement where explorers run on other machines: of this one's GPUs, only the trainer's are planned."""
     pool.engine.tenants, pool.engine.sleeps = 1, False
-    strategy.transport.check(nccl=False)
+    strategy.transport.check(nccl=False, apart="they are on other machines")
     return place(visible, _trainers(trainer), pool.count, each=0)
 
 

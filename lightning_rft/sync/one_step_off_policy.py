@@ -23,7 +23,7 @@ class OneStepOffPolicy(SyncStrategy):
 
     Args:
         sync_interval: Batches between two pushes, ``k`` above.
-        transport: How weights travel; left out, by collective: NCCL on GPUs, Gloo on CPUs.
+        transport: How weights travel; left out, by collective: NCCL or CUDA IPC on GPUs, Gloo on CPUs.
         in_flight: Whether to push as soon as a push is due, in the middle of the next batch's generation. The trainer
             then never waits for the longest answer, but versions no longer repeat from run to run.
 

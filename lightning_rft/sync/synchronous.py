@@ -23,7 +23,7 @@ class Synchronous(SyncStrategy):
 
     Args:
         sync_interval: Batches between two pushes, ``k`` above; 1 is strictly on-policy.
-        transport: How weights travel; left out, by collective: NCCL on GPUs, Gloo on CPUs.
+        transport: How weights travel; left out, by collective: NCCL or CUDA IPC on GPUs, Gloo on CPUs.
 
     Raises:
         ConfigurationError: ``sync_interval`` is below 1.

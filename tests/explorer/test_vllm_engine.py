@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,14 +36,23 @@ def load(engine: VLLMEngine, tensors: Mapping[str, Any], version: int) -> None:
     engine.load(manifest, version)
 
 
-def load_by_nccl(engine: VLLMEngine, tensors: Mapping[str, Any], version: int) -> None:
+def load_by(way: str, engine: VLLMEngine, tensors: Mapping[str, Any], version: int) -> None:
+    from lightning_rft.sync.transports.ipc import IPCSender
     from lightning_rft.sync.transports.nccl import NCCLSender
-    from lightning_rft.sync.transports.transport import Weights
+    from lightning_rft.sync.transports.transport import Sender, Weights
     from tests.sync.cuda_on_cpu import CUDA
+    from tests.sync.ipc_on_cpu import IPC
 
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as threads:
-        CUDA.put_in_place(patch)
-        sender, links = NCCLSender(torch.device("cuda:1"), 60.0, 1 << 14), Queue[Any]()
+    where = torch.device("cuda:1"), 60.0, 1 << 14
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as threads, TemporaryDirectory() as folder:
+        sender: Sender
+        if way == "ipc":
+            IPC.put_in_place(patch, "both", Path(folder), [0, 1])
+            sender = IPCSender(*where)
+        else:
+            CUDA.put_in_place(patch)
+            sender = NCCLSender(*where)
+        links = Queue[Any]()
         explorers: Any = SimpleNamespace(address="127.0.0.1", connect=lambda _, link: links.put(link))
         joined = threads.submit(sender.join, explorers, {0: 1})
         engine.connect(links.get(timeout=60))
@@ -105,8 +115,11 @@ def after_a_push(old: str, new: str) -> dict[str, Any]:
     before = load_file(f"{old}/model.safetensors")
     load(engine, before | {"lm_head.weight": before["model.embed_tokens.weight"]}, VERSION + 3)
     seen["back"] = engine.prompt_logprobs(LONG)
-    load_by_nccl(engine, tensors, VERSION + 4)
-    seen["by_nccl"] = engine.prompt_logprobs(LONG)
+    for number, way in enumerate(("nccl", "ipc")):
+        if number:
+            load(engine, before | {"lm_head.weight": before["model.embed_tokens.weight"]}, VERSION + 3)
+        load_by(way, engine, tensors, VERSION + 4)
+        seen[f"by_{way}"] = engine.prompt_logprobs(LONG)
     engine.sleep(DROPS)
     with pytest.raises(ScheduleError, match="step while its weights and kv_cache"):
         engine.step()
@@ -233,9 +246,10 @@ def test_an_unknown_name_is_an_error(observed: Any) -> None:
     assert "nonsense" in observed[0]["nonsense"]
 
 
-def test_weights_that_come_by_nccl_are_computed_with(observed: Any) -> None:
+@pytest.mark.parametrize("way", ["nccl", "ipc"])
+def test_weights_that_come_within_gpus_are_computed_with(observed: Any, way: str) -> None:
     assert close(observed[0]["back"], observed[0]["before"])
-    assert close(observed[0]["by_nccl"], observed[1]["long"])
+    assert close(observed[0][f"by_{way}"], observed[1]["long"])
 
 
 def test_an_engine_that_slept_computes_with_what_was_pushed_when_it_woke(observed: Any) -> None:

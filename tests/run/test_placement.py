@@ -89,7 +89,7 @@ def test_a_plan_or_the_arithmetic(gpus: int, devices: Any, machine: Machine) -> 
         everyone = [*plan.trainer, *itertools.chain(*plan.explorers)]
         assert set(everyone) <= set(map(str, range(gpus)))
         assert len(set(everyone)) == len(everyone) - shared
-        assert plan.nccl is not shared
+        assert plan.nccl is not shared and bool(plan.apart) is not shared
         assert plan.devices == [",".join(each) for each in plan.explorers]
 
 
@@ -146,9 +146,9 @@ def test_no_one_shares_without_being_told(gpus: int, used: int, explorers: int, 
     assert all(len(set(own)) == each for own in plan.explorers)
     if sharing == "shared":
         assert all(set(own) <= set(plan.trainer) for own in plan.explorers)
-        assert not plan.nccl
+        assert not plan.nccl and not plan.apart
     elif (gpus, explorers, each, sharing) != (1, 1, 1, "auto"):
-        assert plan.tenants == 1 and plan.nccl
+        assert plan.tenants == 1 and plan.nccl and plan.apart
 
 
 # One GPU for both sides
@@ -160,8 +160,8 @@ def test_one_gpu_is_shared_and_both_have_room(machine: Machine) -> None:
     plan = planned(shares)
     assert shares.engine.memory_share == 0.45
     assert plan.described(shares.engine.memory_share) == (
-        "trainer: GPU 0; explorers: 0 (shared: explorers sleep while the trainer trains, weights go by Gloo or "
-        "checkpoint, since NCCL refuses two processes on a GPU, and each engine takes 0.45 of its GPU's memory)"
+        "trainer: GPU 0; explorers: 0 (shared: explorers sleep while the trainer trains, weights go by CUDA IPC "
+        "or checkpoint, since NCCL refuses two processes on a GPU, and each engine takes 0.45 of its GPU's memory)"
     )
     with pytest.raises(ConfigurationError, match=r"placement='separate'|makes 1 GPU, but the trainer has 1 of 1"):
         planned(pool(placement="separate"))
@@ -197,6 +197,29 @@ def test_nccl_is_refused_where_a_gpu_is_shared_and_chosen_where_none_is(make: An
     with pytest.raises(
         ConfigurationError, match=r"backend='nccl'\) needs the trainer and vLLM engines on GPUs of their"
     ):
+        planned(pool(), strategy=strategy)
+
+
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+def test_ipc_is_refused_where_nothing_is_shared_and_says_why(machine: Machine) -> None:
+    strategy = rft.Synchronous(transport=rft.CollectiveTransport("ipc"))
+    for count, devices, shares in [(1, 1, pool()), (4, 4, pool(3, 2, placement="shared"))]:
+        machine(count)
+        assert planned(shares, devices, strategy=strategy).apart == ""
+    machine(2)
+    for refused, accelerator, why in [
+        (pool(), "gpu", r"some have others \(trainer: GPU 0; explorers: 1\): use backend='auto', or .*'shared'"),
+        (pool(2, placement="shared", devices=["0", "1"]), "gpu", r"some have others \(.*explorers: 0, 1\)"),
+        (pool(), "cpu", r"not both sides are on GPUs \(trainer: CPU; explorers: 0\)"),
+        (rft.ExplorerPool(rft.FakeEngine()), "gpu", r"not both sides are on GPUs \(trainer: GPU 0; explorers: CPU\)"),
+    ]:
+        with pytest.raises(ConfigurationError, match=rf"needs explorers on the trainer's own GPUs, but {why}"):
+            planned(refused, accelerator=accelerator, strategy=strategy)
+    machine(0)
+    with pytest.raises(ConfigurationError, match="not both sides are on GPUs"):
+        planned(pool(), accelerator="cpu", strategy=strategy)
+    machine(1, "MIG-aa")
+    with pytest.raises(ConfigurationError, match=r"what they share are parts of a GPU \(MIG\)"):
         planned(pool(), strategy=strategy)
 
 
@@ -299,13 +322,17 @@ def test_a_pool_that_was_launched_by_hand_must_name_its_gpus(launched: Any, mach
     planned(launched(), accelerator="cpu")
 
 
-@pytest.mark.parametrize("transport", ["auto", "nccl"])
+@pytest.mark.parametrize("transport", ["auto", "nccl", "ipc"])
 def test_explorers_on_other_machines_take_none_of_this_ones(machine: Machine, transport: Any) -> None:
     machine(2)
     elsewhere = pool(explorers=8, size=4, launcher=rft.DialIn())
     strategy = rft.Synchronous(transport=rft.CollectiveTransport(backend=transport))
     if transport == "nccl":
         with pytest.raises(ConfigurationError, match="needs the trainer and vLLM engines on GPUs"):
+            planned(elsewhere, devices=2, strategy=strategy)
+        return
+    if transport == "ipc":
+        with pytest.raises(ConfigurationError, match="on the trainer's own GPUs, but they are on other machines: use"):
             planned(elsewhere, devices=2, strategy=strategy)
         return
     plan = planned(elsewhere, devices=2, strategy=strategy)
@@ -327,7 +354,7 @@ def test_each_process_gets_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for placed in (Placement(("0",), (("1", "2"), ("3", "4"))), Placement()):
         explorers = rft.ExplorerPool(rft.VLLMEngine(), 2, log_dir=tmp_path)
         monkeypatch.setattr(explorers, "send", lambda *_: None)
-        explorers._placed = placed
+        explorers.placed = placed
         explorers._launch(None, placed.devices)
         explorers._members.clear()
         explorers.stop()

@@ -111,7 +111,7 @@ class Explorers:
     """Explorers in this process, as a transport sees them."""
 
     dtype = "bfloat16"
-    nccl = True
+    nccl, ipc = True, False
     folder = Path()
     address = "127.0.0.1"
 

@@ -26,18 +26,26 @@ WAYS: dict[str, Callable[[Path], rft.SyncStrategy]] = {
     "checkpoint in memory": lambda folder: rft.Synchronous(transport=rft.CheckpointTransport()),
     "checkpoint on a disk": lambda folder: rft.Synchronous(transport=rft.CheckpointTransport(folder, keep=1)),
 }
+SHARED: dict[str, Callable[[Path], rft.SyncStrategy]] = {
+    "CUDA IPC, on the trainer's GPU": lambda folder: rft.Synchronous(transport=rft.CollectiveTransport("ipc")),
+    "Gloo, on the trainer's GPU": WAYS["Gloo"],
+}
 
 
 def measurements(machine: Machine) -> Iterator[Measurement]:
-    """One short run each, to the same explorer."""
+    """One short run each, to the same explorer, and then to one on the trainer's GPU."""
     with data_module(machine, best_engine(machine)) as data:
         for name, make in WAYS.items():
+            yield Measurement(name, partial(pushed, machine, name, make, data))
+    engine = rft.TransformersEngine() if machine.quick else best_engine(machine)  # which has weights on a GPU
+    with data_module(machine, engine, placement="shared") as data:
+        for name, make in SHARED.items():
             yield Measurement(name, partial(pushed, machine, name, make, data))
 
 
 def pushed(machine: Machine, name: str, make: Callable[[Path], rft.SyncStrategy], data: rft.RFTDataModule) -> Figures:
     """The median push, whose first makes the connection and is no part of a step; weights per second follow from it."""
-    if name.startswith("NCCL") and (reason := refusal(machine)):
+    if reason := refusal(machine, name):
         raise Skipped(reason)
     watch = Watch()
     with scratch(machine) as folder:
@@ -50,10 +58,14 @@ def pushed(machine: Machine, name: str, make: Callable[[Path], rft.SyncStrategy]
     return {**figures, "million_weights_per_second": watch.weights / figures["sync_s"] / 1e6}
 
 
-def refusal(machine: Machine) -> str:
-    """Why NCCL cannot connect trainer and explorer here; empty if it can."""
+def refusal(machine: Machine, name: str) -> str:
+    """Why there can be no such push here; empty if there can."""
+    if name not in SHARED and not name.startswith("NCCL"):
+        return ""
     if not machine.gpus:
         return "no GPU"
+    if name in SHARED:
+        return ""
     if not machine.vllm or machine.quick:
         return "NCCL's other end is vLLM, which is " + ("left out by --quick" if machine.vllm else "not installed")
     if len(machine.gpus) < 2:

@@ -50,6 +50,8 @@ class Engine(ABC):
 
     #: Whether :meth:`connect` takes an NCCL link; decided by :meth:`start`.
     nccl: bool = False
+    #: Whether its weights are on GPUs, where :meth:`connect` takes an IPC link, too; decided by :meth:`start`.
+    ipc: bool = False
     #: Whether what it samples follows from the weights; a simulation's does not.
     computes: bool = True
     #: Weight-holding processes inside this engine.

@@ -93,6 +93,7 @@ class TransformersEngine(Engine):
 
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
+        self.ipc = self._device.type == "cuda"
         if self.dtype == "auto":
             self.dtype = "float32" if self._device.type == "cpu" else fast_dtype(self._device.type)
         attention = right_attention(self._pretrained.config())

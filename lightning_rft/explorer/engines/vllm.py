@@ -163,7 +163,7 @@ class VLLMEngine(Engine):
 
         register()
         on_cpu = current_platform.is_cpu()
-        self.nccl = not on_cpu
+        self.nccl = self.ipc = not on_cpu
         if self.dtype == "auto":
             self.dtype = fast_dtype("cpu" if on_cpu else "cuda")
         settings: dict[str, Any] = {

@@ -29,6 +29,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from lightning_rft.errors import TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.explorer.engines.links import WeightLink, WeightReceiver
+from lightning_rft.sync.transports.ipc import IPCLink
 from lightning_rft.sync.transports.meeting import link_errors
 from lightning_rft.sync.transports.nccl import NCCLLink
 
@@ -71,6 +72,9 @@ class LinkWeightTransferEngine(WeightTransferEngine[LinkInitInfo, ManifestUpdate
             self._nccl = NCCLWeightTransferEngine(self.config, self.vllm_config, self.device, self.model)
             with torch.cuda.device(self.device), link_errors():  # vLLM takes the thread's current device
                 self._nccl.init_transfer_engine(NCCLWeightTransferInitInfo(**link.init_info))
+        elif isinstance(link, IPCLink):
+            with torch.cuda.device(self.device):  # on which it opens what the trainer puts there
+                self._receiver = link.open(member)
         elif link is not None:
             self._receiver = link.open(member)
 

@@ -114,7 +114,7 @@ class Explorer:
         gc.freeze()  # what was imported and loaded stays: never to be searched again
         gc.enable()
         engine = spec.engine
-        started = Started(engine.dtype, engine.world_size, engine.nccl, engine.max_num_seqs)
+        started = Started(engine.dtype, engine.world_size, engine.nccl, engine.max_num_seqs, engine.ipc)
         self._room = asyncio.Semaphore(started.room)
         self._outbox.send(started)
         report = self._in_background(self._report())

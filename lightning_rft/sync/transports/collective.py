@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_rft.errors import ConfigurationError, LinkError, RFTError, TransportError
 from lightning_rft.sync.transports.feed import Feed
 from lightning_rft.sync.transports.gloo import GlooSender
+from lightning_rft.sync.transports.ipc import IPCSender
 from lightning_rft.sync.transports.nccl import NCCLSender
 from lightning_rft.sync.transports.transport import Explorers, Sender, Transport, Weights
 
@@ -29,18 +30,20 @@ _SETTING = "CollectiveTransport(timeout_s=...)"
 class CollectiveTransport(Transport):
     """Broadcasts the weights from the trainer to every explorer.
 
-    Gloo is ours and runs everywhere; NCCL is vLLM's own weight transfer and needs the trainer and every vLLM engine on
-    GPUs of their own; it has not run on a GPU yet. The group is made at the first push and again when the explorers
-    change; the operating system chooses its port. When a member dies or does not come in time, the push is repeated
-    with the others.
+    Gloo is ours and runs everywhere. NCCL is vLLM's own weight transfer and needs the trainer and every vLLM engine on
+    GPUs of their own. CUDA IPC is for explorers on the trainer's GPUs, whatever their engine: they read the weights
+    where the trainer puts them, a bucket at a time. Neither has run on a GPU yet. The group is made at the first push
+    and again when the explorers change; the operating system chooses its port. When a member dies or does not come in
+    time, the push is repeated with the others.
 
     Args:
-        backend: ``"gloo"``, ``"nccl"``, or ``"auto"`` for NCCL where both sides can use it, else Gloo.
+        backend: ``"gloo"``, ``"nccl"``, ``"ipc"``, or ``"auto"``: IPC where all explorers share the trainer's GPUs,
+            NCCL where both sides can use it, else Gloo.
         timeout_s: Seconds that one push may take, the making of the group included.
-        bucket_mib: MiB per broadcast, more where a tensor is larger.
+        bucket_mib: MiB per broadcast, more where a tensor is larger; by IPC, MiB that a push takes of each GPU.
         background: How :class:`FullyAsynchronous` and :class:`MultiExplorerAsynchronous` push. ``"snapshot"``: training
-            waits for a copy of the weights in the engines' dtype, on its GPU with NCCL and in the CPU's memory with
-            Gloo; a thread sends it to one explorer after another. ``"blocking"``: training waits until explorers have
+            waits for a copy of the weights in the engines' dtype, in the CPU's memory with Gloo and else on its GPU; a
+            thread sends it to one explorer after another. ``"blocking"``: training waits until explorers have
             the weights, and nothing is copied; it goes with ``in_flight=True``, since an explorer that finishes its
             groups first has to wait for training to end a step.
 
@@ -50,13 +53,13 @@ class CollectiveTransport(Transport):
 
     def __init__(
         self,
-        backend: Literal["auto", "nccl", "gloo"] = "auto",
+        backend: Literal["auto", "nccl", "ipc", "gloo"] = "auto",
         timeout_s: float = 120.0,
         bucket_mib: int = 64,
         background: Literal["snapshot", "blocking"] = "snapshot",
     ) -> None:
-        if backend not in ("auto", "nccl", "gloo"):
-            raise ConfigurationError(f"CollectiveTransport(backend={backend!r}): use 'auto', 'nccl' or 'gloo'")
+        if backend not in ("auto", "nccl", "ipc", "gloo"):
+            raise ConfigurationError(f"CollectiveTransport(backend={backend!r}): use 'auto', 'nccl', 'ipc' or 'gloo'")
         if bucket_mib < 1:
             raise ConfigurationError(f"CollectiveTransport(bucket_mib={bucket_mib}) must be at least 1")
         if background not in ("snapshot", "blocking"):
@@ -69,16 +72,21 @@ class CollectiveTransport(Transport):
         self._senders: dict[tuple[tuple[int, int], ...], Sender] = {}  # by members, as in Explorers.members()
 
     @override
-    def check(self, *, nccl: bool) -> None:
+    def check(self, *, nccl: bool, apart: str) -> None:
         if self.backend == "nccl" and not nccl:
             raise ConfigurationError(
                 "CollectiveTransport(backend='nccl') needs the trainer and vLLM engines on GPUs of their own: use "
                 "backend='auto'"
             )
+        if self.backend == "ipc" and apart:
+            raise ConfigurationError(
+                f"CollectiveTransport(backend='ipc') needs explorers on the trainer's own GPUs, but {apart}: use "
+                "backend='auto', or ExplorerPool(placement='shared') on a machine with GPUs"
+            )
 
     @override
     def snapshot(self, weights: Weights, explorers: Explorers) -> Weights:
-        return weights.snapshot(on_cpu=not self._by_nccl(weights.device, explorers))
+        return weights.snapshot(on_cpu=self._way(weights.device, explorers) == "gloo")
 
     @override
     def push(self, weights: Weights, version: int, explorers: Explorers, to: Sequence[int] | None = None) -> None:
@@ -134,14 +142,21 @@ class CollectiveTransport(Transport):
         return self._senders[key]
 
     def _make_sender(self, device: torch.device, explorers: Explorers) -> Sender:
-        if self._by_nccl(device, explorers):
-            return NCCLSender(device, self.timeout_s, self.bucket_mib << 20)
-        return GlooSender(self.timeout_s, self.bucket_mib << 20)
+        way, bucket_bytes = self._way(device, explorers), self.bucket_mib << 20
+        if way == "nccl":
+            return NCCLSender(device, self.timeout_s, bucket_bytes)
+        if way == "ipc":
+            return IPCSender(device, self.timeout_s, bucket_bytes)
+        return GlooSender(self.timeout_s, bucket_bytes)
 
-    def _by_nccl(self, device: torch.device, explorers: Explorers) -> bool:
-        nccl = device.type == "cuda" and explorers.nccl
-        self.check(nccl=nccl)
-        return nccl and self.backend != "gloo"
+    def _way(self, device: torch.device, explorers: Explorers) -> str:
+        """The backend that carries weights from a device."""
+        on_gpu = device.type == "cuda"
+        nccl, ipc = on_gpu and explorers.nccl, on_gpu and explorers.ipc
+        self.check(nccl=nccl, apart="" if ipc else "an engine is not")
+        if self.backend != "auto":
+            return self.backend
+        return "nccl" if nccl else "ipc" if ipc else "gloo"
 
 
 class _LateError(LinkError):

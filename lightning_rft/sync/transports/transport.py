@@ -38,6 +38,10 @@ class Explorers(Protocol):
     def nccl(self) -> bool:
         """Whether every engine can receive by NCCL."""
 
+    @property
+    def ipc(self) -> bool:
+        """Whether every engine is on GPUs of the trainer's, and can read what that puts there."""
+
     def connect(self, explorer: int, link: Any) -> None:
         """Asks an explorer to join through ``link``; returns at once."""
 
@@ -114,8 +118,11 @@ class Transport(ABC):
     #: Seconds that one push may take; an explorer that has not loaded by then is ended.
     timeout_s: float = 120.0
 
-    def check(self, *, nccl: bool) -> None:
-        """Raises :class:`ConfigurationError` if it needs NCCL and there can be none (``nccl``)."""
+    def check(self, *, nccl: bool, apart: str) -> None:
+        """Raises :class:`ConfigurationError` if it needs NCCL and there can be none (``nccl``), or shared GPUs.
+
+        ``apart`` is why explorers are not on the trainer's GPUs; empty if they are.
+        """
 
     def snapshot(self, weights: Weights, explorers: Explorers) -> Weights:
         """A copy of the weights for a push in the background."""
