@@ -26,12 +26,14 @@ class About:
     #: What both sides must have in common, since functions travel between them as compiled code.
     python: str
     version: str
+    #: The place that it was started for; None: it takes any.
+    slot: int | None = None
 
     @classmethod
-    def this(cls) -> Self:
+    def this(cls, slot: int | None = None) -> Self:
         """This process."""
         python = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
-        return cls(socket.gethostname()[:64], os.getpid(), python, lightning_rft.__version__)
+        return cls(socket.gethostname()[:64], os.getpid(), python, lightning_rft.__version__, slot)
 
     @classmethod
     def claimed(cls, claim: bytes) -> Self:

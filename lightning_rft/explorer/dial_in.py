@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import threading
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from typing_extensions import override
 
-from lightning_rft.channel import Channel
 from lightning_rft.errors import ConfigurationError
+from lightning_rft.explorer.entrance import EVERYWHERE, Entrance, host_and_port, with_port
 from lightning_rft.explorer.launcher import Handle, Launcher, Place
-from lightning_rft.explorer.reception import Guest, Reception
-from lightning_rft.explorer.secret import VARIABLE, read_secret, write_secret
+from lightning_rft.explorer.secret import VARIABLE, new_secret, read_secret, write_secret
 from lightning_rft.network import address_towards
 
-__all__ = ["Admission", "DialIn", "DialledProcess", "host_and_port"]
+__all__ = ["DialIn"]
 
-_BACKLOG = 128
-_ANY = ("0.0.0.0", "::", "")
 _SECRET = "join-secret"
-
-
-@dataclass(frozen=True)
-class Admission:
-    """To a process that has dialled in: the place that it takes, or why it cannot be taken."""
-
-    place: Place | None
-    refusal: str = ""
-    silence_s: float = 0.0
 
 
 class DialIn(Launcher):
@@ -67,12 +51,11 @@ class DialIn(Launcher):
         if silence_s < 1:
             raise ConfigurationError(f"DialIn(silence_s={silence_s}) must be at least 1")
         self.bind = bind
-        self.address = address or ("" if self._host in _ANY else self._host)
+        self.address = address or ("" if self._host in EVERYWHERE else self._host)
         self.silence_s = silence_s
         self._secret: bytes | None = None  # kept, for explorers that dial in again for another call of the trainer
         self._secret_file: Path | None = None
-        self._reception: Reception | None = None
-        self._refusal = ""  # of the explorer that was refused last
+        self._entrance: Entrance | None = None
 
     @property
     def port(self) -> int:
@@ -82,34 +65,23 @@ class DialIn(Launcher):
     @override
     def open(self, folder: Path, count: int) -> None:
         self.address = self.address or _own_address()
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        both = self._host == "::" and socket.has_dualstack_ipv6()
-        try:
-            server = socket.create_server(
-                (self._host, self._port), family=family, backlog=_BACKLOG, dualstack_ipv6=both
-            )
-        except OSError as error:
-            raise ConfigurationError(
-                f"DialIn(bind={self.bind!r}) cannot be listened at ({error}): name an address of this "
-                "machine, and a port that is free, or port 0"
-            ) from error
+        given = bool(os.environ.get(VARIABLE))
+        self._secret = read_secret() if given else self._secret or new_secret()
+        setting = f"DialIn(bind={self.bind!r})"
         with contextlib.ExitStack() as ends:
-            ends.enter_context(server)
-            if os.environ.get(VARIABLE):
-                self._secret = read_secret()
-            else:
+            entrance = Entrance(self._host, self._port, self._secret, self.silence_s, setting)
+            ends.callback(entrance.close)
+            if not given:
                 self._secret_file = folder.absolute() / _SECRET
-                self._secret = write_secret(self._secret_file, self._secret)
-            self._port = server.getsockname()[1]
-            self._refusal = ""
-            self._reception = Reception(server, self._secret, self.silence_s)
+                write_secret(self._secret_file, self._secret)
+            self._entrance, self._port = entrance, entrance.port
             ends.pop_all()
         print(f"Explorers join by `{self.command}`", flush=True)  # noqa: T201
 
     @property
     def where(self) -> str:
         """Host and port that explorers dial."""
-        return f"[{self.address}]:{self._port}" if ":" in self.address else f"{self.address}:{self._port}"
+        return with_port(self.address, self._port)
 
     @property
     def command(self) -> str:
@@ -119,78 +91,23 @@ class DialIn(Launcher):
 
     @override
     def launch(self, place: Place) -> Handle | None:
-        assert self._reception is not None, "launch before open"
-        while (guest := self._reception.take()) is not None:
-            process = DialledProcess(guest, self.silence_s)
-            refusal = guest.about.refusal()
-            admission = Admission(None, refusal) if refusal else Admission(place, silence_s=self.silence_s)
-            try:
-                process.channel.send(admission)
-            except OSError:  # it has gone
-                refusal = refusal or f"{process.name} was gone before it could begin"
-            if not refusal:
-                return process
-            self._refusal = refusal
-            process.kill()
-            process.channel.close()
-        return None
+        assert self._entrance is not None, "launch before open"
+        return self._entrance.admit(place)
 
     @property
     @override
     def missing(self) -> str:
-        refused = f" ({self._refusal})" if self._refusal else ""
+        refused = f" ({self._entrance.refusal})" if self._entrance is not None and self._entrance.refusal else ""
         return f"for each explorer run `{self.command}`{refused}, or raise the setting"
 
     @override
     def close(self) -> None:
-        reception, self._reception = self._reception, None
-        if reception is not None:
-            reception.close()
+        entrance, self._entrance = self._entrance, None
+        if entrance is not None:
+            entrance.close()
         file, self._secret_file = self._secret_file, None
         if file is not None:
             file.unlink(missing_ok=True)
-
-
-class DialledProcess(Handle):
-    """An explorer's process at the other end of a connection, whose end is its end."""
-
-    def __init__(self, guest: Guest, silence_s: float) -> None:
-        self.name = f"the explorer on {guest.about.host} (joined by process {guest.about.pid})"
-        self.log = f"the output of `lightning-rft join` (process {guest.about.pid}) on {guest.about.host}"
-        self._line: socket.socket | None = guest.line
-        self._lock = threading.Lock()
-        guest.line.setblocking(True)
-        self.channel = Channel(os.dup(guest.line.fileno()), silence_s=silence_s)
-
-    @override
-    def kill(self) -> None:
-        # the end of its connection is the end of its process group
-        with self._lock, contextlib.suppress(OSError):
-            line, self._line = self._line, None
-            if line is not None:
-                with line:
-                    line.shutdown(socket.SHUT_RDWR)
-
-    @override
-    def status(self, timeout_s: float) -> str | None:
-        deadline = time.monotonic() + timeout_s
-        try:
-            while time.monotonic() < deadline:
-                self.channel.receive_packed(max(0.0, deadline - time.monotonic()))
-            self.channel.receive_packed(0)
-        except TimeoutError:
-            pass
-        except (EOFError, OSError):
-            return "is gone: its connection has ended"
-        return None
-
-
-def host_and_port(address: str, setting: str) -> tuple[str, int]:
-    """Splits ``host:port``, or ``[host]:port`` with an address of IPv6; raises :class:`ConfigurationError`."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
-        raise ConfigurationError(f"{setting.format(address)} is no HOST:PORT, such as 10.0.0.1:29600")
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _own_address() -> str:

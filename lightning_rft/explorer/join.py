@@ -10,17 +10,18 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_rft.authentication import prove
 from lightning_rft.channel import Channel, Failure, start, unpack
 from lightning_rft.errors import ConfigurationError, DeadlineError, RFTError
 from lightning_rft.explorer.about import About
-from lightning_rft.explorer.dial_in import Admission, host_and_port
+from lightning_rft.explorer.entrance import Admission, host_and_port
 from lightning_rft.explorer.messages import Failed
 from lightning_rft.explorer.secret import VARIABLE, read_secret
 from lightning_rft.network import keep_alive
 
-__all__ = ["join", "main"]
+__all__ = ["join", "main", "take_place"]
 
 _RETRY_S = 1.0
 _GREETING_S = 10.0
@@ -69,29 +70,44 @@ def join(address: str, secret: bytes, wait_s: float, again_s: float) -> None:
         ConfigurationError: What listens there is no trainer, has another secret, or cannot use this process.
         DeadlineError: Nobody answered for ``wait_s``, or ended the connection before there was a place.
     """
-    host, port = host_and_port(address, "{!r}")
-    os.environ.pop(VARIABLE, None)  # no business of the explorer's, which runs anybody's rewards
     joined, patience_s = False, wait_s
-    while (line := _dial(host, port, secret, time.monotonic() + patience_s)) is not None:
+    while (line := _dial(address, secret, patience_s)) is not None:
         with line:
-            keep_alive(line, _SILENCE_S)
-            joined |= _explore(line)
+            joined |= _explore(line) is not None
         patience_s = again_s
-        time.sleep(_RETRY_S)
         if again_s <= 0:
             break
+        time.sleep(_RETRY_S)
     if not joined:
         raise DeadlineError(f"no trainer had a place at {address} within {wait_s:g} seconds: start it, or raise --wait")
 
 
-def _dial(host: str, port: int, secret: bytes, deadline: float) -> socket.socket | None:
+def take_place(slot: int, address: str, secret: bytes, wait_s: float, log: Path | None) -> int | None:
+    """Runs the explorer of a place, once; its exit status, or ``None`` if the run was over before it began.
+
+    Raises:
+        ConfigurationError: As :func:`join`.
+        DeadlineError: Nobody answered for ``wait_s``.
+    """
+    line = _dial(address, secret, wait_s, slot)
+    if line is None:
+        raise DeadlineError(f"{socket.gethostname()} did not reach the trainer at {address} within {wait_s:g} seconds")
+    with line:
+        return _explore(line, log)
+
+
+def _dial(address: str, secret: bytes, wait_s: float, slot: int | None = None) -> socket.socket | None:
     """A connection over which both sides have proved that they know the secret; ``None`` after the deadline."""
+    host, port = host_and_port(address, "{!r}")
+    os.environ.pop(VARIABLE, None)  # no business of the explorer's, which runs anybody's rewards
+    deadline = time.monotonic() + wait_s
     while True:
         # it may not listen yet, its name may not be known yet, and it may go away at any time
         with contextlib.suppress(OSError), contextlib.ExitStack() as ends:
             line = ends.enter_context(socket.create_connection((host, port), _GREETING_S))
-            prove(line, secret, About.this().claim(), _GREETING_S)
+            prove(line, secret, About.this(slot).claim(), _GREETING_S)
             line.settimeout(None)
+            keep_alive(line, _SILENCE_S)
             ends.pop_all()
             return line
         if time.monotonic() > deadline:
@@ -99,13 +115,13 @@ def _dial(host: str, port: int, secret: bytes, deadline: float) -> socket.socket
         time.sleep(_RETRY_S)
 
 
-def _explore(line: socket.socket) -> bool:
-    """Waits for a place and runs an explorer there until it ends; whether there was one."""
+def _explore(line: socket.socket, log: Path | None = None) -> int | None:
+    """Waits for a place and runs an explorer there until it ends; its exit status, or ``None`` if there was none."""
     with contextlib.closing(Channel(os.dup(line.fileno()), patient=True)) as channel:
         try:
             packed = channel.receive_packed()
         except (EOFError, OSError):  # the run is over
-            return False
+            return None
         try:
             admission: Admission = unpack(packed)
             place = admission.place
@@ -117,13 +133,14 @@ def _explore(line: socket.socket) -> bool:
         raise ConfigurationError(admission.refusal)
     keep_alive(line, admission.silence_s)
     print(f"exploring at place {place.slot}", flush=True)  # noqa: T201
-    process = start("lightning_rft.explorer.worker.main", line.fileno(), environment=environment, own_session=True)
+    process = start(
+        "lightning_rft.explorer.worker.main", line.fileno(), environment=environment, log=log, own_session=True
+    )
     line.close()  # so that its end is the explorer's
     try:
-        process.wait()
+        return process.wait()
     finally:
         _end(process)
-    return True
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -51,13 +51,13 @@ class Reception:
         self._thread = threading.Thread(target=self._run, name="reception", daemon=True)
         self._thread.start()
 
-    def take(self) -> Guest | None:
-        """The guest that has waited longest, if there is one; its connection is the caller's from here on."""
+    def take(self, slot: int) -> Guest | None:
+        """The guest that has waited longest for a place, if there is one; its connection is the caller's from here on."""
         if self._error is not None:
             raise self._error
         with self._lock:
-            while self._guests:
-                guest = self._guests.popleft()
+            for guest in [each for each in self._guests if each.about.slot in (None, slot)]:
+                self._guests.remove(guest)
                 if guest.waits:
                     return guest
                 guest.line.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_rft.errors import ConfigurationError
 
-__all__ = ["VARIABLE", "read_secret", "write_secret"]
+__all__ = ["VARIABLE", "new_secret", "read_secret", "write_secret"]
 
 #: Environment variable that holds it, as Kubernetes hands out secrets; it goes before a file.
 VARIABLE = "LIGHTNING_RFT_SECRET"
@@ -41,13 +41,16 @@ def read_secret(file: str | Path | None = None) -> bytes:
         raise ConfigurationError(f"the run's secret cannot be read from {file}: {error}") from error
 
 
-def write_secret(file: Path, secret: bytes | None = None) -> bytes:
-    """Puts a secret, or a new one, into a file that only its user can read; returns it."""
+def new_secret() -> bytes:
+    """A secret that nobody can guess."""
+    return secrets.token_hex(32).encode()
+
+
+def write_secret(file: Path, secret: bytes) -> None:
+    """Puts a secret into a file that only its user can read."""
     file.unlink(missing_ok=True)  # of an earlier run
-    secret = secret or secrets.token_hex(32).encode()
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
         opened.write(secret + b"\n")
-    return secret
 
 
 def _checked(secret: str, where: str) -> bytes:

@@ -252,10 +252,12 @@ def test_one_of_another_version_is_told_what_to_install(
             errors.append(error)
 
     with monkeypatch.context() as patch:
-        patch.setattr(About, "this", classmethod(lambda cls: cls("node7", 1, "cpython 2.7", "0.0.1")))
+        patch.setattr(About, "this", classmethod(lambda cls, slot: cls("node7", 1, "cpython 2.7", "0.0.1")))
         thread = threading.Thread(target=run)
         thread.start()
-        until(lambda: listening._reception is not None and listening._reception._guests, "its coming", timeout_s=10)
+        assert listening._entrance is not None
+        reception = listening._entrance._reception
+        until(lambda: reception._guests, "its coming", timeout_s=10)
     assert listening.launch(place(tmp_path)) is None
     thread.join(10)
     reason = f"the trainer has {ours.python} and lightning_rft {ours.version}, but node7 has cpython 2.7"

@@ -55,7 +55,7 @@ def come(port: int, secret: bytes = SECRET) -> socket.socket:
 
 
 def taken(listening: Reception) -> Guest:
-    return until(listening.take, "a guest", timeout_s=5)
+    return until(lambda: listening.take(0), "a guest", timeout_s=5)
 
 
 def rest(line: socket.socket) -> bytes:
@@ -78,7 +78,7 @@ def greeting(opening: bytes, secret: bytes = SECRET) -> bytes:
 
 def test_who_knows_the_secret_is_let_in(listening: tuple[Reception, int]) -> None:
     room, port = listening
-    assert room.take() is None
+    assert room.take(0) is None
     with come(port) as line:
         guest = taken(room)
         assert guest.about == About.this() and guest.about.refusal() == ""
@@ -86,7 +86,7 @@ def test_who_knows_the_secret_is_let_in(listening: tuple[Reception, int]) -> Non
         with guest.line:
             line.sendall(b"hello")
             assert guest.line.recv(5) == b"hello"
-    assert room.take() is None
+    assert room.take(0) is None
 
 
 def test_a_guest_that_leaves_takes_no_place(listening: tuple[Reception, int]) -> None:
@@ -228,7 +228,7 @@ def test_nothing_of_a_strangers_is_unpickled(
                 assert rest(stranger) in (REFUSED, b"")
         with come(port):  # while others are still in the middle of what they say
             taken(room).line.close()
-        assert room.take() is None
+        assert room.take(0) is None
         for stranger in lines:
             stranger.close()
         line.sendall(b"still there")
