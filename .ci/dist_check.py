@@ -79,7 +79,7 @@ def try_wheel(wheel: Path, empty: "Environment") -> None:
     (empty.work / "with_vllm.py").write_text(program)
     (empty.work / "without_vllm.py").write_text(replaced(program, "rft.VLLMEngine()", "rft.TransformersEngine()"))
     empty.run("python", "without_vllm.py")
-    for extra in ("timeline", "demo", "bench", "dev"):
+    for extra in ("timeline", "demo", "bench", "ray", "dev"):
         empty.install(f"{wheel}[{extra}]", "--dry-run")
     empty.install(f"{wheel}[{engine()}]")
     if empty.run("python", "-c", "import torchvision", check=False, stderr=subprocess.DEVNULL).returncode:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from lightning_rft.explorer.engines.transformers import TransformersEngine as TransformersEngine
     from lightning_rft.explorer.engines.vllm import VLLMEngine as VLLMEngine
     from lightning_rft.explorer.launcher import Launcher as Launcher
+    from lightning_rft.explorer.on_ray.launcher import RayLauncher as RayLauncher
     from lightning_rft.explorer.pool import ExplorerPool as ExplorerPool
     from lightning_rft.explorer.workflows.endpoint import Endpoint as Endpoint
     from lightning_rft.explorer.workflows.environments import Environment as Environment
@@ -139,6 +140,7 @@ _MODULES = {
     "lightning_rft.explorer.engines.engine": ["Engine"],
     "lightning_rft.explorer.engines.fake": ["FakeEngine"],
     "lightning_rft.explorer.launcher": ["Launcher"],
+    "lightning_rft.explorer.on_ray.launcher": ["RayLauncher"],
     "lightning_rft.explorer.pool": ["ExplorerPool"],
     "lightning_rft.explorer.engines.transformers": ["TransformersEngine"],
     "lightning_rft.explorer.engines.vllm": ["VLLMEngine"],

@@ -70,7 +70,7 @@ class ExplorerPool:
             explorers and trainer work at the same time on CPUs.
         max_restarts: How many deaths of each explorer within ``restart_window_s`` are survived; one more ends the run.
         restart_window_s: Seconds after which a death is forgotten.
-        launcher: What starts explorers; left out, processes on this machine; :class:`DialIn` has them on others.
+        launcher: What starts explorers; left out, processes on this machine. See :class:`DialIn`, :class:`RayLauncher`.
 
     Raises:
         ConfigurationError: ``count`` is below 1, ``devices`` are not as many, ``placement`` is none of the three, or

@@ -52,7 +52,7 @@ class Reception:
         self._thread.start()
 
     def take(self, slot: int) -> Guest | None:
-        """The guest that has waited longest for a place, if there is one; its connection is the caller's from here on."""
+        """The guest that has waited longest for a place, if any; its connection is the caller's from here on."""
         if self._error is not None:
             raise self._error
         with self._lock:

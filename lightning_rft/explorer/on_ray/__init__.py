@@ -1,0 +1,1 @@
+"""Explorers on the nodes of a Ray cluster."""
