@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 class RayCluster:
-    """Two nodes, with one CPU each; ``mark`` is in the environment of all of its processes."""
+    """Two nodes of a CPU each, and of a GPU that there is not; ``mark`` is in the environment of all processes."""
 
     def __init__(self, process: subprocess.Popen[str], mark: str) -> None:
         self._process = process
@@ -90,7 +90,7 @@ def main() -> None:
     """Answers until the input ends."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_log_monitor": False}
+    node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 * 2**20, "include_log_monitor": False}
     cluster = Cluster(
         initialize_head=True, head_node_args={**node, "include_dashboard": False, "temp_dir": sys.argv[1]}
     )

@@ -91,7 +91,10 @@ def take_place(slot: int, address: str, secret: bytes, wait_s: float, log: Path 
     """
     line = _dial(address, secret, wait_s, slot)
     if line is None:
-        raise DeadlineError(f"{socket.gethostname()} did not reach the trainer at {address} within {wait_s:g} seconds")
+        raise DeadlineError(
+            f"{socket.gethostname()} did not reach the trainer at {address} within {wait_s:g} seconds: set "
+            "RayLauncher(bind=...) to an address and port of the trainer's machine that all nodes reach"
+        )
     with line:
         return _explore(line, log)
 

@@ -47,7 +47,7 @@ class Reservation:
         self._started = 0
         self._lock = threading.Lock()
         self._process, self._channel = spawn("lightning_rft.explorer.on_ray.driver", log=log, own_session=True)
-        self._channel.send(order)
+        self._say(order)
 
     def hear(self, timeout_s: float = 0.0, of: Task | None = None) -> None:
         """Takes in what the driver has said; waits so long for the end ``of`` a task.
@@ -92,7 +92,7 @@ class Reservation:
             self._process.wait(_END_S)
         self._channel.close()
 
-    def _say(self, message: Start | Cancel | None) -> None:
+    def _say(self, message: Reserve | Start | Cancel | None) -> None:
         with contextlib.suppress(OSError):  # it has ended, as will be heard
             self._channel.send(message)
 
