@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from lightning_rft.errors import ConfigurationError, DeadlineError, ExplorerErro
 from lightning_rft.explorer.about import About
 from lightning_rft.explorer.messages import Died, Started
 from lightning_rft.explorer.on_ray import launcher as launching
+from lightning_rft.explorer.on_ray import reservation as reserving
 from lightning_rft.explorer.on_ray.launcher import RayLauncher
 from lightning_rft.explorer.on_ray.shortage import shortage
 from lightning_rft.explorer.pool import ExplorerPool
@@ -243,13 +245,27 @@ def test_one_that_is_refused_says_why(
 
 
 def test_no_cluster(make_pool: Callable[..., ExplorerPool]) -> None:
-    pool = make_pool(RayLauncher("127.0.0.1:9", timeout_s=20))
-    began = time.monotonic()
-    with pytest.raises(
-        ConfigurationError, match=r"RayLauncher\(cluster='127.0.0.1:9'\) cannot connect to a Ray cluster"
-    ):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nobody = f"127.0.0.1:{server.getsockname()[1]}"
+    pool = make_pool(RayLauncher(nobody))
+    with pytest.raises(ConfigurationError, match=rf"cluster='{nobody}'\) cannot connect to a Ray cluster \(.*refused"):
         heard(pool, Started)
-    assert time.monotonic() - began < 20 + 20
+
+
+def test_a_cluster_that_does_not_answer(
+    make_pool: Callable[..., ExplorerPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reserving, "_MORE_S", 2.0)
+    monkeypatch.setattr(reserving, "_END_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = f"127.0.0.1:{server.getsockname()[1]}"
+        pool = make_pool(RayLauncher(silent, timeout_s=1))
+        began = time.monotonic()
+        with pytest.raises(
+            DeadlineError, match=rf"no Ray cluster has answered at cluster='{silent}' within RayLauncher"
+        ):
+            heard(pool, Started)
+        assert time.monotonic() - began < 1 + 2 + 5
 
 
 # Without Ray

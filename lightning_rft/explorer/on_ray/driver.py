@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from lightning_rft.explorer.on_ray.task import explore
 __all__ = ["main"]
 
 _POLL_S = 1  # Ray takes whole seconds
+_KNOCK_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class _Driver:
         if not isinstance(order, Reserve):  # told to end already
             return
         try:
+            _knock(order.cluster)
             ray.init(
                 order.cluster,
                 runtime_env=order.runtime_env and dict(order.runtime_env),
@@ -109,6 +112,13 @@ class _Driver:
         )
         started = self._tasks[message.task] = task.remote(message.slot, message.address, message.secret)
         started.future().add_done_callback(lambda future: self._inbox.put(_Done(message.task, future)))
+
+
+def _knock(cluster: str) -> None:
+    """Raises ``OSError`` if nothing listens at an address, where Ray itself would try for minutes."""
+    host, _, port = cluster.rpartition(":")
+    if "/" not in host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
 
 
 def _too_little(order: Reserve, bundle: dict[str, float]) -> str:

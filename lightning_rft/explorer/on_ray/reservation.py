@@ -18,7 +18,7 @@ from lightning_rft.explorer.on_ray.messages import Broken, Cancel, Ended, Reserv
 
 __all__ = ["Reservation", "Task"]
 
-_MORE_S = 15.0  # that the driver has to say by itself what it waited for in vain
+_MORE_S = 10.0  # that the driver has to say by itself what it waited for in vain
 _END_S = 5.0
 
 
@@ -40,6 +40,7 @@ class Reservation:
     def __init__(self, order: Reserve, log: Path) -> None:
         #: Where the cluster's nodes reach this one; ``None`` until all is reserved.
         self.address: str | None = None
+        self._cluster = order.cluster
         self._timeout_s = order.timeout_s
         self._deadline = time.monotonic() + order.timeout_s + _MORE_S
         self._log = log
@@ -64,8 +65,8 @@ class Reservation:
                 self._take_in(left)
         if self.address is None and time.monotonic() > self._deadline:
             raise DeadlineError(
-                f"Ray did not answer within RayLauncher(timeout_s={self._timeout_s:g}): see {self._log}, or raise the "
-                "setting"
+                f"no Ray cluster has answered at cluster={self._cluster!r} within RayLauncher(timeout_s="
+                f"{self._timeout_s:g}): see {self._log} and `ray status`, or raise the setting"
             )
 
     def start(self, slot: int, address: str, secret: bytes) -> Task:
