@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MARK = "LIGHTNING_RFT_TEST"  # as in processes.py, which this program has no use for
 
+_START_S = 240.0  # for a node
+
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # seconds until a node that is gone counts as dead, where it would be a quarter of a minute
+    # eight seconds until a node that is gone counts as dead, where it would be a quarter of a minute
     "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_failure_threshold": "6",
+    "RAY_health_check_period_ms": "800",
+    "RAY_health_check_failure_threshold": "10",
 }
 
 
@@ -86,10 +89,28 @@ def ray_cluster() -> Iterator[RayCluster]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def patient(get_node: Callable[..., Any]) -> Callable[..., Any]:
+    """Waits longer for a node to start than the half a minute that Ray does: other tests may want the cores, too."""
+
+    def get(*arguments: Any) -> Any:
+        deadline = time.monotonic() + _START_S
+        while True:
+            try:
+                return get_node(*arguments)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    return get
+
+
 def main() -> None:
     """Answers until the input ends."""
+    from ray._private import services
     from ray.cluster_utils import Cluster
 
+    services.get_node = patient(services.get_node)
     node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 * 2**20, "include_log_monitor": False}
     cluster = Cluster(
         initialize_head=True, head_node_args={**node, "include_dashboard": False, "temp_dir": sys.argv[1]}

@@ -261,11 +261,9 @@ def test_a_cluster_that_does_not_answer(
         silent = f"127.0.0.1:{server.getsockname()[1]}"
         pool = make_pool(RayLauncher(silent, timeout_s=1))
         began = time.monotonic()
-        with pytest.raises(
-            DeadlineError, match=rf"no Ray cluster has answered at cluster='{silent}' within RayLauncher"
-        ):
+        with pytest.raises(DeadlineError, match=f"no Ray cluster has answered at cluster='{silent}' within"):
             heard(pool, Started)
-        assert time.monotonic() - began < 1 + 2 + 5
+        assert time.monotonic() - began < 60, "Ray itself gives up after five minutes"
 
 
 # Without Ray
