@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MARK = "LIGHTNING_RFT_TEST"  # as in processes.py, which this program has no use for
 
-_START_S = 240.0  # for a node
+_START_S = 120.0  # for a node
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
