@@ -45,7 +45,9 @@ class RayCluster:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        assert answer, f"the cluster has ended before it could answer {what!r}"
+        return json.loads(answer)
 
     def remove_node(self) -> None:
         """Kills all processes of the second node, as if its machine had lost its power."""
@@ -86,6 +88,7 @@ def ray_cluster() -> Iterator[RayCluster]:
                         os.kill(int(entry.parent.name), signal.SIGKILL)
                 except OSError:  # it has just ended, or is another user's
                     continue
+            process.wait(10)
             shutil.rmtree(folder, ignore_errors=True)
 
 

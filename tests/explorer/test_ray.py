@@ -40,8 +40,7 @@ IDLE = {"CPU": 0.0, "groups": []}
 def cluster() -> Iterator[RayCluster]:
     with ray_cluster() as cluster:
         yield cluster
-        mark = cluster.mark
-    assert not alive(mark)
+    until(lambda: not alive(cluster.mark), f"the end of {alive(cluster.mark)}", timeout_s=10)
 
 
 @pytest.fixture(autouse=True)
