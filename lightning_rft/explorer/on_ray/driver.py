@@ -135,9 +135,8 @@ def _ended(done: _Done) -> Ended:
     error = done.future.exception()
     if error is None:
         return Ended(done.task, *done.future.result())
-    first, *_ = str(error).splitlines() or [""]
     hopeless = isinstance(error, RayTaskError | RuntimeEnvSetupError)
-    return Ended(done.task, f"is gone ({type(error).__name__}: {first})", str(error), hopeless)
+    return Ended(done.task, f"is gone ({type(error).__name__})", str(error), hopeless)
 
 
 def _listen(channel: Channel, inbox: SimpleQueue[Any]) -> None:

@@ -59,10 +59,9 @@ class Reservation:
             ExplorerError: The driver has ended.
         """
         deadline = time.monotonic() + timeout_s
-        with self._lock, contextlib.suppress(TimeoutError):
-            while True:
-                left = 0.0 if of is None or of.ended else max(0.0, deadline - time.monotonic())
-                self._take_in(left)
+        with self._lock:
+            while self._take_in(0.0 if of is None or of.ended else max(0.0, deadline - time.monotonic())):
+                pass
         if self.address is None and time.monotonic() > self._deadline:
             raise DeadlineError(
                 f"no Ray cluster has answered at cluster={self._cluster!r} within RayLauncher(timeout_s="
@@ -97,11 +96,12 @@ class Reservation:
         with contextlib.suppress(OSError):  # it has ended, as will be heard
             self._channel.send(message)
 
-    def _take_in(self, timeout_s: float) -> None:
+    def _take_in(self, timeout_s: float) -> bool:
+        """Takes in one message; whether there was one."""
         try:
             message = self._channel.receive(timeout_s)
         except TimeoutError:
-            raise
+            return False
         except (EOFError, OSError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_S)
@@ -116,3 +116,4 @@ class Reservation:
         if isinstance(message, Ended):
             task = self._tasks.pop(message.task)
             task.ended, task.ended_at = message, time.monotonic()
+        return True
