@@ -22,6 +22,8 @@ from lightning_rft.explorer.messages import Died, Started
 from lightning_rft.explorer.on_ray import launcher as launching
 from lightning_rft.explorer.on_ray import reservation as reserving
 from lightning_rft.explorer.on_ray.launcher import RayLauncher
+from lightning_rft.explorer.on_ray.messages import Reserve
+from lightning_rft.explorer.on_ray.reservation import Reservation
 from lightning_rft.explorer.on_ray.shortage import shortage
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.spec import ExplorerSpec
@@ -264,6 +266,19 @@ def test_a_cluster_that_does_not_answer(
         with pytest.raises(DeadlineError, match=f"no Ray cluster has answered at cluster='{silent}' within"):
             heard(pool, Started)
         assert time.monotonic() - began < 60, "Ray itself gives up after five minutes"
+
+
+def test_a_trainer_that_is_gone_ends_a_process_that_waits_for_ray(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = f"127.0.0.1:{server.getsockname()[1]}"
+        reservation = Reservation(Reserve(silent, 1, {"CPU": 1}, None, 0, 60, None), tmp_path / "ray.log")
+        try:
+            server.settimeout(60)
+            server.accept()[0].close()
+            reservation._channel.close()
+            assert reservation._process.wait(30) == 1
+        finally:
+            reservation.close()
 
 
 # Without Ray
