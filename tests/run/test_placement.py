@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 import lightning_rft as rft
 from lightning_rft.cli import RFTCLI
@@ -509,6 +510,7 @@ def test_gpus_that_no_explorer_takes_on_another_node_are_told_of_there(
 ) -> None:  # fmt: skip
     machine(4)
     monkeypatch.setenv("NODE_RANK", str(node))
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # which the trainer sets, for the whole process
     trainer = trainer_on(devices, nodes=2)
     trainer.strategy._lightning_module = SimpleNamespace(objective=rft.GRPO())  # type: ignore[assignment]
     caplog.clear()  # of what Lightning said
