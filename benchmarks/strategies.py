@@ -166,10 +166,10 @@ def table(results: list[dict[str, Any]]) -> str:
             return statistics.median(row[name] for row in rows)
 
         changes = [row["reward_last"] - row["reward_first"] for row in rows]
-        error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else float("nan")
+        error = f" ± {statistics.stdev(changes) / len(changes) ** 0.5:.2f}" if len(changes) > 1 else ""
         lines.append(
             f"| {strategy} | {transport} | {mean('reward_first'):.2f} |"
-            f" {statistics.fmean(changes):+.2f} ± {error:.2f} |"
+            f" {statistics.fmean(changes):+.2f}{error} |"
             f" {median('seconds_per_step'):.1f} | {median('trainer_idle'):.0%} | {median('explorer_idle'):.0%} |"
             f" {median('explorer_load'):.0%} | {median('sync_s'):.2f} | {mean('staleness_mean'):.1f}"
             f" ({max(row['staleness_max'] for row in rows):.0f}) |"
