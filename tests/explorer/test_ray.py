@@ -162,9 +162,9 @@ def test_explorers_end_with_a_trainer_that_is_killed(cluster: RayCluster, tmp_pa
     with subprocess.Popen([sys.executable, "-c", KILLED, cluster.address, str(tmp_path)], cwd=ROOT) as trainer:
         try:
             until(lambda: len(explorers(cluster.mark)) == 2, "two explorers")
+            assert cluster.in_use["groups"] == ["CREATED"]  # at the end of the test there is none
         finally:
             trainer.kill()
-    assert cluster.in_use["groups"] == ["CREATED"]  # at the end of the test there is none
 
 
 # Pools
