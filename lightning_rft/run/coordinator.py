@@ -153,7 +153,7 @@ class Coordinator:
             self._listener.wait(lambda: self._pool.ready, "the explorers to start", show=show)
             self._status.say(f"pushing weights (version {self.version})")
             self._push()
-            self._wait_proven()
+            self._pusher.wait_loaded()
 
     def trained(self, batch: int, sampling_gap: float | None = None) -> dict[str, float]:
         """Takes in that a batch was trained, and pushes the weights if that is due; returns what is to be logged."""
@@ -202,7 +202,7 @@ class Coordinator:
         self._handover.to_explorers()
 
     def _wait_proven(self) -> None:
-        """Waits for explorers to load the last push, and to prove it: nothing else would hear that they did not."""
+        """Waits for explorers to load the last push, and to prove it: no later wait would hear that they did not."""
         self._pusher.wait_loaded()
         # an explorer that does not is overdue some time
         self._listener.wait(lambda: not self._roster.any_unproven, "explorers to prove that weights arrived")
