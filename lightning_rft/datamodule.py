@@ -39,7 +39,7 @@ from lightning_rft.tasks.plan import TaskPlan
 from lightning_rft.tasks.source import epoch_tasks, first, known
 from lightning_rft.tasks.sources import Tasks
 from lightning_rft.tasks.task_set import TaskSet
-from lightning_rft.trainer.limits import micro_batches, micro_batches_done
+from lightning_rft.trainer.limits import EpochProgress, micro_batches
 from lightning_rft.trainer.loader import ExperienceLoader, ExplorationLoader, ValidationLoader
 from lightning_rft.trainer.module import RFTModule
 
@@ -283,7 +283,7 @@ class RFTDataModule(L.LightningDataModule):
             accumulate=accumulate,
             items=items,
             max_new_tokens=self.sampling.max_new_tokens or 1,
-            done=lambda: micro_batches_done(self._trainer),
+            progress=EpochProgress(self._trainer),
         )
 
     @override

@@ -116,6 +116,20 @@ def test_bit_for_bit(tmp_path: Path, tiny_model_path: Path, accumulate: int) -> 
                 assert torch.equal(weights, rest.state_dict()[name]), (half, name)
 
 
+@pytest.mark.parametrize("cuts", [(3, 4), (3, 5, 6, 7), (2, 3, 6, 8)])
+def test_a_run_that_is_resumed_again_and_again_trains_each_task_of_each_epoch_once(
+    cuts: tuple[int, ...], tmp_path: Path, tiny_model_path: Path, data: rft.RFTDataModule
+) -> None:
+    """Also in the epoch after one at whose end it was cut off, of which Lightning does not note that it has begun."""
+    for before, step in zip((None, *cuts), (*cuts, -1), strict=True):
+        resume = None if before is None else checkpoint(tmp_path, before)
+        train(tmp_path, tiny_model_path, steps=step, resume=resume, data=data, trainer={"max_epochs": 3})
+    with Ledger.open(tmp_path / "rft" / "buffer.sqlite") as ledger:
+        epochs = [sorted(task for task, _ in ledger.ended(epoch)) for epoch in range(4)]
+        assert len(ledger.trained_tasks()) == sum(map(len, epochs))
+    assert epochs[0] == epochs[1] == epochs[2] and epochs[0] and not epochs[3]
+
+
 @pytest.mark.parametrize(
     "strategy",
     [

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-__all__ = ["micro_batches", "micro_batches_done", "stop_batch", "validation_batches"]
+__all__ = ["EpochProgress", "micro_batches", "stop_batch", "validation_batches"]
 
 
 def micro_batches(trainer: L.Trainer, batches: int) -> int:
@@ -17,10 +17,28 @@ def micro_batches(trainer: L.Trainer, batches: int) -> int:
     return min(whole, limit) if isinstance(limit, int) else int(whole * limit)
 
 
-def micro_batches_done(trainer: L.Trainer) -> int:
-    """Micro-batches of the epoch that are trained; one that is being trained, or failed, is not."""
-    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return int(batches.processed)
+class EpochProgress:
+    """Where the epoch stands, by the trainer's own count."""
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._trainer = trainer
+
+    @property
+    def done(self) -> int:
+        """Micro-batches that are trained; one that is being trained, or failed, is not."""
+        batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(batches.processed)
+
+    def begin(self) -> None:
+        """Notes that the epoch has begun, which Lightning does not after a checkpoint from the end of the one before.
+
+        Else the next checkpoint looks as if it were between two epochs, and a run that resumes it begins the epoch
+        anew. To be called when the first batch is asked for.
+        """
+        epochs: Any = self._trainer.fit_loop.epoch_progress
+        if epochs.current.ready == epochs.current.processed:
+            epochs.increment_ready()
+            epochs.increment_started()
 
 
 def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
@@ -40,7 +58,7 @@ def stop_batch(trainer: L.Trainer, per_epoch: int) -> int | None:
         left = max(0, trainer.max_epochs - epochs.processed) * per_epoch
         # A run resumed from a checkpoint goes on in the middle of an epoch; after an exception, it begins anew
         if trainer.fit_loop.restarting and epochs.started > epochs.processed:
-            left -= min(per_epoch, micro_batches_done(trainer) // trainer.accumulate_grad_batches)
+            left -= min(per_epoch, EpochProgress(trainer).done // trainer.accumulate_grad_batches)
         stops.append(trainer.global_step + left)
     return max(trainer.global_step, min(stops)) if stops else None
 

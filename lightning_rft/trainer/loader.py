@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from lightning_rft.experience import Group
+from lightning_rft.trainer.limits import EpochProgress
 from lightning_rft.trainer.ranks import Ranks
 
 __all__ = ["BatchPart", "ExperienceLoader", "ExplorationLoader", "Source", "ValidationLoader"]
@@ -89,7 +90,7 @@ class ExperienceLoader:
     """One epoch of ``batches`` batches, each in ``accumulate`` items on each rank.
 
     Where limits leave ``items`` that end within a batch, it is made into as many items as are left, so that it is still
-    trained whole. ``source`` is called on rank 0, ``done`` for a checkpoint: how many items of the epoch are trained.
+    trained whole. ``source`` is called on rank 0; ``progress`` is told when the epoch begins, and says how far it is.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class ExperienceLoader:
         accumulate: int,
         items: int,
         max_new_tokens: int,
-        done: Callable[[], int],
+        progress: EpochProgress,
     ) -> None:
         self._source = source
         self._ranks = ranks
@@ -109,13 +110,13 @@ class ExperienceLoader:
         self._accumulate = accumulate
         self._items = items
         self._max_new_tokens = max_new_tokens
-        self._trained = done
+        self._progress = progress
         self._done = 0  # items that were handed out, of which the last may fail
         self._resumed = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Progress of the epoch."""
-        return {"done": self._trained()}
+        return {"done": self._progress.done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes the next epoch the rest of the one that was saved."""
@@ -131,6 +132,7 @@ class ExperienceLoader:
         return self._batches_left()
 
     def _batches_left(self) -> Iterator[BatchPart]:
+        self._progress.begin()
         ranks, left = self._ranks, self._items - self._done
         while left > 0:
             began = time.perf_counter()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
+from lightning_rft.trainer.limits import EpochProgress
 from lightning_rft.trainer.loader import BatchPart, ExperienceLoader, ValidationLoader
 from lightning_rft.trainer.ranks import Ranks
 
@@ -43,7 +45,13 @@ class Batches:
 
 def make_loader(source: Batches, items: int, *, accumulate: int = 1) -> ExperienceLoader:
     return ExperienceLoader(
-        lambda: source, Ranks(), batches=3, accumulate=accumulate, items=items, max_new_tokens=8, done=lambda: 0
+        lambda: source,
+        Ranks(),
+        batches=3,
+        accumulate=accumulate,
+        items=items,
+        max_new_tokens=8,
+        progress=EpochProgress(L.Trainer(barebones=True)),
     )
 
 

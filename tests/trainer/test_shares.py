@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from lightning_rft.channel import Channel
 from lightning_rft.experience import Experience, Group, GroupKey, Turn
 from lightning_rft.monitor.metrics import BatchMetrics
 from lightning_rft.pickling import dumps
+from lightning_rft.trainer.limits import EpochProgress
 from lightning_rft.trainer.loader import BatchPart, ExperienceLoader, ExplorationLoader
 from lightning_rft.trainer.micro_batches import Cut, micro_batches
 from lightning_rft.trainer.objectives.grpo import GRPO
@@ -96,7 +98,13 @@ def four() -> Iterator[Four]:
 
 def loader(ranks: Ranks, accumulate: int = 1) -> ExperienceLoader:
     return ExperienceLoader(
-        Source, ranks, batches=1, accumulate=accumulate, items=accumulate, max_new_tokens=90, done=lambda: 0
+        Source,
+        ranks,
+        batches=1,
+        accumulate=accumulate,
+        items=accumulate,
+        max_new_tokens=90,
+        progress=EpochProgress(L.Trainer(barebones=True)),
     )
 
 
