@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from tests.processes import LightEngine, until
 
 _CONTROL = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])|\x1b\[[?0-9;]*$|\x1b$")
+_REDRAWN = re.compile(r"(?=\r(?!\n))")  # whatever rewrites a line or lines begins by returning to its beginning
 
 
 class Screen:
@@ -129,11 +130,12 @@ class Recording:
                 return
             text = decode(received)
             self.text += text
-            self._screen.feed(text if self._tty else text.replace("\n", "\r\n"))
-            if not self.frames or self.frames[-1] != self._screen.lines:
-                self.frames.append(self._screen.lines)
-            for expected in [expected for expected in self._when if any(expected in line for line in self.screen)]:
-                self._when.pop(expected)(self)
+            for part in _REDRAWN.split(text):  # this thread may come late, to much that was shown in turn
+                self._screen.feed(part if self._tty else part.replace("\n", "\r\n"))
+                if not self.frames or self.frames[-1] != self._screen.lines:
+                    self.frames.append(self._screen.lines)
+                for expected in [text for text in self._when if any(text in line for line in self.screen)]:
+                    self._when.pop(expected)(self)
 
 
 class HeldEngine(LightEngine):
