@@ -68,12 +68,13 @@ def ray_cluster() -> Iterator[RayCluster]:
     """Starts a cluster and ends all of its processes."""
     mark, folder = uuid.uuid4().hex, tempfile.mkdtemp(prefix="ray-")  # short: it is part of sockets' names
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.ray_cluster", folder],
+        [sys.executable, "-m", "tests.ray_cluster"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | SETTINGS | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: mark},
+        # its folder by the environment: the file that says which cluster is the machine's lies there as well
+        env=os.environ | SETTINGS | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: mark, "RAY_TMPDIR": folder},
         start_new_session=True,
     )
     try:
@@ -115,9 +116,7 @@ def main() -> None:
 
     services.get_node = patient(services.get_node)
     node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 * 2**20, "include_log_monitor": False}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**node, "include_dashboard": False, "temp_dir": sys.argv[1]}
-    )
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     second = cluster.add_node(**node)
     for line in sys.stdin:
         answer: Any = None
