@@ -79,7 +79,7 @@ def trainer(address: str, timeout_s: float) -> None:
         transport.push(Weights.of(list(policy().items()), "float32"), 0, Explorers(address))  # type: ignore[arg-type]
         print("pushed", digest(policy()))
     except LinkError as error:
-        print(type(error).__mro__[1].__name__, error)
+        print(type(error).__name__, error)
     print(time.monotonic() - began)
     transport.close()
 

@@ -25,6 +25,7 @@ _WATCH_S = 0.05
 _ATTEMPTS = 3
 _SETTLE_S = 5.0  # for the members that are left to notice that their group has broken off
 _SETTING = "CollectiveTransport(timeout_s=...)"
+_LATE = f"a weight push passed its deadline: raise {_SETTING}"
 
 
 class CollectiveTransport(Transport):
@@ -105,13 +106,14 @@ class CollectiveTransport(Transport):
                 explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
                 break
             except LinkError as error:
+                late = time.monotonic() > deadline
                 absent = sender.absent()
                 self._leave(sender)  # the others cannot use a group in which one member broke off
                 explorers.end(absent, f"did not join the weight transport in time: raise {_SETTING}, or see its log")
                 explorers.settle(list(members), _SETTLE_S)
                 if members.keys() <= explorers.members().keys():  # no death explains it
-                    if isinstance(error, _LateError):  # it would be late again
-                        raise
+                    if late:  # as it would be again; whichever end noticed first says how
+                        raise LinkError(_LATE) from error
                     left -= 1
                     if not left:
                         raise TransportError(f"a weight push broke off {_ATTEMPTS} times: {error}") from error
@@ -159,10 +161,6 @@ class CollectiveTransport(Transport):
         return "nccl" if nccl else "ipc" if ipc else "gloo"
 
 
-class _LateError(LinkError):
-    """A push passed its deadline."""
-
-
 def _watched(
     function: Callable[[], None],
     members: Mapping[int, int],
@@ -195,7 +193,7 @@ def _watched(
             if gone := members.keys() - explorers.members().keys():
                 raise LinkError(f"explorers {sorted(gone)} are gone")
             if time.monotonic() > deadline:
-                raise _LateError(f"a weight push passed its deadline: raise {_SETTING}")
+                raise LinkError(_LATE)
     finally:
         if feed is not None:
             feed.end()
