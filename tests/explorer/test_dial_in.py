@@ -27,10 +27,8 @@ from lightning_rft.explorer.launcher import Place
 from lightning_rft.explorer.messages import Died, Explore, Explored, Started
 from lightning_rft.explorer.pool import ExplorerPool
 from lightning_rft.explorer.secret import VARIABLE, read_secret
-from lightning_rft.explorer.spec import ExplorerSpec
-from lightning_rft.explorer.workflows.single_turn import SingleTurn
-from lightning_rft.model_folder import Pretrained
-from lightning_rft.settings import Sampling, Timeouts, Tolerance
+from lightning_rft.settings import Sampling
+from tests.explorer.light_spec import light_spec
 from tests.processes import MARK, LightEngine, alive, until
 
 ROOT = Path(__file__).parents[2]
@@ -48,16 +46,7 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def make_pool(model: Path, folder: Path, *, count: int = 1, start_s: float = 60, max_restarts: int = 5) -> Any:
-    spec = ExplorerSpec(
-        engine=LightEngine(),
-        model=Pretrained(str(model)),
-        workflow=SingleTurn(),
-        reward=lambda completion, task: 1.0,
-        max_model_len=50,
-        seed=0,
-        tolerance=Tolerance(retries=0),
-        timeouts=Timeouts(start_s=start_s),
-    )
+    spec = light_spec(model, start_s=start_s)
     pool = ExplorerPool(spec.engine, count, log_dir=folder, max_restarts=max_restarts, launcher=DialIn())
     pool.start(spec)
     return pool

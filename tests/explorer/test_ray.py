@@ -26,13 +26,10 @@ from lightning_rft.explorer.on_ray.messages import Reserve
 from lightning_rft.explorer.on_ray.reservation import Reservation
 from lightning_rft.explorer.on_ray.shortage import shortage
 from lightning_rft.explorer.pool import ExplorerPool
-from lightning_rft.explorer.spec import ExplorerSpec
-from lightning_rft.explorer.workflows.single_turn import SingleTurn
-from lightning_rft.model_folder import Pretrained
-from lightning_rft.settings import Timeouts, Tolerance
+from tests.explorer.light_spec import light_spec
 from tests.explorer.test_dial_in import ROOT, explorers, heard
 from tests.killed_runs import STRATEGIES, TASKS, check_every_task_ended_once
-from tests.processes import LightEngine, Script, alive, until
+from tests.processes import Script, alive, until
 from tests.ray_cluster import RayCluster, ray_cluster
 
 IDLE = {"CPU": 0.0, "groups": []}
@@ -175,16 +172,7 @@ def make_pool(tiny_model_path: Path, tmp_path: Path) -> Iterator[Callable[..., E
     pools = []
 
     def make(launcher: RayLauncher, count: int = 1, start_s: float = 60) -> ExplorerPool:
-        spec = ExplorerSpec(
-            engine=LightEngine(),
-            model=Pretrained(str(tiny_model_path)),
-            workflow=SingleTurn(),
-            reward=lambda completion, task: 1.0,
-            max_model_len=50,
-            seed=0,
-            tolerance=Tolerance(retries=0),
-            timeouts=Timeouts(start_s=start_s),
-        )
+        spec = light_spec(tiny_model_path, start_s=start_s)
         pools.append(ExplorerPool(spec.engine, count, log_dir=tmp_path, launcher=launcher))
         pools[-1].start(spec)
         return pools[-1]

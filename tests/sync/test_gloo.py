@@ -93,6 +93,10 @@ def test_an_engine_may_keep_what_arrives(group: tuple[GlooSender, GlooReceiver],
             assert torch.equal(tensor, expected[name].to(getattr(torch, dtype))), (version, name)
 
 
+def test_a_push_of_nothing_is_over_at_once(group: tuple[GlooSender, GlooReceiver]) -> None:
+    assert pushed(group, [], "float32") == []
+
+
 def test_what_is_tied_travels_once_and_arrives_under_both_names(
     group: tuple[GlooSender, GlooReceiver], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ from tests.processes import Script, until
 from tests.sync.cuda_on_cpu import Stream
 from tests.sync.ipc_halves import KILL, STOP, Blow
 from tests.sync.ipc_on_cpu import IPC, REFUSES, Noted, noted
+from tests.sync.small_buckets import with_buckets
 
 DEVICE = torch.device("cuda:1")  # not the one that a thread begins with
 LIMIT_S = 20.0
@@ -214,16 +215,7 @@ def world(start: Callable[..., Script], tmp_path: Path, monkeypatch: pytest.Monk
 
 def transport(bucket_bytes: int = 64, timeout_s: float = LIMIT_S, backend: Any = "ipc") -> rft.CollectiveTransport:
     """With a bucket that is smaller than can be set."""
-    made = rft.CollectiveTransport(backend, timeout_s=timeout_s)
-    make_sender = made._make_sender
-
-    def smaller(device: torch.device, them: Any) -> Any:
-        sender = make_sender(device, them)
-        sender._bucket_bytes = bucket_bytes  # type: ignore[attr-defined]
-        return sender
-
-    made._make_sender = smaller  # type: ignore[method-assign]
-    return made
+    return with_buckets(rft.CollectiveTransport(backend, timeout_s=timeout_s), bucket_bytes)
 
 
 def policy(version: int) -> dict[str, torch.Tensor]:

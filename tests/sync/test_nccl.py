@@ -31,6 +31,7 @@ from lightning_rft.sync.transports.transport import Named, Weights, announce
 from lightning_rft.trainer.scoring import Announcement, Scores
 from tests.explorer.links import MemoryLink
 from tests.sync.cuda_on_cpu import CUDA, Stream
+from tests.sync.small_buckets import with_buckets
 
 pytestmark = pytest.mark.vllm
 
@@ -208,16 +209,7 @@ def transport(
     bucket_bytes: int = 64, timeout_s: float = LIMIT_S, background: Any = "snapshot"
 ) -> rft.CollectiveTransport:
     """With buckets that are smaller than can be set."""
-    made = rft.CollectiveTransport("nccl", timeout_s=timeout_s, background=background)
-    make_sender = made._make_sender
-
-    def smaller(device: torch.device, them: Any) -> Any:
-        sender = make_sender(device, them)
-        sender._bucket_bytes = bucket_bytes  # type: ignore[attr-defined]
-        return sender
-
-    made._make_sender = smaller  # type: ignore[method-assign]
-    return made
+    return with_buckets(rft.CollectiveTransport("nccl", timeout_s=timeout_s, background=background), bucket_bytes)
 
 
 def policy(version: int) -> dict[str, torch.Tensor]:
