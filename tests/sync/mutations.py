@@ -1,6 +1,6 @@
 """Deletes each statement of a module in turn, runs the module's tests, and shows the deletions that no test misses.
 
-    python -m tests.sync.mutations [nccl | gloo | meeting | vllm_weights]
+    python -m tests.sync.mutations [nccl | packing | gloo | meeting | vllm_weights]
 
 It works in a copy of the project. Each deletion is tested in a fork of this process, so that vLLM is imported once. One
 that makes the tests hang is killed and counted apart: on a busy machine they may only have been slow. The run ends with
@@ -53,6 +53,11 @@ MODULES = {
         "lightning_rft/sync/transports/nccl.py",
         ["tests/sync/test_nccl.py"],
         {"module: __all__ = ['NCCLLink', 'NCCLSender']": _NAMES},
+    ),
+    "packing": Module(
+        "lightning_rft/sync/transports/packing.py",
+        ["tests/sync/test_nccl.py"],
+        {"module: __all__ = ['Packing']": _NAMES},
     ),
     "gloo": Module(
         "lightning_rft/sync/transports/gloo.py",

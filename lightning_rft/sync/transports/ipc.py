@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from typing_extensions import override
@@ -34,6 +33,7 @@ from lightning_rft.network import LOOPBACK, listen
 from lightning_rft.sync.transports.gpu_memory import gpu_name, open_handle, share, take_back
 from lightning_rft.sync.transports.line import Line, heard
 from lightning_rft.sync.transports.meeting import link_errors
+from lightning_rft.sync.transports.packing import Packing
 from lightning_rft.sync.transports.pieces import Piece, pieces
 from lightning_rft.sync.transports.transport import Explorers, Named, Sender, Weights, under_all_names
 
@@ -57,15 +57,13 @@ class _Member:
 class IPCSender(Sender):
     """The trainer's end; ``device`` holds the weights, and the buckets of other devices are copies of the one on it."""
 
-    _made: Any  # from begin on, the stream on which the trainer makes weights; None of a copy, which is made
-
     def __init__(self, device: torch.device, timeout_s: float, bucket_bytes: int) -> None:
         self._device = device
         self._timeout_s = timeout_s
         self._bucket_bytes = bucket_bytes
         self._expected: list[int] = []  # the explorer of each member, by rank
         self._members: dict[int, _Member] = {}  # by rank, those that have come
-        self._packs: Any = None  # the stream on which buckets are filled
+        self._packing = Packing(device)
         self._lock = threading.Lock()  # of the two that follow
         self._closed = False
         self._busy = False  # whether a thread uses the lines, which it will then close
@@ -110,8 +108,7 @@ class IPCSender(Sender):
 
     @override
     def begin(self, weights: Weights) -> Iterator[Named]:
-        self._made = None if weights.copied else torch.cuda.current_stream(self._device)
-        return weights.tensors()
+        return self._packing.begin(weights)
 
     @override
     def send(self, tensors: Iterable[Named], manifest: Sequence[TensorInfo]) -> None:
@@ -119,22 +116,20 @@ class IPCSender(Sender):
         if not cut:
             return
         size = max(1, *(held[-1].end for held in cut))
-        with self._at_work(), torch.cuda.device(self._device):
-            self._packs = self._packs or torch.cuda.Stream(self._device)  # whose memory is used again by the next push
-            with torch.cuda.stream(self._packs):
-                buckets: dict[torch.device, torch.Tensor] = {}
-                try:
-                    for device in (self._device, *(member.device for member in self._members.values())):
-                        if device not in buckets:
-                            buckets[device] = torch.empty(size, dtype=torch.uint8, device=device)
-                    for member in self._members.values():
-                        member.handle = share(buckets[member.device])
-                        member.line.say(member.handle)
-                    self._pass_on(iter(tensors), cut, buckets)
-                finally:
-                    self._wait_closed()
-                    buckets.clear()
-                    torch.cuda.ipc_collect()  # also what an earlier push had to leave
+        with self._at_work(), self._packing.entered():
+            buckets: dict[torch.device, torch.Tensor] = {}
+            try:
+                for device in (self._device, *(member.device for member in self._members.values())):
+                    if device not in buckets:
+                        buckets[device] = torch.empty(size, dtype=torch.uint8, device=device)
+                for member in self._members.values():
+                    member.handle = share(buckets[member.device])
+                    member.line.say(member.handle)
+                self._pass_on(iter(tensors), cut, buckets)
+            finally:
+                self._wait_closed()
+                buckets.clear()
+                torch.cuda.ipc_collect()  # also what an earlier push had to leave
 
     def _pass_on(
         self, coming: Iterator[Named], cut: Sequence[Sequence[Piece]], buckets: Mapping[torch.device, torch.Tensor]
@@ -151,7 +146,7 @@ class IPCSender(Sender):
                 flat = bucket  # no more tensors than of one bucket are kept for it
             for other in others:
                 other[: held[-1].end].copy_(bucket[: held[-1].end])
-            self._packs.synchronize()
+            self._packing.finish()
             for member in self._members.values():
                 member.line.say(_FILLED)
             self._hear(_CLOSED if held is cut[-1] else _TAKEN)
@@ -160,9 +155,7 @@ class IPCSender(Sender):
         """The elements of a tensor, which was made on another stream."""
         if name != info.name:
             raise TransportError(f"{info.name} was announced, but {name} was to be sent")
-        if self._made is not None:
-            self._packs.wait_stream(self._made)  # for whatever the optimizer and a gathering have queued there
-        tensor.record_stream(self._packs)  # its memory is for no other before it has been read
+        self._packing.takes(tensor)
         return tensor.reshape(-1)
 
     def _hear(self, word: bytes) -> None:

@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_rft.errors import TransportError
 from lightning_rft.experience import TensorInfo
 from lightning_rft.sync.transports.meeting import Meeting, MeetingPlace
+from lightning_rft.sync.transports.packing import Packing
 from lightning_rft.sync.transports.transport import Explorers, Named, Sender, Weights
 
 __all__ = ["NCCLLink", "NCCLSender"]
@@ -65,7 +66,7 @@ class NCCLSender(Sender):
         self._group: Any = None
         self._connecting = False
         self._closed = False
-        self._packs: Any = None  # the stream on which they are packed and sent
+        self._packing = Packing(device)
 
     @property
     @override
@@ -103,19 +104,15 @@ class NCCLSender(Sender):
 
     @override
     def begin(self, weights: Weights) -> Iterator[Named]:
-        # the stream on which the trainer makes them; None of a copy, which is made
-        self._made = None if weights.copied else torch.cuda.current_stream(self._device)
-        return weights.tensors()
+        return self._packing.begin(weights)
 
     @override
     def send(self, tensors: Iterable[Named], manifest: Sequence[TensorInfo]) -> None:
         coming = iter(tensors)
-        with torch.cuda.device(self._device):
-            self._packs = self._packs or torch.cuda.Stream(self._device)  # whose memory is used again by the next push
-            with torch.cuda.stream(self._packs):
-                for bucket in _buckets(manifest, self._bucket_bytes):
-                    self._group.broadcast(self._packed(bucket, coming), src=0)
-                    self._packs.synchronize()  # no more tensors than of one bucket are kept for it
+        with self._packing.entered():
+            for bucket in _buckets(manifest, self._bucket_bytes):
+                self._group.broadcast(self._packed(bucket, coming), src=0)
+                self._packing.finish()  # no more tensors than of one bucket are kept for it
 
     def _packed(self, bucket: Sequence[TensorInfo], coming: Iterator[Named]) -> torch.Tensor:
         """The bytes of a bucket, tensors of which are made on another stream, and released when they are copied."""
@@ -133,9 +130,7 @@ class NCCLSender(Sender):
                     f"{name} ({info.dtype}) follows tensors of smaller elements, so that vLLM could not read it: set "
                     "CollectiveTransport(backend='gloo')"
                 )
-            if self._made is not None:
-                self._packs.wait_stream(self._made)  # for whatever the optimizer and a gathering have queued there
-            tensor.record_stream(self._packs)  # its memory is for no other before it has been read
+            self._packing.takes(tensor)
             packed[offset : offset + _size(info)].view(dtype).view(info.shape).copy_(tensor)
             offset += _size(info)
         return packed
