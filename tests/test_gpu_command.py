@@ -191,7 +191,7 @@ def test_what_cannot_work_is_said_first(
 
 def made(*arguments: str) -> str:
     """The commands that make would run."""
-    outer = ("PYTHON", "DEPS", "VENV", "MAKEFLAGS", "MAKELEVEL")  # of the make that runs the tests
+    outer = ("ARGS", "PYTHON", "DEPS", "VENV", "MAKEFLAGS", "MAKELEVEL")  # of the make that runs the tests
     environment = {name: value for name, value in os.environ.items() if name not in outer}
     command = ["make", "--dry-run", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout

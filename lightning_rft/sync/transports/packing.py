@@ -18,11 +18,11 @@ class Packing:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._made: Any = None  # the stream on which the trainer makes them; None of a copy, which is made
         self._stream: Any = None
 
     def begin(self, weights: Weights) -> Iterator[Named]:
         """Yields weights; called on the thread that makes them."""
+        # the stream on which the trainer makes them; None of a copy, which is made
         self._made = None if weights.copied else torch.cuda.current_stream(self._device)
         return weights.tensors()
 
