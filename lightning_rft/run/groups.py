@@ -150,7 +150,8 @@ class Groups:
 
     def kept(self, batch: int) -> list[Group]:
         """Reads a batch whose groups are all ready and are not to be trained."""
-        keys = [GroupKey(batch, slot) for slot in range(self._cursor.plan.size(batch))]
+        keys = self._cursor.in_order(GroupKey(batch, slot) for slot in range(self._cursor.plan.size(batch)))
+        self._cursor.follow()
         self._done(keys)
         return list(self._ledger.read(keys))
 
@@ -158,7 +159,7 @@ class Groups:
 
     def lease(self, keys: Sequence[GroupKey], batch: int) -> None:
         """Takes a batch for the trainer; ScheduleError if any token is outside the strategy's bound."""
-        self.leased = self._ledger.lease(keys)
+        self.leased = self._ledger.lease(self._cursor.in_order(keys))
         for group in self.leased:
             if not group.is_fresh(batch, self._max_staleness):
                 raise ScheduleError(
@@ -180,6 +181,7 @@ class Groups:
             self._ledger.prune(batch + 1 - self._keep)
         for group in self.leased:
             self._learn(group)
+        self._cursor.follow()
         self._done(group.key for group in self.leased)
         self._replay.trained(batch, self.leased)
         self.leased = None

@@ -90,7 +90,7 @@ class ByPassRate:
     """The next task is one whose pass rate so far is nearest to a target; each task still comes once per pass.
 
     A task that was never answered counts as on target. The rates are those of the run: of what was trained or filtered
-    when the next group is issued. The next epoch goes on where the last one ended.
+    by the last step. The next epoch goes on where the last one ended.
 
     Args:
         target: Pass rate to be near to, 0 to 1.

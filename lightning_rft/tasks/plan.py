@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -149,12 +149,14 @@ class TaskCursor:
         self._positions: dict[GroupKey, int] = {}  # of keys that are not done
         self._read: dict[GroupKey, tuple[int, Task]] = {}  # what is at these positions, once it was asked for
         self._left_out = LeftOut()
+        self._learned: dict[int, list[float]] = {}  # positions -> rewards that the curriculum does not know of yet
         if state is not None:
             _check_unchanged(plan.fingerprint, state)
             self.plan = replace(plan, first_batch=state["first_batch"], first_epoch=state["first_epoch"])
             self.plan.lane.load_state_dict(state.get("lane", {}))
             self._next, self._position = GroupKey(*state["next"]), state["position"]
             self._positions = {GroupKey(batch, slot): position for batch, slot, position in state["positions"]}
+            self._learned = {position: rewards for position, rewards in state.get("learned", ())}
         self._forget()
 
     @property
@@ -178,9 +180,20 @@ class TaskCursor:
         epoch, task = self._at(key)
         return draw("sample", self.plan.seed, epoch, task.id, sample) & 0x7FFFFFFF
 
+    def in_order(self, keys: Iterable[GroupKey]) -> list[GroupKey]:
+        """Groups by the order of their tasks: which group got which replacement depends on who came back first."""
+        return sorted(keys, key=self._position_of)
+
     def learn(self, key: GroupKey, rewards: Sequence[float]) -> None:
-        """Takes in the rewards of a group's samples, which a curriculum may follow."""
-        self.plan.lane.learn(self.plan.place(self._positions[key]), rewards)
+        """Takes in the rewards of a group's samples, for a curriculum."""
+        self._learned[self._positions[key]] = list(rewards)
+
+    def follow(self) -> None:
+        """Has the curriculum follow what was learned: after a step, not when groups happen to come back."""
+        for position, rewards in sorted(self._learned.items()):
+            self.plan.lane.learn(self.plan.place(position), rewards)
+        self._learned.clear()
+        self._forget()
 
     def replace(self, key: GroupKey) -> None:
         """Gives a group the next task of the stream for good."""
@@ -204,14 +217,19 @@ class TaskCursor:
             "next": list(self._next),
             "position": self._position,
             "positions": [[*key, position] for key, position in sorted(self._positions.items())],
+            "learned": [[position, rewards] for position, rewards in sorted(self._learned.items())],
             "lane": self.plan.lane.state_dict(),
         }
 
     def _at(self, key: GroupKey) -> tuple[int, Task]:
-        self._assign(key)
+        position = self._position_of(key)
         if key not in self._read:  # of a checkpoint
-            self._read[key] = self.plan.at(self._positions[key])
+            self._read[key] = self.plan.at(position)
         return self._read[key]
+
+    def _position_of(self, key: GroupKey) -> int:
+        self._assign(key)
+        return self._positions[key]
 
     def _assign(self, key: GroupKey) -> None:
         """Assigns positions to all groups up to this one that have none yet."""
@@ -242,7 +260,7 @@ class TaskCursor:
         self._position = position + 1
 
     def _forget(self) -> None:
-        self.plan.forget(min(self._positions.values(), default=self._position))
+        self.plan.forget(min((*self._positions.values(), *self._learned), default=self._position))
 
 
 def _check_unchanged(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

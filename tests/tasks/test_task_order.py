@@ -155,6 +155,8 @@ def passes_through(tasks: rft.TaskSet | rft.Mixture, seed: int, batches: int, si
         else:
             cursor.done(key)
             running.remove(key)
+        if randomness.random() < 0.5:
+            cursor.follow()
         if randomness.random() < 0.3:
             state = json.loads(json.dumps(cursor.state_dict()))
             cursor = TaskCursor(planned(tasks, size), state)
@@ -185,6 +187,7 @@ def test_by_pass_rate_the_next_task_is_nearest_to_the_target() -> None:
         task = cursor.task(key).id
         first.append(task)
         cursor.learn(key, [2.0] * passed[task] + [0.5] * (4 - passed[task]))
+    cursor.follow()
     assert sorted(first) == list("01234")
     second = [cursor.task(GroupKey(1, slot)).id for slot in range(5)]
     assert second[0] == "2" and set(second[1:3]) == {"3", "4"} and set(second[3:]) == {"0", "1"}
@@ -196,11 +199,48 @@ def test_by_pass_rate_a_late_result_counts_from_when_it_comes() -> None:
     keys = [GroupKey(batch, 0) for batch in range(5)]
     first, second = (cursor.task(key).id for key in keys[:2])
     cursor.learn(keys[0], [1.0, 1.0, 1.0, 0.0])
+    cursor.follow()
     assert cursor.task(keys[2]).id == second  # as it is not known yet, it counts as on target
     assert cursor.task(keys[3]).id == first
     for key in keys[1:3]:
         cursor.learn(key, [1.0, 1.0])
+    cursor.follow()
     assert cursor.task(keys[4]).id == first  # which is nearer now
+
+
+def trained(arrivals: Random, refused: int, resumed: set[int]) -> list[list[tuple[int, str]]]:
+    """(pass, id) of each batch, whose groups come back in any order, and are refused or not by what they answered."""
+    parts = {"rated": rft.TaskSet(ROWS[:9], curriculum=rft.ByPassRate()), "sorted": ROWS[:4]}
+    tasks = rft.Mixture(parts, weights={"rated": 2, "sorted": 1})
+    cursor, batches = TaskCursor(planned(tasks, 4)), []
+    for batch in range(8):
+        keys = [GroupKey(batch, slot) for slot in range(4)]
+        at_work = [key for key in keys if cursor.task(key)]
+        while at_work:
+            key = arrivals.choice(at_work)
+            answer = Random(repr((cursor.epoch(key), cursor.task(key).id)))
+            rewards = [float(answer.random() < 0.5) for _ in range(4)]
+            if answer.randrange(10) < refused:
+                cursor.learn(key, rewards)
+                cursor.replace(key)
+                if batch in resumed:
+                    cursor = TaskCursor(planned(tasks, 4), json.loads(json.dumps(cursor.state_dict())))
+            else:
+                at_work.remove(key)
+        keys = cursor.in_order(keys)
+        batches.append([(cursor.epoch(key), cursor.task(key).id) for key in keys])
+        for key in keys:
+            cursor.learn(key, [0.0, 1.0])
+        cursor.follow()
+        for key in keys:
+            cursor.done(key)
+    return batches
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32), refused=st.integers(1, 7), resumed=st.sets(st.integers(0, 7)))
+def test_what_is_trained_does_not_depend_on_who_came_back_first(seed: int, refused: int, resumed: set[int]) -> None:
+    assert trained(Random(seed), refused, resumed) == trained(Random(0), refused, set())
 
 
 # Mixtures
