@@ -83,14 +83,19 @@ def ray_cluster() -> Iterator[RayCluster]:
         try:
             process.communicate(timeout=30)
         finally:
-            for entry in Path("/proc").glob("[0-9]*/environ"):
-                try:
-                    if f"{MARK}={mark}".encode() in entry.read_bytes().split(b"\0"):
-                        os.kill(int(entry.parent.name), signal.SIGKILL)
-                except OSError:  # it has just ended, or is another user's
-                    continue
+            end_all(mark)
             process.wait(10)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_all(mark: str) -> None:
+    """Kills all processes that have the mark in their environment."""
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in entry.read_bytes().split(b"\0"):
+                os.kill(int(entry.parent.name), signal.SIGKILL)
+        except OSError:  # it has just ended, or is another user's
+            continue
 
 
 def patient(get_node: Callable[..., Any]) -> Callable[..., Any]:

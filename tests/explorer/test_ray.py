@@ -75,7 +75,8 @@ class Meet(Callback):
             until(lambda: os.path.exists(self.name + ".done"), "what the test does")
 
 pool = rft.ExplorerPool(
-    LightEngine(tokens_per_second=200, mean_tokens=5), 2, max_restarts=9, launcher=rft.RayLauncher({cluster!r})
+    LightEngine(tokens_per_second=200, mean_tokens=5), 2, max_restarts=9,
+    launcher=rft.RayLauncher({cluster!r}, silence_s={silence_s}),
 )
 data = fake_data(
     tasks=TASKS, explorers=pool, tasks_per_step=TASKS_PER_STEP, sampling=rft.Sampling(seed=0), max_new_tokens=8,
@@ -114,7 +115,7 @@ def test_runs_outlive_the_loss_of_an_explorer_and_of_a_node(
         "MultiExplorerAsynchronous-CollectiveTransport",
         "OneStepOffPolicy-CheckpointTransport",
     )
-    script = start(TRAINER.format(cluster=cluster.address, meet=(death, loss, return_)))
+    script = start(TRAINER.format(cluster=cluster.address, silence_s=60, meet=(death, loss, return_)))
 
     script.wait_for(f"{death}.reached")
     first = explorers(cluster.mark)
