@@ -30,9 +30,24 @@ class Explorers:
         return {0: 1} if self._dies_after is not None and self._asked > self._dies_after else {0: 1, 1: 1}
 
 
+class Alive(Explorers):
+    """They go on with the next push."""
+
+    dtype = "float32"
+
+    def end(self, explorers: list[int], blame: str) -> None:
+        assert explorers == []
+
+    def settle(self, explorers: list[int], timeout_s: float) -> None:
+        assert explorers == [0, 1]
+
+    def load(self, *_: object) -> None:
+        pass
+
+
 def watched(function: object, explorers: Explorers, timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
-    collective._watched(function, {0: 1, 1: 1}, explorers, deadline)  # type: ignore[arg-type]
+    collective._watched(function, {0: 1, 1: 1}, explorers, deadline, [])  # type: ignore[arg-type]
 
 
 def raising(error: Exception) -> object:
@@ -70,18 +85,6 @@ def test_a_push_that_hangs_ends_with_a_member_or_the_run_or_its_deadline() -> No
 
 
 def test_a_push_that_breaks_off_again_and_again_without_a_death_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Alive(Explorers):
-        dtype = "float32"
-
-        def end(self, explorers: list[int], blame: str) -> None:
-            assert explorers == []
-
-        def settle(self, explorers: list[int], timeout_s: float) -> None:
-            assert explorers == [0, 1]
-
-        def load(self, *_: object) -> None:
-            pass
-
     class Broken(Sender):
         sent = 0
 
@@ -94,3 +97,21 @@ def test_a_push_that_breaks_off_again_and_again_without_a_death_is_given_up(monk
     with pytest.raises(TransportError, match=r"broke off 3 times: .*no route"):
         transport.push(Weights.of([("weight", torch.ones(2))], "float32"), 0, Alive())  # type: ignore[arg-type]
     assert Broken.sent == 3
+
+
+def test_what_a_push_left_behind_has_ended_when_the_transport_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs(Sender):
+        def send(self, tensors: object, manifest: object) -> None:
+            threads.append(threading.current_thread())
+            end.wait()
+
+    threads: list[threading.Thread] = []
+    end = threading.Event()
+    transport = collective.CollectiveTransport(timeout_s=0.2)
+    monkeypatch.setattr(transport, "_make_sender", lambda *_: Hangs())
+    with pytest.raises(LinkError, match="passed its deadline"):
+        transport.push(Weights.of([("weight", torch.ones(2))], "float32"), 0, Alive())  # type: ignore[arg-type]
+    assert [thread.is_alive() for thread in threads] == [True]
+    threading.Timer(0.2, end.set).start()  # as an operation of its own deadline ends
+    transport.close()
+    assert [thread.is_alive() for thread in threads] == [False]

@@ -151,7 +151,7 @@ def test_who_waits_for_weights_learns_that_a_push_broke_off(
         waiting = threads.submit(list, receiver.receive(weights.manifest))
         try:
             send = partial(sender.send, weights.tensors(), weights.manifest)
-            collective._watched(send, {}, Alive(), time.monotonic() + 20)  # type: ignore[arg-type]
+            collective._watched(send, {}, Alive(), time.monotonic() + 20, [])  # type: ignore[arg-type]
         except LinkError:  # as in a push: while this error is dealt with
             sender.close()
             with pytest.raises(LinkError, match="broke off"):
