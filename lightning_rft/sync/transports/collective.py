@@ -70,7 +70,7 @@ class CollectiveTransport(Transport):
         self.bucket_mib = bucket_mib
         self.blocking = background == "blocking"
         self.one_by_one = not self.blocking  # in a group of two each, a slow explorer holds up no other
-        self._left: list[threading.Thread] = []  # that were in a push which broke off
+        self._stragglers: list[threading.Thread] = []  # still in a push that broke off
         self._senders: dict[tuple[tuple[int, int], ...], Sender] = {}  # by members, as in Explorers.members()
 
     @override
@@ -99,11 +99,13 @@ class CollectiveTransport(Transport):
             sender = self._sender(members, weights.device, explorers)
             try:
                 if not sender.joined:
-                    _watched(partial(sender.join, explorers, members), members, explorers, deadline, self._left)
+                    _watched(partial(sender.join, explorers, members), members, explorers, deadline, self._stragglers)
                 for explorer in members:
                     explorers.load(explorer, weights.manifest, version)
                 feed = Feed(sender.begin(weights))
-                _watched(partial(sender.send, feed, weights.manifest), members, explorers, deadline, self._left, feed)
+                _watched(
+                    partial(sender.send, feed, weights.manifest), members, explorers, deadline, self._stragglers, feed
+                )
                 explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
                 break
             except LinkError as error:
@@ -128,9 +130,9 @@ class CollectiveTransport(Transport):
             sender.close()
         self._senders.clear()
         deadline = time.monotonic() + _SETTLE_S
-        for thread in self._left:  # one that came to its end while the interpreter does would abort the process
+        for thread in self._stragglers:  # one that came to its end while the interpreter does would abort the process
             thread.join(max(0.0, deadline - time.monotonic()))
-        self._left.clear()
+        self._stragglers.clear()
 
     def _leave(self, sender: Sender) -> None:
         sender.close()
@@ -171,12 +173,12 @@ def _watched(
     members: Mapping[int, int],
     explorers: Explorers,
     deadline: float,
-    left: list[threading.Thread],
+    stragglers: list[threading.Thread],
     feed: Feed | None = None,
 ) -> None:
     """Runs a blocking collective on a thread, which ``feed`` is for; fills that meanwhile.
 
-    Raises :class:`LinkError` if a member dies or the deadline passes; then the thread may have to be ``left`` behind.
+    Raises :class:`LinkError` if a member dies or the deadline passes; then the thread may be one of the ``stragglers``.
     """
     errors: list[BaseException] = []
 
@@ -203,8 +205,7 @@ def _watched(
     finally:
         if feed is not None:
             feed.end()
-        if thread.is_alive():
-            left.append(thread)
+        stragglers[:] = [other for other in (*stragglers, thread) if other.is_alive()]
     for error in errors:
         if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RFTError):
             raise LinkError(f"a weight push broke off: {error}") from error
