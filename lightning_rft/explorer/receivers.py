@@ -79,7 +79,7 @@ class Receivers(Explorers):
         self._listener.raise_failures()
 
     @override
-    def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float, setting: str) -> None:
+    def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float) -> list[int]:
         def missing() -> list[int]:
             return self._roster.without(version, explorers)
 
@@ -92,7 +92,7 @@ class Receivers(Explorers):
         )
         if broken():
             raise LinkError(f"the weight transport broke off for explorers {broken()}")
-        self.end(missing(), f"did not load version {version} in time: raise {setting}, or see its log")
+        return missing()
 
     @override
     def end(self, explorers: Sequence[int], blame: str) -> None:
@@ -101,10 +101,10 @@ class Receivers(Explorers):
         self._listener.wait(lambda: not self.members().keys() & set(explorers), "explorers to end", GRACE_S)
 
     @override
-    def settle(self, explorers: Sequence[int], timeout_s: float) -> None:
+    def settle(self, explorers: Sequence[int], timeout_s: float) -> list[int]:
         def stuck() -> list[int]:
             return [explorer for explorer in explorers if self._roster.is_loading(explorer)]
 
         deadline = time.monotonic() + timeout_s
         self._listener.wait(lambda: not stuck() or time.monotonic() > deadline, "loads that broke off")
-        self.end(stuck(), "was stuck in a load that broke off")
+        return stuck()

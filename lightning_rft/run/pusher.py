@@ -134,8 +134,8 @@ class Pusher:
         if self._background is not None:
             explorers = list(self._receivers.members())
             timeout_s = 2 * self._transport.timeout_s * max(1, len(explorers))
-            setting = f"{type(self._transport).__name__}(timeout_s=...)"
-            self._receivers.wait_loaded(self.version, explorers, timeout_s, setting)
+            late = self._receivers.wait_loaded(self.version, explorers, timeout_s)
+            self._transport.end_late(late, f"load version {self.version}", self._receivers)
 
     def share_changed(self) -> float:
         """The share of about 100,000 evenly spaced trained elements that the last push changed, in the engines' dtype.

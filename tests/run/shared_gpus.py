@@ -260,7 +260,7 @@ class Straight(Transport):
         members = [explorer for explorer in explorers.members() if to is None or explorer in to]
         for explorer in members:
             explorers.load(explorer, weights.manifest, version)
-        explorers.wait_loaded(version, members, 60, "the test")
+        self.end_late(explorers.wait_loaded(version, members, 60), "load", explorers)
 
 
 def run_in(world: World, rule: Rule, *, stop: int, capacity: int | None = None, sleep_s: float = 60.0) -> Coordinator:

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,11 @@ class Explorers:
     def load(self, *_: Any) -> None:
         dict(self.links[-1].receive(weights(policy()).manifest))
 
-    def wait_loaded(self, *_: Any) -> None:
-        pass
+    def wait_loaded(self, *_: Any) -> list[int]:
+        return []
+
+    def end(self, explorers: Sequence[int], blame: str) -> None:
+        assert not explorers
 
 
 def pushed(transport: rft.CheckpointTransport, folder: Path, versions: int = 3) -> list[str]:

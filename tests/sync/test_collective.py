@@ -31,18 +31,42 @@ class Explorers:
 
 
 class Alive(Explorers):
-    """They go on with the next push."""
+    """They go on with the next push; but the second has not loaded when a push has passed its deadline."""
 
     dtype = "float32"
 
-    def end(self, explorers: list[int], blame: str) -> None:
-        assert explorers == []
+    def __init__(self, stuck: bool = False) -> None:
+        super().__init__()
+        self.ended: dict[int, str] = {}
+        self._stuck = stuck
 
-    def settle(self, explorers: list[int], timeout_s: float) -> None:
-        assert explorers == [0, 1]
+    def members(self) -> dict[int, int]:
+        return {explorer: 1 for explorer in (0, 1) if explorer not in self.ended}
 
     def load(self, *_: object) -> None:
         pass
+
+    def wait_loaded(self, version: int, explorers: list[int], timeout_s: float) -> list[int]:
+        late = [explorer for explorer in explorers if explorer == 1]
+        if late:
+            time.sleep(timeout_s + 0.001)
+        return late
+
+    def settle(self, explorers: list[int], timeout_s: float) -> list[int]:
+        assert explorers == [0, 1]
+        return [1] if self._stuck else []
+
+    def end(self, explorers: list[int], blame: str) -> None:
+        self.ended |= dict.fromkeys(explorers, blame)
+
+
+class Sends(Sender):
+    """Whatever it sends goes into some buffer."""
+
+    sent = 0
+
+    def send(self, tensors: object, manifest: object) -> None:
+        self.sent += 1
 
 
 def watched(function: object, explorers: Explorers, timeout_s: float = 30.0) -> None:
@@ -82,6 +106,24 @@ def test_a_push_that_hangs_ends_with_a_member_or_the_run_or_its_deadline() -> No
             watched(end.wait, Explorers(), timeout_s=0.1)
     finally:
         end.set()
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_push_that_is_late_though_all_is_sent(stuck: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small weights fit the buffers of a network, where none may be at the other end."""
+    senders: list[Sends] = []
+    transport = collective.CollectiveTransport(timeout_s=0.1)
+    monkeypatch.setattr(transport, "_make_sender", lambda *_: senders.append(Sends()) or senders[-1])
+    weights, to = Weights.of([("weight", torch.ones(2))], "float32"), Alive(stuck)
+    if stuck:
+        transport.push(weights, 3, to)  # type: ignore[arg-type]
+        blame = "did not load version 3 in time: raise CollectiveTransport(timeout_s=...), or see its log"
+        assert to.ended == {1: blame}
+    else:
+        with pytest.raises(LinkError, match=r"passed its deadline: raise CollectiveTransport\(timeout_s=...\)"):
+            transport.push(weights, 3, to)  # type: ignore[arg-type]
+        assert to.ended == {}
+    assert [sender.sent for sender in senders] == ([1, 1] if stuck else [1])
 
 
 def test_a_push_that_breaks_off_again_and_again_without_a_death_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,21 +163,23 @@ class Explorers:
                 if error is not None and not isinstance(error, LinkError):
                     raise error
 
-    def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float, setting: str) -> None:
+    def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float) -> list[int]:
         for explorer in explorers:
             for future in self.loading[explorer]:
                 future.result(LIMIT_S)
             self.loaded(explorer, version)
+        return []
 
     def end(self, explorers: Sequence[int], blame: str) -> None:
         for explorer in explorers:
             self.ended[explorer] = blame
             self.remove(explorer)
 
-    def settle(self, explorers: Sequence[int], timeout_s: float) -> None:
+    def settle(self, explorers: Sequence[int], timeout_s: float) -> list[int]:
         for explorer in self.members().keys() & set(explorers):
             for future in self.loading.get(explorer, ()):
                 future.exception(LIMIT_S)
+        return []
 
     def remove(self, explorer: int) -> list[Worker]:
         self.gone(explorer)  # first: a run hears of a death under one lock, and here a push may break off in between

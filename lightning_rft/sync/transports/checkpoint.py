@@ -24,7 +24,6 @@ from lightning_rft.sync.transports.transport import Explorers, Transport, Weight
 __all__ = ["CheckpointLink", "CheckpointTransport"]
 
 _ROOM = 4  # times a checkpoint: the one that is read, the one that is written, a snapshot, and some air
-_SETTING = "CheckpointTransport(timeout_s=...)"
 
 
 class CheckpointTransport(Transport):
@@ -43,7 +42,7 @@ class CheckpointTransport(Transport):
             the run's own folder, removed at the end.
         keep: Maximum number of checkpoints to keep on the disk, at least 1; an older one is removed when no explorer
             can be reading it. In memory there is one.
-        timeout_s: Seconds that explorers may take to load one.
+        timeout_s: Seconds that explorers may take to load one; those that take longer are ended.
 
     Raises:
         ConfigurationError: ``keep`` is below 1.
@@ -99,7 +98,8 @@ class CheckpointTransport(Transport):
         for explorer in members:
             explorers.connect(explorer, link)
             explorers.load(explorer, manifest, version)
-        explorers.wait_loaded(version, members, self.timeout_s, _SETTING)
+        late = explorers.wait_loaded(version, members, self.timeout_s)
+        self.end_late(late, f"load version {version}", explorers)
 
     @override
     def close(self) -> None:

@@ -24,8 +24,7 @@ __all__ = ["CollectiveTransport"]
 _WATCH_S = 0.05
 _ATTEMPTS = 3
 _SETTLE_S = 5.0  # for the members that are left to notice that their group has broken off
-_SETTING = "CollectiveTransport(timeout_s=...)"
-_LATE = f"a weight push passed its deadline: raise {_SETTING}"
+_LATE = "a weight push passed its deadline: raise CollectiveTransport(timeout_s=...)"
 
 
 class CollectiveTransport(Transport):
@@ -40,7 +39,8 @@ class CollectiveTransport(Transport):
     Args:
         backend: ``"gloo"``, ``"nccl"``, ``"ipc"``, or ``"auto"``: IPC where all explorers share the trainer's GPUs,
             NCCL where both sides can use it, else Gloo.
-        timeout_s: Seconds that one push may take, the making of the group included.
+        timeout_s: Seconds that one push may take, the making of the group included. Explorers that hang are ended then;
+            if all are well, the run is, since the next push would be as late.
         bucket_mib: MiB per broadcast, more where a tensor is larger; by IPC, MiB that a push takes of each GPU.
         background: How :class:`FullyAsynchronous` and :class:`MultiExplorerAsynchronous` push. ``"snapshot"``: training
             waits for a copy of the weights in the engines' dtype, in the CPU's memory with Gloo and else on its GPU; a
@@ -106,14 +106,19 @@ class CollectiveTransport(Transport):
                 _watched(
                     partial(sender.send, feed, weights.manifest), members, explorers, deadline, self._stragglers, feed
                 )
-                explorers.wait_loaded(version, list(members), deadline - time.monotonic(), _SETTING)
-                break
+                if not explorers.wait_loaded(version, list(members), deadline - time.monotonic()):
+                    break
+                raise LinkError(_LATE)  # though all is sent: some of it may lie in the buffers of a network
             except LinkError as error:
                 late = time.monotonic() > deadline
                 absent = sender.absent()
                 self._leave(sender)  # the others cannot use a group in which one member broke off
-                explorers.end(absent, f"did not join the weight transport in time: raise {_SETTING}, or see its log")
-                explorers.settle(list(members), _SETTLE_S)
+                self.end_late(absent, "join the weight transport", explorers)
+                stuck = explorers.settle(list(members), _SETTLE_S)
+                if late:
+                    self.end_late(stuck, f"load version {version}", explorers)
+                else:
+                    explorers.end(stuck, "was stuck in a load that broke off")
                 if members.keys() <= explorers.members().keys():  # no death explains it
                     if late:  # as it would be again; whichever end noticed first says how
                         raise LinkError(_LATE) from error

@@ -51,8 +51,8 @@ class Explorers(Protocol):
     def raise_failures(self) -> None:
         """Raises the error that ends the run, if there is one."""
 
-    def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float, setting: str) -> None:
-        """Waits until each live one of ``explorers`` computes with ``version``, and replaces those that are late.
+    def wait_loaded(self, version: int, explorers: Sequence[int], timeout_s: float) -> list[int]:
+        """Waits until each live one of ``explorers`` computes with ``version``; returns those that do not in time.
 
         Raises :class:`LinkError` if the transport broke off for a live one.
         """
@@ -60,8 +60,8 @@ class Explorers(Protocol):
     def end(self, explorers: Sequence[int], blame: str) -> None:
         """Ends explorers that cannot be used, and returns when they are gone; others are started for them."""
 
-    def settle(self, explorers: Sequence[int], timeout_s: float) -> None:
-        """Waits until none of ``explorers`` is loading; ends those that are stuck."""
+    def settle(self, explorers: Sequence[int], timeout_s: float) -> list[int]:
+        """Waits until none of ``explorers`` is loading; returns those that still are after ``timeout_s``."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Transport(ABC):
     one_by_one: bool = False
     #: Whether training waits for pushes under asynchronous strategies, too.
     blocking: bool = False
-    #: Seconds that one push may take; an explorer that has not loaded by then is ended.
+    #: Seconds that one push may take.
     timeout_s: float = 120.0
 
     def check(self, *, nccl: bool, apart: str) -> None:
@@ -140,9 +140,14 @@ class Transport(ABC):
         """Brings ``version`` to explorers (``to``, or all) and returns when each computes with it.
 
         ``weights`` announce every entry of the policy's ``state_dict``, aliases included, since an engine may keep its
-        own copy of a tied weight. Explorers that die meanwhile are left out; those that take longer than ``timeout_s``
-        are ended. Raises :class:`TransportError` if the weights cannot be sent, or an engine did not take every tensor.
+        own copy of a tied weight. Explorers that die meanwhile are left out; those that hang are ended after
+        ``timeout_s``. Raises :class:`TransportError` if the weights cannot be sent, or an engine did not take every
+        tensor.
         """
+
+    def end_late(self, late: Sequence[int], what: str, explorers: Explorers) -> None:
+        """Ends those of the explorers that should have done ``what`` by now."""
+        explorers.end(late, f"did not {what} in time: raise {type(self).__name__}(timeout_s=...), or see its log")
 
     def close(self) -> None:
         """Leaves groups and frees buffers; safe to call twice."""
