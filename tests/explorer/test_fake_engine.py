@@ -66,12 +66,12 @@ def test_lengths_have_the_mean_and_finish_reasons_say_what_cut_them() -> None:
 
 
 def test_speed_is_per_request() -> None:
-    engine = started(tokens_per_second=100.0, mean_tokens=10_000)
+    engine = started(tokens_per_second=25.0, mean_tokens=10_000)
     for seed in range(8):
         engine.add(request(seed, max_new_tokens=10))
     begin = time.monotonic()
     assert len(drain(engine)) == 8
-    assert 0.1 <= time.monotonic() - begin < 0.5  # 0.8 s, were the requests served one after another
+    assert 0.4 <= time.monotonic() - begin < 2.0  # 3.2 s, were the requests served one after another
 
 
 def test_load_keeps_digests_and_stamps_later_tokens(memory_link: Any) -> None:
