@@ -1,6 +1,6 @@
 """Deletes each statement of a module in turn, runs the module's tests, and shows the deletions that no test misses.
 
-    python -m tests.sync.mutations [nccl | packing | gloo | meeting | vllm_weights]
+    python -m tests.sync.mutations [nccl | packing | gloo | meeting | collective | vllm_weights]
 
 It works in a copy of the project. Each deletion is tested in a fork of this process, so that vLLM is imported once. One
 that makes the tests hang is killed and counted apart: on a busy machine they may only have been slow. The run ends with
@@ -71,6 +71,14 @@ MODULES = {
         "lightning_rft/sync/transports/meeting.py",
         ["tests/sync/test_meeting.py", "tests/sync/test_gloo.py"],
         {"module: __all__ = ['Meeting', 'MeetingPlace', 'link_errors']": _NAMES},
+    ),
+    "collective": Module(
+        "lightning_rft/sync/transports/collective.py",
+        ["tests/sync/test_collective.py", "tests/sync/test_gloo.py", "tests/sync/test_nccl.py"],
+        {
+            "module: __all__ = ['CollectiveTransport']": _NAMES,
+            "_watched: thread.join(_WATCH_S)": "it would look without a pause",
+        },
     ),
     "vllm_weights": Module(
         "lightning_rft/explorer/engines/vllm_weights.py",

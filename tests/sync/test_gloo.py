@@ -48,13 +48,12 @@ def policy(version: int) -> dict[str, torch.Tensor]:
 
 def test_the_store_listens_on_loopback_until_the_group_has_met() -> None:
     explorers, sender = Explorers(), GlooSender(timeout_s=20, bucket_bytes=BUCKET)
-    with ThreadPoolExecutor(1) as threads:
-        joined = threads.submit(sender.join, explorers, {0: 1})  # type: ignore[arg-type]
-        link = explorers.links.get(timeout=20)
-        lines = [line.laddr for line in psutil.Process().net_connections("tcp") if line.status == psutil.CONN_LISTEN]
-        assert [line.ip for line in lines if line.port == link.port] == ["127.0.0.1"]
-        receiver = link.open(0)
-        joined.result()
+    joined = begun(sender.join, explorers, {0: 1})
+    link = explorers.links.get(timeout=20)
+    lines = [line.laddr for line in psutil.Process().net_connections("tcp") if line.status == psutil.CONN_LISTEN]
+    assert [line.ip for line in lines if line.port == link.port] == ["127.0.0.1"]
+    receiver = link.open(0)
+    joined.result(20)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((link.host, link.port), 5)
     receiver.close()
@@ -64,10 +63,9 @@ def test_the_store_listens_on_loopback_until_the_group_has_met() -> None:
 @pytest.fixture
 def group() -> Iterator[tuple[GlooSender, GlooReceiver]]:
     explorers, sender = Explorers(), GlooSender(timeout_s=20, bucket_bytes=BUCKET)
-    with ThreadPoolExecutor(1) as threads:
-        joined = threads.submit(sender.join, explorers, {0: 1})  # type: ignore[arg-type]
-        receiver = explorers.links.get(timeout=20).open(0)
-        joined.result()
+    joined = begun(sender.join, explorers, {0: 1})
+    receiver = explorers.links.get(timeout=20).open(0)
+    joined.result(20)
     yield sender, receiver
     receiver.close()
     sender.close()

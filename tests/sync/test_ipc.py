@@ -650,32 +650,6 @@ def test_memory_that_cannot_be_shared_says_what_to_set(
     world.assert_released()
 
 
-@pytest.mark.parametrize(
-    ("backend", "device", "nccl", "ipc", "chosen"),
-    [
-        ("auto", DEVICE, False, True, "ipc"),
-        ("auto", DEVICE, True, False, "nccl"),
-        ("auto", DEVICE, False, False, "gloo"),
-        ("auto", torch.device("cpu"), False, True, "gloo"),
-        ("gloo", DEVICE, False, True, "gloo"),
-        ("ipc", DEVICE, False, True, "ipc"),
-    ],
-)
-def test_what_is_chosen(backend: Any, device: torch.device, nccl: bool, ipc: bool, chosen: str) -> None:
-    to = Explorers()
-    to.nccl, to.ipc = nccl, ipc
-    by = rft.CollectiveTransport(backend)
-    assert by._way(device, to) == chosen  # type: ignore[arg-type]
-    assert type(by._make_sender(device, to)).__name__.lower() == f"{chosen}sender"  # type: ignore[arg-type]
-
-
-def test_an_engine_on_a_cpu_is_refused() -> None:
-    to = Explorers()
-    to.ipc = False
-    with pytest.raises(ConfigurationError, match="needs explorers on the trainer's own GPUs, but an engine is"):
-        rft.CollectiveTransport("ipc")._way(DEVICE, to)  # type: ignore[arg-type]
-
-
 def assert_ends(event: threading.Event) -> None:
     assert event.wait(LIMIT_S)
 

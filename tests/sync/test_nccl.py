@@ -139,6 +139,7 @@ class Explorers:
     def connect(self, explorer: int, link: NCCLLink) -> None:
         from lightning_rft.explorer.engines.vllm_weights import LinkInitInfo
 
+        assert len(self.links) < 20, "a push that has no end"
         self.links.append(link)
         if explorer not in self.absent:
             for worker in self.workers[explorer]:
