@@ -134,12 +134,12 @@ class Explorers:
         self.workers[explorer] = [Worker(explorer, member, size) for member in range(size)]
 
     def members(self) -> dict[int, int]:
+        assert len(self.links) < 20, "a push that has no end"
         return {explorer: len(workers) for explorer, workers in self.workers.items()}
 
     def connect(self, explorer: int, link: NCCLLink) -> None:
         from lightning_rft.explorer.engines.vllm_weights import LinkInitInfo
 
-        assert len(self.links) < 20, "a push that has no end"
         self.links.append(link)
         if explorer not in self.absent:
             for worker in self.workers[explorer]:
