@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,8 @@ class Nodes:
     def kill(self, machine: Machine) -> None:
         """Ends all that runs on a machine."""
         for pid in self.on(machine, alive(self.mark)):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended with another one
+                os.kill(pid, signal.SIGKILL)
 
     def explorers(self) -> Counter[str]:
         """How many there are on each machine, by name."""
@@ -83,7 +84,8 @@ class Nodes:
             }
         )
 
-    def on(self, machine: Machine, pids: Iterator[int]) -> list[int]:
+    def on(self, machine: Machine, pids: Iterable[int]) -> list[int]:
+        """Those of the processes that run on a machine."""
         here, found = os.stat(f"/run/netns/{machine.name}").st_ino, []
         for pid in pids:
             with contextlib.suppress(OSError):  # it has just ended

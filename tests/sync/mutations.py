@@ -77,7 +77,7 @@ MODULES = {
         ["tests/sync/test_collective.py", "tests/sync/test_gloo.py", "tests/sync/test_nccl.py"],
         {
             "module: __all__ = ['CollectiveTransport']": _NAMES,
-            "_watched: thread.join(_WATCH_S)": "it would look without a pause",
+            "CollectiveTransport._watched: thread.join(_WATCH_S)": "it would look without a pause",
         },
     ),
     "vllm_weights": Module(

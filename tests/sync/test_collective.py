@@ -120,7 +120,8 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Make:
 
 def watched(function: object, explorers: Explorers, timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
-    collective._watched(function, {0: 1, 1: 1}, explorers, deadline, [])  # type: ignore[arg-type]
+    transport = collective.CollectiveTransport()
+    transport._watched(function, {0: 1, 1: 1}, explorers, deadline)  # type: ignore[arg-type]
 
 
 def raising(error: Exception) -> object:
@@ -266,7 +267,7 @@ def test_what_a_push_left_behind_is_waited_for_once_when_the_transport_is_closed
     class Hangs(Sender):
         def send(self, tensors: object, manifest: object) -> None:
             threads.append(threading.current_thread())
-            end.wait()
+            end.wait(60)
 
     threads: list[threading.Thread] = []
     end = threading.Event()

@@ -19,7 +19,8 @@ import torch
 from torch.distributed import ProcessGroupGloo  # type: ignore[attr-defined]
 
 from lightning_rft.errors import LinkError, TransportError
-from lightning_rft.sync.transports import collective, gloo
+from lightning_rft.sync.transports import gloo
+from lightning_rft.sync.transports.collective import CollectiveTransport
 from lightning_rft.sync.transports.gloo import GlooLink, GlooReceiver, GlooSender
 from lightning_rft.sync.transports.memory import ReusedMemory
 from lightning_rft.sync.transports.transport import Named, Weights, announce
@@ -148,8 +149,9 @@ def test_who_waits_for_weights_learns_that_a_push_broke_off(
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(list, receiver.receive(weights.manifest))
         try:
+            watched = CollectiveTransport()._watched
             send = partial(sender.send, weights.tensors(), weights.manifest)
-            collective._watched(send, {}, Alive(), time.monotonic() + 20, [])  # type: ignore[arg-type]
+            watched(send, {}, Alive(), time.monotonic() + 20)  # type: ignore[arg-type]
         except LinkError:  # as in a push: while this error is dealt with
             sender.close()
             with pytest.raises(LinkError, match="broke off"):

@@ -99,13 +99,11 @@ class CollectiveTransport(Transport):
             sender = self._sender(members, weights.device, explorers)
             try:
                 if not sender.joined:
-                    _watched(partial(sender.join, explorers, members), members, explorers, deadline, self._stragglers)
+                    self._watched(partial(sender.join, explorers, members), members, explorers, deadline)
                 for explorer in members:
                     explorers.load(explorer, weights.manifest, version)
                 feed = Feed(sender.begin(weights))
-                _watched(
-                    partial(sender.send, feed, weights.manifest), members, explorers, deadline, self._stragglers, feed
-                )
+                self._watched(partial(sender.send, feed, weights.manifest), members, explorers, deadline, feed)
                 if not explorers.wait_loaded(version, list(members), deadline - time.monotonic()):
                     break
                 raise LinkError(_LATE)  # though all is sent: some of it may lie in the buffers of a network
@@ -139,6 +137,49 @@ class CollectiveTransport(Transport):
             thread.join(max(0.0, deadline - time.monotonic()))
         self._stragglers.clear()
 
+    def _watched(
+        self,
+        function: Callable[[], None],
+        members: Mapping[int, int],
+        explorers: Explorers,
+        deadline: float,
+        feed: Feed | None = None,
+    ) -> None:
+        """Runs a blocking collective on a thread, which ``feed`` is for; fills that meanwhile.
+
+        Raises :class:`LinkError` if a member dies or the deadline passes; :meth:`close` then waits for the thread.
+        """
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                function()
+            except BaseException as error:
+                # These frames hold the group: while they do, it keeps its connections, and a member that waits for the
+                # rest of this push would not learn that it broke off.
+                traceback.clear_frames(error.__traceback__)
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name="weight-push", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                if feed is None or not feed.fill(_WATCH_S):
+                    thread.join(_WATCH_S)
+                explorers.raise_failures()
+                if gone := members.keys() - explorers.members().keys():
+                    raise LinkError(f"explorers {sorted(gone)} are gone")
+                if time.monotonic() > deadline:
+                    raise LinkError(_LATE)
+        finally:
+            if feed is not None:
+                feed.end()
+            self._stragglers = [other for other in (*self._stragglers, thread) if other.is_alive()]
+        for error in errors:
+            if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RFTError):
+                raise LinkError(f"a weight push broke off: {error}") from error
+            raise error
+
     def _leave(self, sender: Sender) -> None:
         sender.close()
         self._senders = {key: other for key, other in self._senders.items() if other is not sender}
@@ -171,47 +212,3 @@ class CollectiveTransport(Transport):
         if self.backend != "auto":
             return self.backend
         return "nccl" if nccl else "ipc" if ipc else "gloo"
-
-
-def _watched(
-    function: Callable[[], None],
-    members: Mapping[int, int],
-    explorers: Explorers,
-    deadline: float,
-    stragglers: list[threading.Thread],
-    feed: Feed | None = None,
-) -> None:
-    """Runs a blocking collective on a thread, which ``feed`` is for; fills that meanwhile.
-
-    Raises :class:`LinkError` if a member dies or the deadline passes; then the thread may be one of the ``stragglers``.
-    """
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            function()
-        except BaseException as error:
-            # These frames hold the group: while they do, it keeps its connections, and a member that waits for the
-            # rest of this push would not learn that it broke off.
-            traceback.clear_frames(error.__traceback__)
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="weight-push", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            if feed is None or not feed.fill(_WATCH_S):
-                thread.join(_WATCH_S)
-            explorers.raise_failures()
-            if gone := members.keys() - explorers.members().keys():
-                raise LinkError(f"explorers {sorted(gone)} are gone")
-            if time.monotonic() > deadline:
-                raise LinkError(_LATE)
-    finally:
-        if feed is not None:
-            feed.end()
-        stragglers[:] = [other for other in (*stragglers, thread) if other.is_alive()]
-    for error in errors:
-        if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RFTError):
-            raise LinkError(f"a weight push broke off: {error}") from error
-        raise error
